@@ -1,0 +1,24 @@
+"""The exceptions flashcocos raises on purpose; the command line prints them as one line, without a traceback.
+
+Each message names the offending value, what was expected, and the remedy.
+"""
+
+
+class FlashcocosError(Exception):
+    """Base class of every error that flashcocos raises on purpose."""
+
+
+class InputError(FlashcocosError, ValueError):
+    """A value, file, shape or dtype that the caller supplied cannot be used."""
+
+
+class BackendError(FlashcocosError, RuntimeError):
+    """A backend, device, precision or package that was asked for cannot run here."""
+
+
+class BundleError(FlashcocosError, ValueError):
+    """A model bundle is damaged, of an unknown format, or does not match its manifest."""
+
+
+class CheckpointError(FlashcocosError, ValueError):
+    """A checkpoint is not what it should be: unreadable, or with missing, extra or misshapen keys."""
