@@ -32,8 +32,13 @@ def atomic_path(target: str | os.PathLike[str], *, directory: bool = False) -> I
     try:
         yield temporary
         if directory and target.is_dir():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+            # a folder cannot be renamed over another: the old one steps aside first and is deleted last
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            os.replace(target, aside)
+            os.replace(temporary, target)
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, target)
     except BaseException:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
