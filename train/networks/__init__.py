@@ -1,0 +1,7 @@
+"""The networks: CoCosNet with its two halves, the discriminator, and VGG19 for the losses."""
+
+from .cocosnet import CoCosNet, Translation
+from .discriminator import Discriminator
+from .vgg import Vgg19
+
+__all__ = ["CoCosNet", "Discriminator", "Translation", "Vgg19"]

@@ -1,0 +1,92 @@
+"""The correspondence network: label and exemplar image into one feature space, in which the warp compares positions.
+
+Source: CoCosNet, arXiv 2004.05571 section 3.1. The adaptors map each domain to features at a quarter of the image's
+size; residual blocks shared by both domains and two 1x1 convolutions turn them into theta (query) and phi (key).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...config import ModelConfig
+from .layers import LEAKY_SLOPE, SpadeBlock, SpectralConv2d, subsample
+
+NORM_EPS = 2.2e-16  # float64's machine epsilon, as upstream adds it to each vector's length
+
+
+class DomainAdaptor(nn.Module):
+    """Image or label planes (B, in, H, W) -> features (B, C, H/4, W/4) of unit length at each position."""
+
+    def __init__(self, in_channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        nef, kernel, hidden = config.nef, config.adaptor_kernel, config.spade_hidden
+        # kernel 4 with padding 1 halves an even side just as kernel 3 does; instance normalisation makes a bias idle
+        self.layers = nn.ModuleList(
+            [
+                SpectralConv2d(in_channels, nef, 3, padding=1, bias=False),
+                SpectralConv2d(nef, 2 * nef, kernel, stride=2, padding=1, bias=False),
+                SpectralConv2d(2 * nef, 4 * nef, 3, padding=1, bias=False),
+                SpectralConv2d(4 * nef, 8 * nef, kernel, stride=2, padding=1, bias=False),
+                SpectralConv2d(8 * nef, 8 * nef, 3, padding=1, bias=False),
+            ]
+        )
+        self.blocks = nn.ModuleList(
+            [
+                SpadeBlock(8 * nef, 8 * nef, in_channels, hidden),
+                SpadeBlock(8 * nef, 8 * nef, in_channels, hidden),
+                SpadeBlock(8 * nef, config.feature_channels, in_channels, hidden),
+            ]
+        )
+
+    def forward(self, planes: Tensor) -> Tensor:
+        x = F.instance_norm(self.layers[0](planes))  # (B, nef, H, W)
+        for layer in self.layers[1:]:
+            x = F.instance_norm(layer(F.leaky_relu(x, LEAKY_SLOPE)))
+        condition = subsample(planes, 4)  # (B, in, H/4, W/4)
+        for block in self.blocks:
+            x = block(x, condition)
+        return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + NORM_EPS)  # (B, C, H/4, W/4)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with instance normalisation around a shortcut; one PReLU serves both activations."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect")
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect")
+        self.prelu = nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.prelu(F.instance_norm(self.conv1(x)))
+        return self.prelu(x + F.instance_norm(self.conv2(y)))
+
+
+class Correspondence(nn.Module):
+    """Adaptors, shared residual blocks, theta and phi. Features and label planes in, raw theta or phi out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.feature_channels + (config.label_channels if config.mask_mixing else 0)
+        self.mask_mixing = config.mask_mixing
+        self.label_adaptor = DomainAdaptor(config.label_channels, config)
+        self.image_adaptor = DomainAdaptor(3, config)
+        self.residual = nn.Sequential(*(ResidualBlock(width) for _ in range(config.residual_blocks)))
+        self.theta = nn.Conv2d(width, config.feature_channels, 1)
+        self.phi = nn.Conv2d(width, config.feature_channels, 1)
+
+    def query(self, features: Tensor, label: Tensor) -> Tensor:
+        """Label features (B, C, h, w) and the label's planes (B, nc, H, W) -> theta (B, C, h, w)."""
+        return self.theta(self._mix(features, label))
+
+    def key(self, features: Tensor, label: Tensor | None) -> Tensor:
+        """Exemplar features (B, C, h, w) and its label's planes, used only with mask mixing -> phi (B, C, h, w)."""
+        return self.phi(self._mix(features, label))
+
+    def _mix(self, features: Tensor, label: Tensor | None) -> Tensor:
+        if self.mask_mixing:
+            assert label is not None  # CoCosNet.encode_exemplar has refused its absence
+            features = torch.cat([features, subsample(label, 4)], 1)
+        return self.residual(features)

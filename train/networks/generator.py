@@ -1,0 +1,49 @@
+"""The translation network: a SPADE generator steered everywhere by the warped exemplar and the label.
+
+Source: CoCosNet, arXiv 2004.05571 section 3.2. Only the conditions enter: there is no latent code.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...config import SIZE_MULTIPLE, ModelConfig
+from .layers import LEAKY_SLOPE, SelfAttention, SpadeBlock, subsample
+
+
+class Generator(nn.Module):
+    """warped_image (B, 3, H, W) in [-1, 1] and label planes (B, nc, H, W) -> image (B, 3, H, W) in [-1, 1]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        ngf, condition, hidden = config.ngf, 3 + config.label_channels, config.spade_hidden
+        self.first = nn.Conv2d(condition, 16 * ngf, 3, padding=1)
+        self.head = SpadeBlock(16 * ngf, 16 * ngf, condition, hidden)
+        self.middle_0 = SpadeBlock(16 * ngf, 16 * ngf, condition, hidden)
+        self.middle_1 = SpadeBlock(16 * ngf, 16 * ngf, condition, hidden)
+        self.up_0 = SpadeBlock(16 * ngf, 8 * ngf, condition, hidden)
+        self.up_1 = SpadeBlock(8 * ngf, 4 * ngf, condition, hidden)
+        self.attention = SelfAttention(4 * ngf) if config.attention else nn.Identity()
+        self.up_2 = SpadeBlock(4 * ngf, 2 * ngf, condition, hidden)
+        self.up_3 = SpadeBlock(2 * ngf, ngf, condition, hidden)
+        self.last = nn.Conv2d(ngf, 3, 3, padding=1)
+
+    def forward(self, warped_image: Tensor, label: Tensor) -> Tensor:
+        condition = torch.cat([warped_image, label], 1)  # (B, 3 + nc, H, W)
+        x = self.first(subsample(condition, SIZE_MULTIPLE))  # (B, 16 ngf, H/32, W/32)
+        x = self.head(x, subsample(condition, 32))
+        x, condition_16 = _double(x), subsample(condition, 16)
+        x = self.middle_0(x, condition_16)
+        x = self.middle_1(x, condition_16)  # (B, 16 ngf, H/16, W/16)
+        x = self.up_0(_double(x), subsample(condition, 8))  # (B, 8 ngf, H/8, W/8)
+        x = self.up_1(_double(x), subsample(condition, 4))  # (B, 4 ngf, H/4, W/4)
+        x = self.attention(_double(x))  # (B, 4 ngf, H/2, W/2)
+        x = self.up_2(x, subsample(condition, 2))  # (B, 2 ngf, H/2, W/2)
+        x = self.up_3(_double(x), condition)  # (B, ngf, H, W)
+        return torch.tanh(self.last(F.leaky_relu(x, LEAKY_SLOPE)))
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")

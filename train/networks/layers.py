@@ -1,0 +1,105 @@
+"""Layers that the networks share: SPADE with positional normalisation, its residual block, and self-attention.
+
+Sources: SPADE, arXiv 1903.07291 equation 1; positional normalisation, arXiv 1907.04312; self-attention, arXiv
+1805.08318 section 3. Read from the smallest part up.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+LEAKY_SLOPE = 0.2
+POSITIONAL_EPS = 1e-5
+
+
+class SpectralConv2d(nn.Conv2d):
+    """A convolution whose weight training keeps at spectral norm 1 (`add_spectral_norm`); otherwise a plain one."""
+
+
+def add_spectral_norm(model: nn.Module) -> None:
+    """Parametrise every `SpectralConv2d` of `model` by its spectral norm; the weights of a folded model have norm 1."""
+    for module in list(model.modules()):
+        if isinstance(module, SpectralConv2d):
+            parametrizations.spectral_norm(module)
+
+
+def has_spectral_norm(model: nn.Module) -> bool:
+    """Whether `add_spectral_norm` was called on `model`."""
+    return any(isinstance(module, SpectralConv2d) and parametrize.is_parametrized(module) for module in model.modules())
+
+
+def subsample(planes: Tensor, step: int) -> Tensor:
+    """Every `step`-th pixel of (B, C, H, W): what nearest-neighbour resizing by 1 / step does, without its rounding."""
+    return planes[:, :, ::step, ::step] if step > 1 else planes
+
+
+def positional_norm(x: Tensor) -> Tensor:
+    """(B, C, H, W) with mean 0 and unbiased variance 1 over the channels of each position."""
+    # two passes: the one-pass formula loses all digits where the mean is large against the deviation
+    centred = x - x.mean(1, keepdim=True)
+    variance = centred.square().sum(1, keepdim=True) / (x.shape[1] - 1)
+    return centred / (variance + POSITIONAL_EPS).sqrt()
+
+
+class Spade(nn.Module):
+    """Positional normalisation, then a scale and a shift predicted at every position from `condition`."""
+
+    def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(condition_channels, hidden, 3, padding=1, padding_mode="reflect")
+        self.scale_shift = nn.Conv2d(hidden, 2 * channels, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        hidden = F.relu(self.shared(condition))  # (B, hidden, h, w)
+        scale, shift = self.scale_shift(hidden).chunk(2, 1)  # each (B, C, h, w)
+        return positional_norm(x) * (1 + scale) + shift
+
+
+class SpadeBlock(nn.Module):
+    """Two SPADE-normalised convolutions with a shortcut, itself normalised and convolved where the channels change."""
+
+    def __init__(self, in_channels: int, out_channels: int, condition_channels: int, hidden: int) -> None:
+        super().__init__()
+        middle = min(in_channels, out_channels)
+        self.norm_0 = Spade(in_channels, condition_channels, hidden)
+        self.conv_0 = SpectralConv2d(in_channels, middle, 3, padding=1, padding_mode="reflect")
+        self.norm_1 = Spade(middle, condition_channels, hidden)
+        self.conv_1 = SpectralConv2d(middle, out_channels, 3, padding=1, padding_mode="reflect")
+        self.learned_shortcut = in_channels != out_channels
+        if self.learned_shortcut:
+            self.norm_s = Spade(in_channels, condition_channels, hidden)
+            self.conv_s = SpectralConv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x (B, in, h, w), condition (B, condition, h, w) -> (B, out, h, w)."""
+        y = self.conv_0(F.leaky_relu(self.norm_0(x, condition), LEAKY_SLOPE))  # (B, middle, h, w)
+        y = self.conv_1(F.leaky_relu(self.norm_1(y, condition), LEAKY_SLOPE))  # (B, out, h, w)
+        return y + (self.conv_s(self.norm_s(x, condition)) if self.learned_shortcut else x)
+
+
+class SelfAttention(nn.Module):
+    """Every position attends to a 2x2 max-pooled map; `gamma` weighs the result against the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        key_channels, self.value_channels = max(1, channels // 8), max(1, channels // 2)
+        self.query = SpectralConv2d(channels, key_channels, 1, bias=False)
+        self.key = SpectralConv2d(channels, key_channels, 1, bias=False)
+        self.value = SpectralConv2d(channels, self.value_channels, 1, bias=False)
+        self.output = SpectralConv2d(self.value_channels, channels, 1, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, h, w) -> the same shape."""
+        query = self.query(x).flatten(2).mT  # (B, h w, C / 8)
+        key = F.max_pool2d(self.key(x), 2).flatten(2).mT  # (B, h w / 4, C / 8)
+        value = F.max_pool2d(self.value(x), 2).flatten(2).mT  # (B, h w / 4, C / 2)
+        # zero-padded to the values' width: only with equal widths do the fused kernels run, which form no matrix
+        pad = (0, value.shape[-1] - key.shape[-1])
+        query, key, value = (t[:, None].contiguous() for t in (F.pad(query, pad), F.pad(key, pad), value))
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # (B, 1, h w, C / 2)
+        attended = attended[:, 0].mT.unflatten(2, x.shape[2:])  # (B, C / 2, h, w)
+        return x + self.gamma * self.output(attended)
