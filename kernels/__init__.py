@@ -1,0 +1,42 @@
+"""The correlation + softmax warp of CoCosNet, exact and without its matrix, on CPU and GPU, forward and backward.
+
+    from flashcocos.kernels import corr_warp
+    warped = corr_warp(theta, phi, values)      # torch tensors or numpy arrays; the same kind comes back
+    corr_warp(theta, phi, values, backend="cpu")
+    last_backend()                              # "cpu": what ran last in this thread
+
+Source: arXiv 2004.05571, equations 2 and 3, with the 3 x 3 patches of its public code. Nothing is imported until a
+name is used: the numpy and numba paths never load torch, and the torch paths never load numba.
+
+One naming grammar for every file of this folder:
+  B  batch                       N  queries, Hq x Wq, positions of theta and of the output
+  C  channels of theta and phi   M  keys, Hk x Wk, positions of phi and of the values
+  V  channels of the values      D  length of a patch, patch * patch * C
+  theta/phi/values  the inputs; out  the warp; lse  log-sum-exp of a query's logits, natural, always float32
+  mu, nu            means of a query's and of a key's patch vector
+  a, b              reciprocal norms of the centred query and key patch vectors
+  product           theta(i) . phi(j), channels only; taps: its diagonal sum over the patch; logits: / temperature
+  BN, BM, BC, BV    tile sizes along N, M, C, V
+  i_ program or loop index, o_ offsets, m_ mask, p_ pointer, b_ a block held in registers
+  d*                a gradient (d_theta, d_logits); delta  sum over V of grad_out * out, the softmax's own term
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .corr_warp import corr_match, corr_row, corr_warp, last_backend
+
+__all__ = ["corr_match", "corr_row", "corr_warp", "last_backend"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    # the submodule corr_warp and the function of that name meet here: bind the functions, so that the function wins
+    module = importlib.import_module(".corr_warp", __name__)
+    globals().update({public: getattr(module, public) for public in __all__})
+    return globals()[name]
