@@ -66,8 +66,12 @@ def check_size(size: tuple[int, int] | None) -> None:
     check_extent(int(size[0]), int(size[1]), "size")
 
 
-def load_rgb(source: ImageSource, size: tuple[int, int] | None = None) -> Image.Image:
-    """`source` as an RGB Pillow image, upright (EXIF), resized to (height, width) with BICUBIC where `size` is given.
+def load_rgb(
+    source: ImageSource,
+    size: tuple[int, int] | None = None,
+    method: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Image.Image:
+    """`source` as an RGB Pillow image, upright (EXIF), resized to (height, width) where `size` is given.
 
     source: a path, a Pillow image, or an array (H, W, 3) of uint8. Transparency is dropped, not blended.
     Raises `InputError` for anything else, unreadable files, and images of more than 8 bits a channel.
@@ -88,7 +92,7 @@ def load_rgb(source: ImageSource, size: tuple[int, int] | None = None) -> Image.
     if image.mode not in _COLOUR_MODES:
         raise InputError(f"{name}: image mode {image.mode!r}; expected 8-bit colour or grey: convert it to RGB first")
     image = ImageOps.exif_transpose(image).convert("RGB")
-    return image if size is None else image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return image if size is None else image.resize((size[1], size[0]), method)
 
 
 def load_image(source: ImageSource, size: tuple[int, int] | None = None) -> FloatArray:
