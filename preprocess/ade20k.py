@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from .images import UInt8Array
-from .labels import LabelSource, check_ids, read_ids, resize_nearest
+from .labels import LabelSource, check_ids, read_ids, resize_nearest, source_name
 
 CLASSES = 151
 DONT_CARE = 255
@@ -23,4 +23,4 @@ def class_ids(raw: UInt8Array, name: str = "label") -> UInt8Array:
 
 def load(label: LabelSource, size: tuple[int, int] | None = None) -> UInt8Array:
     """A raw label map as class ids (H, W), resized NEAREST to `size` (height, width)."""
-    return resize_nearest(class_ids(read_ids(label), str(label)), size)
+    return resize_nearest(class_ids(read_ids(label), source_name(label)), size)

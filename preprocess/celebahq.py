@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import InputError
 from .images import FloatArray, PathLike, UInt8Array
-from .labels import LabelSource, check_ids, read_ids, resize_nearest
+from .labels import LabelSource, check_ids, read_ids, resize_nearest, source_name
 from .planes import BoolArray, read_mask
 
 CLASSES = 19
@@ -41,4 +41,4 @@ def load(label: LabelSource, glasses: PathLike | None = None, size: tuple[int, i
     parts = read_ids(label)
     target = parts.shape if size is None else size
     mask = None if glasses is None else read_mask(glasses, (target[0], target[1]))
-    return class_ids(resize_nearest(parts, size), mask, str(label))
+    return class_ids(resize_nearest(parts, size), mask, source_name(label))

@@ -48,12 +48,12 @@ def load_label(
     check_size(size)
     if config.label_kind == "classes":
         ids = read_ids(source)
-        check_ids(ids, config.label_channels, _name(source))
+        check_ids(ids, config.label_channels, source_name(source))
         return resize_nearest(ids, size)
     planes = _read_planes(source)
     if planes.shape[0] != config.label_channels:
         raise InputError(
-            f"{_name(source)}: {planes.shape[0]} label planes; task {config.task} expects {config.label_channels}"
+            f"{source_name(source)}: {planes.shape[0]} label planes; task {config.task} expects {config.label_channels}"
         )
     scale = np.float32(255 if planes.dtype == np.uint8 else 1)
     return resize_nearest(planes, size).astype(np.float32) / scale
@@ -72,7 +72,7 @@ def save_label(path: PathLike, label: UInt8Array) -> None:
 
 def read_ids(source: LabelSource) -> UInt8Array:
     """Class ids (H, W) as stored, of any value 0 to 255; sources and errors as for `load_label`."""
-    name = _name(source)
+    name = source_name(source)
     if isinstance(source, np.ndarray):
         if source.ndim != 2 or source.dtype.kind not in "ui":
             raise InputError(f"{name}: expected an integer array (height, width), got {source.dtype} {source.shape}")
@@ -116,9 +116,14 @@ def resize_nearest(planes: npt.NDArray[Any], size: tuple[int, int] | None) -> np
     return np.stack([np.asarray(plane) for plane in resized]).reshape(*planes.shape[:-2], *size)
 
 
+def source_name(source: object) -> str:
+    """How messages name a source: its path, or "label" for what has none."""
+    return str(source) if isinstance(source, str | os.PathLike) else "label"
+
+
 def _read_planes(source: LabelSource) -> npt.NDArray[Any]:
     """Planes (channels, H, W) as uint8 or float32, each value checked."""
-    name = _name(source)
+    name = source_name(source)
     if isinstance(source, str | os.PathLike):
         return _read_npz(Path(source))
     if not isinstance(source, np.ndarray) or source.ndim != 3:
@@ -157,7 +162,3 @@ def _read_npz(path: Path) -> UInt8Array:
     if len(data) != count:
         raise InputError(f"{path}: label is cut short: {len(data)} of {count} bytes; run `flashcocos prepare` again")
     return np.frombuffer(data, np.uint8).reshape(shape)
-
-
-def _name(source: object) -> str:
-    return str(source) if isinstance(source, str | os.PathLike) else "label"

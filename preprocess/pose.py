@@ -99,7 +99,7 @@ def load(image: PathLike, candidate: PathLike, subset: PathLike, size: tuple[int
     return pose_planes(read_keypoints(candidate, subset), (photo.height, photo.width), size)
 
 
-def _limb_outline(cv2: object, start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
+def _limb_outline(cv2: Any, start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
     """Corners (n, 2) of the ellipse between two joints."""
     x, y = (start + end) / 2
     dx, dy = start - end

@@ -1,0 +1,127 @@
+"""Raw label files to prepared ones: one photograph's, or a whole folder's as `flashcocos prepare` does it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ..errors import InputError
+from ..progress import Progress
+from . import ade20k, celebahq, edges, pose
+from .images import PathLike, UInt8Array, check_size
+from .labels import save_label
+from .layouts import ROLES, Sample, find_layout, find_sample, read_list, select
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """What there is to say of one sample: what it lacks, or, where `failed`, why it was left out."""
+
+    name: str
+    text: str
+    failed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The outcome of `prepare_folder`: how many labels were written and left out, and what each sample lacks."""
+
+    prepared: int
+    failed: int
+    messages: tuple[Message, ...]
+
+
+def load_raw(task: str, image: PathLike, size: tuple[int, int] | None = None, *, canny: str = "upstream") -> UInt8Array:
+    """The label of one photograph from its raw label files, found beside it by the layouts of `layouts`.
+
+    task: "ade20k" or "celebahq": class ids (H, W); "celebahqedge" or "deepfashion": planes (15 or 20, H, W), value
+        * 255. All uint8.
+    size: (height, width), or None for the size of the label file (class ids) or of the photograph (planes).
+    canny: "upstream" or "modern", for "celebahqedge": see `edges`.
+    Raises `InputError` for missing, damaged or empty files.
+    """
+    return _load(find_sample(task, image), size, canny)
+
+
+def prepare_folder(
+    task: str,
+    source_folder: PathLike,
+    output_folder: PathLike,
+    *,
+    size: tuple[int, int] | None,
+    canny: str = "upstream",
+    list_file: PathLike | None = None,
+) -> Summary:
+    """Write the prepared label of every sample in `source_folder` as `output_folder`/<key>.png or .npz.
+
+    task, size, canny: as for `load_raw`; layouts and keys: see `layouts`. list_file: prepare only what it names.
+    A sample with missing or bad files is reported and left out, and the rest goes on. Existing files are replaced.
+    Raises `InputError` where nothing can be done: a bad option, no samples, or an output among the source's files.
+    """
+    check_size(size)
+    if canny not in edges.CANNY:
+        raise InputError(f"canny: expected one of {', '.join(edges.CANNY)}, got {canny!r}")
+    layout, output = find_layout(task, source_folder), Path(output_folder)
+    for root in (layout.images, layout.labels):
+        if output.resolve().is_relative_to(root.resolve()):
+            raise InputError(f"{output}: lies inside the source files {root}; choose a folder outside")
+    samples = layout.samples()
+    if not samples:
+        raise InputError(f"{source_folder}: no {task} files; expected images/NAME.jpg and labels/{_ending(task)}")
+    messages: list[Message] = []
+    prepared = 0
+    if list_file is not None:
+        samples, unknown = select(samples, [name for line in read_list(list_file) for name in line])
+        messages += [Message(name, f"listed in {list_file}, but not found", failed=True) for name in unknown]
+    some_images = any(sample.images for sample in samples)
+    with Progress("prepare", len(samples), unit="file") as progress:
+        for sample in samples:
+            try:
+                label = _load(sample, size, canny)
+            except InputError as error:
+                messages.append(Message(sample.key, str(error), failed=True))
+            else:
+                save_label(output / f"{sample.key}{'.png' if label.ndim == 2 else '.npz'}", label)
+                prepared += 1
+                messages += [Message(sample.key, text, failed=False) for text in _lacks(sample, some_images)]
+            progress.advance()
+    return Summary(prepared, sum(message.failed for message in messages), tuple(messages))
+
+
+def _load(sample: Sample, size: tuple[int, int] | None, canny: str) -> UInt8Array:
+    files, task = sample.files, sample.task
+    if len(sample.images) > 1:
+        raise InputError(f"several photographs of one name: {', '.join(image.name for image in sample.images)}")
+    if task in ("ade20k", "celebahq"):
+        label = _need(sample, "label")
+        ids = ade20k.load(label, size) if task == "ade20k" else celebahq.load(label, files.get("glasses"), size)
+        if not ids.any():
+            raise InputError(f"{label}: empty: every pixel is of class 0")
+        return ids
+    if not sample.images:
+        raise InputError("lacks its photograph, which gives the size of the label and, for celebahqedge, edges")
+    if task == "deepfashion":
+        return pose.load(sample.images[0], _need(sample, "candidate"), _need(sample, "subset"), size)
+    if not files:
+        raise InputError(f"lacks the masks of its parts, {_ending(task)}")
+    return edges.load(sample.images[0], files, size, canny)
+
+
+def _need(sample: Sample, role: str) -> Path:
+    if role not in sample.files:
+        raise InputError(f"lacks its label file, {_ending(sample.task, role)}")
+    return sample.files[role]
+
+
+def _lacks(sample: Sample, some_images: bool) -> list[str]:
+    """What a sample does without: parts, or its photograph where others of the folder have one."""
+    if sample.task == "celebahqedge":
+        missing = [part for part in ROLES[sample.task] if part not in sample.files]
+        return [f"lacks {', '.join(missing)}: taken as not visible"] if missing else []
+    return ["lacks its photograph: the label is prepared without"] if some_images and not sample.images else []
+
+
+def _ending(task: str, role: str | None = None) -> str:
+    """How the files of `task` (or of one `role`) are named, for messages."""
+    endings = ROLES[task]
+    return f"NAME{endings[role]}" if role else " and ".join(f"NAME{ending}" for ending in list(endings.values())[:2])
