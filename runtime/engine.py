@@ -1,0 +1,191 @@
+"""Engines: one graph of a bundle each, numpy arrays in and out, behind one small protocol.
+
+ONNX Runtime is the engine here. It falls back to the CPU on its own in several places (an absent provider, a library
+that does not load, a failing run); all of them are switched off or detected, so that what runs is what was asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle import STAGES, Bundle, StageSpec, TensorSpec
+from ..errors import BackendError, BundleError, InputError
+from .graph_check import refuse_external_data
+from .stages import signature
+
+BACKENDS = ("onnxruntime",)
+DEVICES = ("auto", "cpu", "cuda")
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_EXTRAS = {"cpu": "pip install flashcocos[cpu]", "cuda": "pip install flashcocos[gpu]"}
+_TYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
+_log = logging.getLogger("flashcocos.runtime")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineInfo:
+    """What runs a graph: backend with version, its provider, the device, and the precision of the stored weights."""
+
+    backend: str
+    provider: str
+    device: str
+    weights: str
+
+
+class Engine(Protocol):
+    """One graph, ready to run. `run` may be called from several threads at once."""
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """All outputs by name; `InputError` for inputs that the graph does not take."""
+        ...
+
+    def describe(self) -> EngineInfo:
+        """What runs this graph."""
+        ...
+
+    def close(self) -> None:
+        """Free the graph's memory; a later `run` raises `BackendError`."""
+        ...
+
+
+class OnnxRuntimeEngine:
+    """A stage of `bundle` in an ONNX Runtime session on `device`, "cpu" or "cuda".
+
+    threads: intra-op threads on the CPU; None leaves the number to ONNX Runtime (one per core).
+    Raises `BackendError` where onnxruntime or the device is not there, `BundleError` where the graph cannot be loaded,
+    has other inputs or outputs than the manifest states, or refers to files.
+    """
+
+    def __init__(self, bundle: Bundle, stage: str, *, device: str = "cpu", threads: int | None = None) -> None:
+        runtime = _import_onnxruntime()
+        provider = _PROVIDERS[device]
+        if provider not in runtime.get_available_providers():
+            raise BackendError(f"device {device!r}: this onnxruntime has no {provider}; {_EXTRAS[device]}")
+        self._name = f"{bundle.path}: stage {stage}"
+        self._spec = bundle.manifest.stages[stage]
+        self._errors = _onnxruntime_errors()
+        self._info = EngineInfo(f"onnxruntime {runtime.__version__}", provider, device, bundle.manifest.precision)
+        model = bundle.read_stage(stage)
+        refuse_external_data(model, self._name)
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 4  # what goes wrong is raised, not printed
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # never guessed from the bytes
+        try:
+            session = runtime.InferenceSession(model, options, providers=[provider], enable_fallback=0)
+        except self._errors as error:
+            message = f"{self._name}: onnxruntime cannot load the graph on {device}: {_one_line(error)}"
+            # on the CPU only the graph can be at fault
+            raise (BundleError if device == "cpu" else BackendError)(message) from error
+        if provider not in session.get_providers():
+            raise BackendError(
+                f"device {device!r}: onnxruntime could not start {provider} and would use "
+                f"{', '.join(session.get_providers())}; check the driver and CUDA libraries, or {_EXTRAS[device]}"
+            )
+        self._check_tensors("inputs", self._spec.inputs, session.get_inputs())
+        self._check_tensors("outputs", self._spec.outputs, session.get_outputs())
+        self._session: Any = session
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """All outputs by name; see `Engine.run`. A run that fails, say out of memory, raises `BackendError`."""
+        session = self._session  # held, so that close() in another thread cannot free it under this run
+        if session is None:
+            raise BackendError(f"{self._name}: the engine is closed")
+        _check_inputs(self._name, self._spec, inputs)
+        names = [tensor.name for tensor in self._spec.outputs]
+        try:
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        except self._errors as error:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
+            raise BackendError(
+                f"{self._name}: failed on {shapes}: {_one_line(error)}; where memory ran out, lower size or batch"
+            ) from error
+
+    def describe(self) -> EngineInfo:
+        """Backend, provider, device and weights."""
+        return self._info
+
+    def close(self) -> None:
+        """Free the session; closing twice does no harm."""
+        self._session = None
+
+    def _check_tensors(self, what: str, stated: tuple[TensorSpec, ...], actual: list[Any]) -> None:
+        found = signature(TensorSpec(t.name, _TYPES.get(t.type, t.type), tuple(t.shape)) for t in actual)
+        if found != signature(stated):
+            raise BundleError(
+                f"{self._name}: the manifest states the {what} {signature(stated)}, the graph has {found}; "
+                "export it again"
+            )
+
+
+def open_engines(
+    bundle: Bundle, *, backend: str = "onnxruntime", device: str = "auto", threads: int | None = None
+) -> dict[str, Engine]:
+    """An engine for every stage of `bundle`, by name, all on one device.
+
+    device: "cpu", "cuda", or "auto": CUDA where it starts, else the CPU; the choice is logged.
+    Raises as `OnnxRuntimeEngine`, and `InputError` for an unknown backend or device.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"unknown backend {backend!r}; available: {', '.join(BACKENDS)}")
+    if device not in DEVICES:
+        raise InputError(f"unknown device {device!r}; expected one of {', '.join(DEVICES)}")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads: expected a whole number from 1, or None for one per core; got {threads!r}")
+    if device != "auto":
+        return {stage: OnnxRuntimeEngine(bundle, stage, device=device, threads=threads) for stage in STAGES}
+    if _PROVIDERS["cuda"] in _import_onnxruntime().get_available_providers():
+        try:
+            engines = open_engines(bundle, backend=backend, device="cuda", threads=threads)
+            _log.info("device auto: cuda")
+            return engines
+        except BackendError as error:
+            _log.warning("device auto: cpu, because cuda does not start: %s", error)
+    else:
+        _log.info("device auto: cpu (this onnxruntime has no CUDA provider)")
+    return open_engines(bundle, backend=backend, device="cpu", threads=threads)
+
+
+def available_providers() -> list[str]:
+    """The execution providers of the installed onnxruntime; `BackendError` where there is none."""
+    return list(_import_onnxruntime().get_available_providers())
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise BackendError(
+            f"backend 'onnxruntime' cannot be imported ({error}); {_EXTRAS['cpu']}, "
+            f"or on an NVIDIA GPU {_EXTRAS['cuda']}"
+        ) from error
+
+
+def _onnxruntime_errors() -> tuple[type[Exception], ...]:
+    # onnxruntime's exceptions share no base class short of Exception
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    members = [member for member in vars(state).values() if isinstance(member, type)]
+    return (*(member for member in members if issubclass(member, Exception)), RuntimeError, ValueError, MemoryError)
+
+
+def _check_inputs(name: str, spec: StageSpec, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
+    expected = {tensor.name: tensor for tensor in spec.inputs}
+    if set(inputs) != set(expected):
+        raise InputError(f"{name}: takes the inputs {sorted(expected)}, got {sorted(inputs)}")
+    for key, array in inputs.items():
+        tensor = expected[key]
+        fits = len(tensor.shape) == array.ndim and all(
+            isinstance(side, str) or side == size for side, size in zip(tensor.shape, array.shape, strict=True)
+        )
+        if array.dtype != np.dtype(tensor.dtype) or not fits:
+            raise InputError(f"{name}: {key}: expected {tensor.dtype} {tensor.shape}, got {array.dtype} {array.shape}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

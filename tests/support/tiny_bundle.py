@@ -1,0 +1,115 @@
+"""Model bundles small enough to make in a test: a few ONNX operators a stage, no trained weights, no torch.
+
+theta is a fixed 1x1 convolution of the label averaged over 4x4 pixels and phi the same of the exemplar's label (of its
+picture, where the label is not mixed in), so that equal labels match; synthesis enlarges the warped colours and adds
+a little of the label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from flashcocos.bundle import STAGES, Manifest, StageSpec, write_bundle
+from flashcocos.config import ModelConfig
+from flashcocos.runtime.stages import stage_tensors
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+CLASSES = ModelConfig.preset("tiny", warp_upsampling="nearest")
+CHANNELS = ModelConfig.preset("tiny-channels")
+_TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
+
+
+def write_tiny_bundle(
+    path: Path, config: ModelConfig = CLASSES, change: Callable[[str, ModelProto], None] | None = None, *, seed: int = 0
+) -> Path:
+    """A valid bundle at `path`; `change(stage, model)` may damage a graph before it is written."""
+    tensors = stage_tensors(config)
+    files, stages = {}, {}
+    for stage in STAGES:
+        model = _graph(stage, config, seed)
+        if change is not None:
+            change(stage, model)
+        files[f"{stage}.onnx"] = model.SerializeToString()
+        stages[stage] = StageSpec(f"{stage}.onnx", *tensors[stage])
+    return write_bundle(path, Manifest(config, "float32", 20, stages, {}), files)
+
+
+def random_label(config: ModelConfig, height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A prepared label of blocks of 8 pixels: ids (H, W) uint8, or planes (channels, H, W) uint8."""
+    generator = np.random.default_rng(seed)
+    blocks = (-(-height // 8), -(-width // 8))
+    if config.label_kind == "classes":
+        coarse = generator.integers(0, config.label_channels, blocks, np.uint8)
+    else:
+        coarse = generator.integers(0, 256, (config.label_channels, *blocks), np.uint8)
+    return coarse.repeat(8, -1).repeat(8, -2)[..., :height, :width]
+
+
+def random_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Coloured blocks of 4 pixels, (H, W, 3) uint8."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (-(-height // 4), -(-width // 4), 3), np.uint8)
+    return coarse.repeat(4, 0).repeat(4, 1)[:height, :width]
+
+
+def _graph(stage: str, config: ModelConfig, seed: int) -> ModelProto:
+    generator = np.random.default_rng(seed)
+    source = config.label_channels if stage == "query" or config.mask_mixing else 3
+    features = generator.standard_normal((config.feature_channels, source, 1, 1)).astype(np.float32)
+    constants: dict[str, np.ndarray] = {}
+    if stage == "query":
+        nodes = [*_planes(config, constants), _pool("planes", "coarse"), _node("Conv", ["coarse", "w"], "theta")]
+        constants["w"] = features
+    elif stage == "exemplar":
+        nodes = [_values(config)]
+        nodes += [*_planes(config, constants), _pool("planes", "c")] if config.mask_mixing else [_pool("image", "c")]
+        nodes += [_node("Conv", ["c", "w"], "phi")]
+        constants["w"] = features
+    else:
+        if config.warp_upsampling == "patch":
+            nodes = [_node("DepthToSpace", ["warped"], "warped_image", blocksize=4, mode="DCR")]
+        else:
+            constants["scales"] = np.array([1, 1, 4, 4], np.float32)
+            nodes = [_node("Resize", ["warped", "", "scales"], "warped_image", mode="nearest")]
+        constants["mix"] = 0.1 * generator.standard_normal((3, config.label_channels, 1, 1)).astype(np.float32)
+        nodes += [
+            *_planes(config, constants),
+            _node("Conv", ["planes", "mix"], "tint"),
+            _node("Add", ["warped_image", "tint"], "sum"),
+            _node("Tanh", ["sum"], "image"),
+        ]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(t.name, _TYPES[t.dtype], list(t.shape)) for t in tensors]
+        for tensors in stage_tensors(config)[stage]
+    )
+    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, stage, inputs, outputs, initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def _planes(config: ModelConfig, constants: dict[str, np.ndarray]) -> list[NodeProto]:
+    if config.label_kind == "channels":
+        return [_node("Identity", ["label"], "planes")]
+    constants["ids"] = np.arange(config.label_channels, dtype=np.uint8).reshape(1, -1, 1, 1)
+    constants["one"] = np.array([1], np.int64)
+    return [
+        _node("Unsqueeze", ["label", "one"], "stacked"),
+        _node("Equal", ["stacked", "ids"], "is_class"),
+        _node("Cast", ["is_class"], "planes", to=TensorProto.FLOAT),
+    ]
+
+
+def _values(config: ModelConfig) -> NodeProto:
+    if config.warp_upsampling == "patch":
+        return _node("SpaceToDepth", ["image"], "values", blocksize=4)
+    return _pool("image", "values")
+
+
+def _pool(source: str, target: str) -> NodeProto:
+    return _node("AveragePool", [source], target, kernel_shape=[4, 4], strides=[4, 4])
+
+
+def _node(operator: str, inputs: list[str], output: str, **attributes: object) -> NodeProto:
+    return helper.make_node(operator, inputs, [output], **attributes)
