@@ -41,15 +41,11 @@ class CoCosNet(nn.Module):
     With `spectral_norm` the weights are parametrised as in training; without, they are plain (a folded model).
     """
 
-    class_ids: Tensor
-
     def __init__(self, config: ModelConfig, *, spectral_norm: bool = False) -> None:
         super().__init__()
         self.config = config
         self.correspondence = Correspondence(config)
         self.generator = Generator(config)
-        ids = torch.arange(config.label_channels, dtype=torch.uint8).reshape(1, -1, 1, 1)
-        self.register_buffer("class_ids", ids, persistent=False)
         if spectral_norm:
             add_spectral_norm(self)
 
@@ -119,7 +115,8 @@ class CoCosNet(nn.Module):
         if self.config.label_kind != "classes":
             raise InputError(f"label: expected {self.config.label_channels} float planes, got {label.dtype} class ids")
         _check_size(label, 3, "label")
-        return (label[:, None] == self.class_ids).to(dtype)
+        ids = torch.arange(self.config.label_channels, dtype=torch.int32, device=label.device).reshape(1, -1, 1, 1)
+        return (label[:, None].to(torch.int32) == ids).to(dtype)
 
 
 def _check_size(x: Tensor, dimensions: int, name: str) -> None:

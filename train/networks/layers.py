@@ -26,9 +26,24 @@ def add_spectral_norm(model: nn.Module) -> None:
             parametrizations.spectral_norm(module)
 
 
-def has_spectral_norm(model: nn.Module) -> bool:
-    """Whether `add_spectral_norm` was called on `model`."""
-    return any(isinstance(module, SpectralConv2d) and parametrize.is_parametrized(module) for module in model.modules())
+def fold_spectral_norm(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """weight / (u^T W v), W being `weight` (out, ...) as a matrix: divided in float64, returned in float32.
+
+    u and v are the estimates that training kept, not re-estimated, so the folded layer equals the trained one.
+    """
+    matrix = weight.double().flatten(1)
+    return (weight.double() / (u.double() @ matrix @ v.double())).float()
+
+
+def folded_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that `model` would have without `add_spectral_norm`, its layers' functions unchanged."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, SpectralConv2d) and parametrize.is_parametrized(module):
+            prefix = f"{name}.parametrizations.weight"
+            weight, u, v = (state.pop(f"{prefix}.{leaf}") for leaf in ("original", "0._u", "0._v"))
+            state[f"{name}.weight"] = fold_spectral_norm(weight, u, v)
+    return state
 
 
 def subsample(planes: Tensor, step: int) -> Tensor:

@@ -1,0 +1,108 @@
+"""Model files: the weights of one `CoCosNet` as safetensors, its configuration and provenance in the file's metadata.
+
+Spectral norm is folded into the weights on saving, so a model file is ready for inference and export. A file may come
+from anyone: names, shapes, dtypes and values are checked before use, and safetensors holds no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..errors import CheckpointError, InputError
+from ..files import atomic_path
+from .networks import CoCosNet
+from .networks.layers import folded_state
+
+FORMAT = "flashcocos-model"
+FORMAT_VERSION = "1"
+
+
+def save_model(path: str | os.PathLike[str], model: CoCosNet, provenance: dict[str, Any] | None = None) -> None:
+    """Write `model` to `path` atomically, float32, spectral norm folded; `provenance` is any JSON object."""
+    save_state(path, model.config, folded_state(model), provenance)
+
+
+def save_state(
+    path: str | os.PathLike[str], config: ModelConfig, state: dict[str, Tensor], provenance: dict[str, Any] | None
+) -> None:
+    """`save_model` for the folded state dict of a model that need not exist."""
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": config.to_json(),
+        "provenance": json.dumps(provenance or {}),
+    }
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_model(path: str | os.PathLike[str]) -> CoCosNet:
+    """The model in `path`, in evaluation mode, on the CPU; `CheckpointError` if the file is not a sound model file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            config, _ = _metadata(path, file.metadata())
+            with torch.device("meta"):  # shapes alone: nothing is allocated for a file that turns out bad
+                model = CoCosNet(config)
+            expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            _check_keys(path, list(expected), list(file.keys()))
+            state = {name: _read(path, file, name, shape) for name, shape in expected.items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable model file ({error}); `flashcocos convert` or `train` writes one"
+        ) from error
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def read_metadata(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
+    """Configuration and provenance of the model file `path`, without its weights."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _metadata(path, file.metadata())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable model file ({error})") from error
+
+
+def _check_keys(path: object, expected: list[str], found: list[str]) -> None:
+    if missing := sorted(set(expected) - set(found)):
+        raise CheckpointError(f"{path}: {missing[0]!r} is missing ({len(missing)} of {len(expected)} keys are)")
+    if extra := sorted(set(found) - set(expected)):
+        raise CheckpointError(f"{path}: {extra[0]!r} is no part of the network described ({len(extra)} such keys)")
+
+
+def _read(path: object, file: Any, name: str, shape: tuple[int, ...]) -> Tensor:
+    part = file.get_slice(name)
+    if (part.get_dtype(), tuple(part.get_shape())) != ("F32", shape):
+        raise CheckpointError(f"{path}: {name!r} is {part.get_dtype()} {tuple(part.get_shape())}, expected F32 {shape}")
+    tensor: Tensor = file.get_tensor(name)
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{path}: {name!r} holds values that are not finite")
+    return tensor
+
+
+def _metadata(path: object, metadata: dict[str, str] | None) -> tuple[ModelConfig, dict[str, Any]]:
+    metadata = metadata or {}
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: a safetensors file, but not of flashcocos; `flashcocos convert` makes models")
+    if (version := metadata.get("format_version")) != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {version!r} is unknown to this flashcocos, which reads {FORMAT_VERSION!r}; "
+            "install a matching flashcocos"
+        )
+    try:
+        config = ModelConfig.from_json(metadata.get("config", ""))
+        provenance = json.loads(metadata.get("provenance", "{}"))
+    except (InputError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the metadata is damaged: {error}") from error
+    if not isinstance(provenance, dict):
+        raise CheckpointError(f"{path}: the provenance is not a JSON object")
+    return config, provenance

@@ -1,0 +1,345 @@
+"""flashcocos-avatars: the built-in paired data set, rendered on the user's machine and kept in a file.
+
+A pair is (label, exemplar, exemplar label, target): target = structure s under look L, exemplar = structure s' under L,
+so the target of the translation is exact. By share: retrieved pairs (another structure, mostly of the same style),
+pseudo pairs (the exemplar is the target, warped at random) and free pairs (an exemplar of another look; no target).
+Coverage: a class that fills over 1 % of the target must fill over 0.4 % of the exemplar; else the exemplar is drawn
+again, eight times at most, and then such classes get a fixed paint in both pictures.
+Splits share no structure and no look, and training shows none of the held-out hair variants.
+Every pair follows from (seed, split, index) alone. Flat synthetic art: it says nothing of quality on photographs.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import sqlite3
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import InputError
+from ...progress import Progress
+from .avatars_draw import Structure, package_versions, random_structure, render_image, render_label
+from .avatars_paint import CLASSES, DEFAULT_LOOK, Look, random_look
+
+SPLITS = {"train": 20_000, "validation": 1_000, "test": 1_000}
+FORMAT = 1  # raise it when a change of this code changes any pair
+MAX_REDRAWS = 8
+TARGET_SHARE, EXEMPLAR_SHARE = 0.01, 0.004
+_COVERED = np.array([name != "trim" for name in CLASSES])  # the trim keeps the artist's colours under every look
+_CHUNK = 64  # pairs per work unit and per transaction
+
+
+@dataclasses.dataclass(frozen=True)
+class AvatarOptions:
+    """What decides the pairs beside split and index.
+
+    size: side in pixels, 8 to 4096. seed: another seed is another data set. retrieved, pseudo: shares of these kinds
+    of pairs; the rest is free. across: share of the retrieved pairs whose exemplar may be of another style.
+    """
+
+    size: int = 128
+    seed: int = 0
+    retrieved: float = 0.6
+    pseudo: float = 0.3
+    across: float = 0.1
+
+    def __post_init__(self) -> None:
+        shares = (self.retrieved, self.pseudo, self.across)
+        if any(not 0 <= share <= 1 for share in shares) or self.retrieved + self.pseudo > 1 + 1e-9:
+            raise InputError(
+                "avatar pairs: retrieved, pseudo and across are shares from 0 to 1, the first two of one total; "
+                f"got {self.retrieved}, {self.pseudo}, {self.across}"
+            )
+        if not 8 <= self.size <= 4096:
+            raise InputError(f"avatar size: expected 8 to 4096 pixels, got {self.size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One rendered pair, all uint8: labels (H, W), pictures (H, W, 3). A free pair's target is blank.
+
+    kind: "retrieved", "pseudo" or "free".
+    """
+
+    kind: str
+    label: np.ndarray
+    target: np.ndarray
+    exemplar_label: np.ndarray
+    exemplar: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What pair number `index` of a split shows, before it is drawn. `partner` is None for a pseudo pair."""
+
+    kind: str
+    structure: Structure
+    look: Look
+    partner: Structure | None
+    partner_look: Look
+
+
+def plan_pair(split: str, index: int, options: AvatarOptions) -> Plan:
+    """The structures and looks of one pair; draws labels, as the coverage rule needs them.
+
+    Raises `InputError` for an unknown split or an index outside it, `BackendError` without the extra `avatars`.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    if not 0 <= index < SPLITS[split]:
+        raise InputError(f"{split} has the structures 0 to {SPLITS[split] - 1}, got {index}")
+    key = f"{options.seed}/{split}/{index}"
+    held_out = None if split == "test" else False
+    structure = random_structure(f"{key}/structure", held_out=held_out)
+    look = random_look(f"{key}/look")
+    rng = random.Random(f"{key}/kind")
+    kind_draw, across_draw = rng.random(), rng.random()
+    if kind_draw >= options.retrieved:
+        if kind_draw < options.retrieved + options.pseudo:
+            return Plan("pseudo", structure, look, None, look)
+        partner = random_structure(f"{key}/free", style=structure.style, held_out=held_out)
+        return Plan("free", structure, look, partner, random_look(f"{key}/free look"))
+    style = None if across_draw < options.across else structure.style
+    label = render_label(structure, options.size)
+    best, missing = None, np.ones(len(CLASSES), dtype=bool)
+    for draw in range(1 + MAX_REDRAWS):
+        candidate = random_structure(f"{key}/partner {draw}", style=style, held_out=held_out)
+        lacking = uncovered(label, render_label(candidate, options.size))
+        if best is None or lacking.sum() < missing.sum():
+            best, missing = candidate, lacking
+        if not missing.any():
+            break
+    for place in np.flatnonzero(missing):
+        look = look.replace(CLASSES[place], DEFAULT_LOOK.paints[place])
+    return Plan("retrieved", structure, look, best, look)
+
+
+def uncovered(label: np.ndarray, exemplar_label: np.ndarray) -> np.ndarray:
+    """Which classes of `label` the exemplar shows too little of to copy their paint; bool (12,)."""
+    wanted = np.bincount(label.ravel(), minlength=len(CLASSES)) > TARGET_SHARE * label.size
+    shown = np.bincount(exemplar_label.ravel(), minlength=len(CLASSES)) > EXEMPLAR_SHARE * exemplar_label.size
+    return wanted & ~shown & _COVERED
+
+
+def render_pair(split: str, index: int, options: AvatarOptions) -> Pair:
+    """Draw one pair; same arguments and package versions, same bytes."""
+    plan, size = plan_pair(split, index, options), options.size
+    label = render_label(plan.structure, size)
+    if plan.kind == "free":
+        target = np.zeros((size, size, 3), dtype=np.uint8)
+    else:
+        target = render_image(plan.structure, plan.look, size)
+    if plan.partner is None:
+        flow = random_flow(f"{options.seed}/{split}/{index}/flow", size)
+        return Pair(plan.kind, label, target, warp_nearest(label, flow), warp_bilinear(target, flow))
+    partner = plan.partner
+    return Pair(plan.kind, label, target, render_label(partner, size), render_image(partner, plan.partner_look, size))
+
+
+def random_flow(key: str, size: int) -> np.ndarray:
+    """A smooth random warp: source position (y, x) in pixels of every output pixel, float32 (2, size, size)."""
+    rng = random.Random(key)
+    knots = 5
+    bends = np.array([rng.uniform(-0.06, 0.06) for _ in range(2 * knots * knots)]).reshape(2, knots, knots)
+    at = np.linspace(0, knots - 1, size)
+    low = np.minimum(at.astype(int), knots - 2)
+    part = at - low
+    rows = bends[:, low] * (1 - part)[:, None] + bends[:, low + 1] * part[:, None]
+    smooth = rows[:, :, low] * (1 - part) + rows[:, :, low + 1] * part
+    zoom, turn = rng.uniform(0.85, 1.15), rng.uniform(-0.25, 0.25)
+    shift_y, shift_x = rng.uniform(-0.08, 0.08), rng.uniform(-0.08, 0.08)
+    mirror = -1 if rng.random() < 0.5 else 1
+    y, x = np.mgrid[:size, :size] / max(size - 1, 1) - 0.5
+    cos, sin = np.cos(turn) * zoom, np.sin(turn) * zoom
+    flow = np.stack([cos * y + sin * x * mirror + shift_y, cos * x * mirror - sin * y + shift_x]) + smooth
+    return ((flow + 0.5) * (size - 1)).clip(0, size - 1).astype(np.float32)
+
+
+def warp_nearest(label: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """The label (H, W) seen through `flow`."""
+    y, x = np.rint(flow).astype(int)
+    return label[y, x]
+
+
+def warp_bilinear(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """The picture (H, W, 3) uint8 seen through `flow`."""
+    y, x = np.minimum(flow.astype(int), np.array(image.shape[:2])[:, None, None] - 2)
+    part_y, part_x = (flow - (y, x))[..., None]
+    top = image[y, x] * (1 - part_x) + image[y, x + 1] * part_x
+    bottom = image[y + 1, x] * (1 - part_x) + image[y + 1, x + 1] * part_x
+    return np.rint(top * (1 - part_y) + bottom * part_y).astype(np.uint8)
+
+
+def cache_folder() -> Path:
+    """Where pairs are kept unless told otherwise: `flashcocos` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashcocos"
+
+
+def prepare_pairs(
+    split: str,
+    options: AvatarOptions,
+    *,
+    count: int | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+) -> Path:
+    """Render the first `count` pairs of a split (all by default) unless they are there, and return their file.
+
+    The file is an SQLite database in `folder` (`cache_folder()` by default), named after everything that decides the
+    pairs, package versions included; an interrupted run keeps what it has done. `workers`: processes, by default one
+    per CPU. Raises `InputError` for a damaged file and a count outside the split.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    count = SPLITS[split] if count is None else count
+    if not 1 <= count <= SPLITS[split]:
+        raise InputError(f"count: {split} has 1 to {SPLITS[split]} pairs, got {count}")
+    identity = {"format": FORMAT, "split": split, **dataclasses.asdict(options), **package_versions()}
+    text = json.dumps(identity, sort_keys=True)
+    name = f"avatars-{split}-{options.size}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.sqlite"
+    path = Path(cache_folder() if folder is None else folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _database(path) as database:
+        database.execute("CREATE TABLE IF NOT EXISTS pairs (number INTEGER PRIMARY KEY, pair BLOB NOT NULL)")
+        present = {row[0] for row in database.execute("SELECT number FROM pairs WHERE number < ?", (count,))}
+        missing = [index for index in range(count) if index not in present]
+        chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
+        with Progress(f"render avatars ({split})", len(missing), unit="pair") as progress:
+            for indices, blobs in _render_chunks(split, chunks, options, workers or os.cpu_count() or 1):
+                database.executemany("INSERT OR REPLACE INTO pairs VALUES (?, ?)", zip(indices, blobs, strict=True))
+                database.commit()
+                progress.advance(len(indices))
+    return path
+
+
+class AvatarPairs:
+    """The pairs of a split as a map-style data set (torch's `DataLoader` takes it as it is).
+
+    An item is a dict: label and exemplar_label uint8 (H, W); exemplar and target float32 (3, H, W) in [-1, 1];
+    has_target bool; self_ref bool, true where the exemplar is a warp of the target.
+    Renders what is missing on construction, as `prepare_pairs` does and with its arguments and errors.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        options: AvatarOptions | None = None,
+        *,
+        count: int | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        workers: int | None = None,
+    ) -> None:
+        self.options = options or AvatarOptions()
+        self.path = prepare_pairs(split, self.options, count=count, folder=folder, workers=workers)
+        self._count = SPLITS[split] if count is None else count
+        self._reader: tuple[int, sqlite3.Connection] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self.pair(index)
+        return {
+            "label": pair.label,
+            "exemplar": _to_float(pair.exemplar),
+            "exemplar_label": pair.exemplar_label,
+            "target": _to_float(pair.target),
+            "has_target": pair.kind != "free",
+            "self_ref": pair.kind == "pseudo",
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
+    def pair(self, index: int) -> Pair:
+        """Pair number `index` as uint8 arrays; `IndexError` outside the data set, `InputError` for a damaged file."""
+        if not 0 <= index < self._count:
+            raise IndexError(f"pair {index} of {self._count}")
+        # a connection must not cross a fork, and data loaders fork
+        if self._reader is None or self._reader[0] != os.getpid():
+            self._reader = (os.getpid(), sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True))
+        try:
+            row = self._reader[1].execute("SELECT pair FROM pairs WHERE number = ?", (index,)).fetchone()
+            if row is None:
+                raise _damaged(self.path, f"pair {index} is missing")
+            return _unpack(row[0], self.options.size)
+        except (sqlite3.DatabaseError, zlib.error) as error:
+            raise _damaged(self.path, str(error)) from error
+
+
+_KINDS = ("retrieved", "pseudo", "free")
+
+
+def _pack(pair: Pair) -> bytes:
+    arrays = (pair.label, pair.target, pair.exemplar_label, pair.exemplar)
+    return zlib.compress(bytes([_KINDS.index(pair.kind)]) + b"".join(array.tobytes() for array in arrays), 1)
+
+
+def _unpack(blob: bytes, size: int) -> Pair:
+    data = np.frombuffer(zlib.decompress(blob), dtype=np.uint8)
+    label, target, exemplar_label, exemplar = np.split(data[1:], np.cumsum([1, 3, 1]) * size * size)
+    plane, picture = (size, size), (size, size, 3)
+    return Pair(
+        _KINDS[data[0]],
+        label.reshape(plane),
+        target.reshape(picture),
+        exemplar_label.reshape(plane),
+        exemplar.reshape(picture),
+    )
+
+
+def _to_float(image: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
+
+
+def _render_chunk(split: str, indices: list[int], options: AvatarOptions) -> list[bytes]:
+    return [_pack(render_pair(split, index, options)) for index in indices]
+
+
+def _render_chunks(
+    split: str, chunks: list[list[int]], options: AvatarOptions, workers: int
+) -> Iterator[tuple[list[int], list[bytes]]]:
+    if min(workers, len(chunks)) <= 1:
+        for indices in chunks:
+            yield indices, _render_chunk(split, indices, options)
+        return
+    # spawn: a fork of a process whose libraries run threads can hang
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            futures = {pool.submit(_render_chunk, split, indices, options): indices for indices in chunks}
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _database:
+    """A connection that closes on exit and turns SQLite's complaints into `InputError`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> sqlite3.Connection:
+        self.connection = sqlite3.connect(self.path)
+        return self.connection
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.connection.close()
+        if isinstance(error, sqlite3.DatabaseError):
+            raise _damaged(self.path, str(error)) from error
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} is damaged ({reason}): delete it, and the pairs are rendered again")
