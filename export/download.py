@@ -1,0 +1,180 @@
+"""Fetch the published checkpoints: resumed where cut, checked by SHA-384, kept in a cache folder.
+
+The ade20k pair is mirrored by Open Model Zoo (2022.1, model cocosnet); names, sizes and hashes are the mirror's own.
+The other tasks' checkpoints are behind links that need a browser: see the public CoCosNet README.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import http.client
+import os
+import shutil
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from ..errors import CheckpointError, FlashcocosError, InputError
+from ..progress import Progress
+
+BASE_URL = "https://storage.openvinotoolkit.org/repositories/open_model_zoo/public/2022.1/cocosnet/model_files/ckpt/"
+ATTEMPTS = 4
+RETRY_WAIT = 1.0  # seconds, times the attempt
+TIMEOUT = 30.0  # seconds without a byte
+BLOCK = 1 << 18
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteFile:
+    """A published file: its name below the base URL, size in bytes, and SHA-384 (hexadecimal)."""
+
+    name: str
+    bytes: int
+    sha384: str
+
+
+# correspondence network, generator
+PUBLISHED: dict[str, tuple[RemoteFile, RemoteFile]] = {
+    "ade20k": (
+        RemoteFile(
+            "latest_net_Corr.pth", 237_624_725,
+            "f756f61b5b4d7ca0e23b7a3208ec8c8d5307fd834cef0dbeea7b7d8bc051eda9ecee2b71a378a2ecc5086a769242fc9a",
+        ),
+        RemoteFile(
+            "latest_net_G.pth", 387_069_636,
+            "25b790181bbb30c5bd09627756bd70c8bd528431c57c8508ea48f3f352fda987203f19cc129b5706927bd68878d46e0d",
+        ),
+    ),
+}  # fmt: skip
+
+
+def download(
+    name: str = "ade20k", cache: str | os.PathLike[str] | None = None, *, base_url: str = BASE_URL
+) -> tuple[Path, Path]:
+    """The checkpoint `name` on this machine: paths of the correspondence network and of the generator.
+
+    cache: folder to keep it in, `cache_folder()` by default. base_url: a mirror that holds the same files.
+    A file that is there with the right hash is not fetched again; one that was cut off is resumed.
+    Raises `InputError` for an unknown name or URL, `CheckpointError` for a file that is not the published one, and
+    `FlashcocosError` where the network or the disk gives out.
+    """
+    if name not in PUBLISHED:
+        raise InputError(
+            f"no public mirror of {name!r}; available: {', '.join(PUBLISHED)}. Fetch it with a browser from the links "
+            "of the CoCosNet README, then run `flashcocos convert`"
+        )
+    if not base_url.startswith(("https://", "http://")):
+        raise InputError(f"base URL {base_url!r}: expected https:// or http://")
+    folder = (cache_folder() if cache is None else Path(cache)) / name
+    corr, generator = PUBLISHED[name]
+    return _fetch(corr, folder, base_url), _fetch(generator, folder, base_url)
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: the platform's cache folder, or `XDG_CACHE_HOME` where it is an absolute path."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(home):
+        base = Path(home)
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path.home() / ".cache"
+    return base / "flashcocos"
+
+
+def _fetch(remote: RemoteFile, folder: Path, base_url: str) -> Path:
+    """`folder`/`remote.name`, fetched unless it is there already."""
+    target = folder / remote.name
+    if _size(target) == remote.bytes and _sha384(target) == remote.sha384:
+        return target
+    url = base_url.rstrip("/") + "/" + remote.name
+    part = target.with_name(f"{target.name}.part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if _size(part) > remote.bytes:
+            part.unlink()
+        missing, free = remote.bytes - _size(part), shutil.disk_usage(folder).free
+        if free < missing:
+            raise FlashcocosError(
+                f"{folder}: {free >> 20} MiB free, {remote.name} needs {-(-missing >> 20)} MiB more; make room or "
+                "choose another cache folder"
+            )
+        with Progress(remote.name, remote.bytes, unit="B") as progress:
+            _complete(url, part, remote, progress)
+    except OSError as error:
+        raise FlashcocosError(
+            f"{part}: {error.strerror or error}; what was fetched is kept, run the command again to resume"
+        ) from error
+    digest = _sha384(part)
+    if digest != remote.sha384:
+        part.unlink()
+        raise CheckpointError(
+            f"{url}: SHA-384 is {digest}, expected {remote.sha384}; the file is deleted: run the command again, or use "
+            "another mirror"
+        )
+    os.replace(part, target)
+    return target
+
+
+def _complete(url: str, part: Path, remote: RemoteFile, progress: Progress) -> None:
+    """Extend `part` until it has all bytes, over as many connections as `ATTEMPTS` allows."""
+    reason: Exception | None = None
+    for attempt in range(ATTEMPTS):
+        if _size(part) == remote.bytes:
+            return
+        if attempt:
+            time.sleep(RETRY_WAIT * attempt)
+        try:
+            _transfer(url, part, remote, progress)
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                raise FlashcocosError(
+                    f"{url}: HTTP {error.code} {error.reason}; the mirror may have moved, give another base URL"
+                ) from error
+            reason = error
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            reason = error
+    if _size(part) != remote.bytes:
+        raise FlashcocosError(
+            f"{url}: cut off at {_size(part)} of {remote.bytes} bytes ({reason or 'connection closed'}); run the "
+            "command again to resume"
+        ) from reason
+
+
+def _transfer(url: str, part: Path, remote: RemoteFile, progress: Progress) -> None:
+    """One connection: append what `part` lacks, or start over where the server ignores the range."""
+    start = _size(part)
+    headers = {"User-Agent": "flashcocos"} | ({"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            start = 0
+        length = response.headers.get("Content-Length", "")
+        if length.isdecimal() and start + int(length) != remote.bytes:
+            raise CheckpointError(
+                f"{url}: {start + int(length)} bytes on the server, expected {remote.bytes}: not the published file"
+            )
+        progress.done = start
+        with open(part, "ab" if start else "wb") as file:
+            while block := response.read(BLOCK):
+                if file.tell() + len(block) > remote.bytes:
+                    raise CheckpointError(f"{url}: more than {remote.bytes} bytes: not the published file")
+                file.write(block)
+                progress.advance(len(block))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _sha384(path: Path) -> str:
+    digest = hashlib.sha384()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
