@@ -1,0 +1,304 @@
+"""The command line: `flashcocos COMMAND`. Only argparse is imported until a command runs, so that `--help` is instant.
+
+Each command is a parser and a `_run_...` function that calls one function of the package. Exit codes: 0 done, 1 an
+error or at least one file that failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from . import __version__
+from .errors import FlashcocosError
+
+# the extra that brings a package which a command may find missing
+_EXTRAS = {"torch": "export", "safetensors": "export", "onnx": "export", "onnxscript": "export", "onnxruntime": "cpu"}
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors are one line on standard error unless `--debug`."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (FlashcocosError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"flashcocos {options.command}: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        if options.debug or extra is None:
+            raise
+        print(
+            f"flashcocos {options.command}: error: the package {error.name} is missing; "
+            f"pip install 'flashcocos[{extra}]'",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print(f"flashcocos {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flashcocos", description="Exemplar-based image translation (CoCosNet), built for deployment."
+    )
+    parser.add_argument("--version", action="version", version=f"flashcocos {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Run, summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=run)
+        return sub
+
+    _add_translate(command)
+    _add_info(command)
+    _add_prepare(command)
+    _add_download(command)
+    _add_convert(command)
+    _add_export(command)
+    _add_verify(command)
+    return parser
+
+
+Command = Callable[[str, Run, str, str], argparse.ArgumentParser]
+
+
+def _size(text: str) -> tuple[int, int] | str:
+    return "input" if text == "input" else _sides(text)
+
+
+def _sides(text: str) -> tuple[int, int]:
+    """Parse "256" as (256, 256) and "256x384" as (256, 384), height first."""
+    parts = text.lower().split("x")
+    try:
+        height, width = (int(parts[0]), int(parts[-1])) if len(parts) <= 2 else (0, 0)
+    except ValueError:
+        height = width = 0
+    if height <= 0 or width <= 0:
+        raise argparse.ArgumentTypeError(f"expected SIDE or HEIGHTxWIDTH in pixels, got {text!r}")
+    return height, width
+
+
+def _add_translate(command: Command) -> None:
+    sub = command(
+        "translate",
+        _run_translate,
+        "Translate label maps into images that take their look from exemplars.",
+        "flashcocos translate --model model.zip --input labels/ --exemplar cat.jpg --exemplar-label cat.png -o out/",
+    )
+    sub.add_argument("--model", required=True, metavar="BUNDLE", help="model bundle, a folder or a .zip")
+    sub.add_argument("--input", metavar="PATH", help="label file, or folder of label files (see `flashcocos prepare`)")
+    sub.add_argument("--exemplar", metavar="PATH", help="exemplar image for all, or folder of images paired by name")
+    sub.add_argument("--exemplar-label", metavar="PATH", help="label file of the exemplar, or folder paired by name")
+    sub.add_argument("--pairs", metavar="CSV", help="instead of these: lines of input,exemplar[,exemplar_label]")
+    sub.add_argument("-o", "--output", required=True, metavar="PATH", help="image to write, or folder for a folder")
+    sub.add_argument("--size", type=_size, help='SIDE, HEIGHTxWIDTH or "input" (default: the model\'s own)')
+    sub.add_argument("--format", choices=("png", "jpg"), default="png", help="of the images in a folder")
+    sub.add_argument("--save", default="", metavar="LIST", help="also write any of warped,matches,confidence,grid")
+    sub.add_argument("--grid", action="store_true", help="same as --save grid: input, exemplar, warped, result in one")
+    sub.add_argument("--resume", action="store_true", help="skip inputs whose output is there already")
+    _add_engine(sub)
+
+
+def _add_engine(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the graphs run")
+    sub.add_argument("--warp", choices=("auto", "numpy", "numba"), default="auto", help="which code warps on the CPU")
+    sub.add_argument("--threads", type=int, metavar="N", help="CPU threads of each graph (default: all cores)")
+
+
+def _run_translate(options: argparse.Namespace) -> int:
+    from .progress import Progress
+    from .runtime import Translator
+    from .runtime.batch import translate_folder
+
+    save = {name for name in options.save.split(",") if name} | ({"grid"} if options.grid else set())
+    with (
+        Translator(options.model, device=options.device, threads=options.threads, warp=options.warp) as translator,
+        Progress("translate", unit="image") as progress,
+    ):
+        summary = translate_folder(
+            translator,
+            options.input,
+            options.exemplar,
+            options.exemplar_label,
+            options.output,
+            pairs=options.pairs,
+            size=options.size,
+            save=save,
+            suffix=f".{options.format}",
+            resume=options.resume,
+            progress=progress,
+        )
+    print(f"{summary.done} translated, {summary.skipped} skipped, {len(summary.failed)} failed: {options.output}")
+    return 1 if summary.failed else 0
+
+
+def _add_info(command: Command) -> None:
+    sub = command(
+        "info",
+        _run_info,
+        "Show versions and devices, and what a model bundle holds and would run on.",
+        "flashcocos info model.zip",
+    )
+    sub.add_argument("bundle", nargs="?", metavar="BUNDLE", help="model bundle, a folder or a .zip")
+
+
+def _run_info(options: argparse.Namespace) -> int:
+    from .runtime.info import describe_bundle
+
+    print(describe_bundle(options.bundle))
+    return 0
+
+
+def _add_prepare(command: Command) -> None:
+    sub = command(
+        "prepare",
+        _run_prepare,
+        "Write the label files of a folder of one's own data, in the form that training and translation read.",
+        "flashcocos prepare celebahqedge faces/ -o labels/ --size 256",
+    )
+    sub.add_argument("task", choices=("ade20k", "celebahq", "celebahqedge", "deepfashion"))
+    sub.add_argument(
+        "source", metavar="FOLDER", help="pictures and raw label files, in the task's published layout or flat"
+    )
+    sub.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    sub.add_argument("--size", type=_sides, metavar="SIZE", help="SIDE or HEIGHTxWIDTH (default: each file's own)")
+    sub.add_argument(
+        "--canny", choices=("upstream", "modern"), default="upstream", help="edge detector of celebahqedge"
+    )
+    sub.add_argument("--list", metavar="FILE", help="prepare only the samples that this list names")
+
+
+def _run_prepare(options: argparse.Namespace) -> int:
+    from .preprocess.prepare import prepare_folder
+
+    summary = prepare_folder(
+        options.task, options.source, options.output, size=options.size, canny=options.canny, list_file=options.list
+    )
+    for message in summary.messages:
+        print(f"{message.name}: {message.text}", file=sys.stderr)
+    print(f"{summary.prepared} prepared, {summary.failed} failed: {options.output}")
+    return 1 if summary.failed else 0
+
+
+def _add_download(command: Command) -> None:
+    sub = command(
+        "download",
+        _run_download,
+        "Fetch a published checkpoint into the cache folder; resumes, and checks its SHA-384.",
+        "flashcocos download ade20k",
+    )
+    sub.add_argument("name", choices=("ade20k",))
+    sub.add_argument("--cache", metavar="FOLDER", help="where to keep it (default: the user's cache folder)")
+    sub.add_argument("--base-url", metavar="URL", help="a mirror that holds the same files")
+
+
+def _run_download(options: argparse.Namespace) -> int:
+    from .export.download import BASE_URL, download
+
+    for path in download(options.name, options.cache, base_url=options.base_url or BASE_URL):
+        print(path)
+    return 0
+
+
+def _add_convert(command: Command) -> None:
+    sub = command(
+        "convert",
+        _run_convert,
+        "Turn upstream's checkpoints into one model file; task and options are read off the weights' shapes.",
+        "flashcocos convert latest_net_Corr.pth latest_net_G.pth -o model.safetensors",
+    )
+    sub.add_argument("corr", metavar="CORR.pth", help="the correspondence network")
+    sub.add_argument("generator", metavar="G.pth", help="the generator")
+    sub.add_argument("-o", "--output", required=True, metavar="FILE", help="model file to write, .safetensors")
+    sub.add_argument("--task", help="name of the task, where the label channels are none of the published tasks'")
+    sub.add_argument("--label-kind", choices=("classes", "channels"), help="likewise: class ids or planes")
+    sub.add_argument("--warp-upsampling", choices=("nearest", "bilinear", "patch"), help="likewise")
+
+
+def _run_convert(options: argparse.Namespace) -> int:
+    from .train.upstream import convert
+
+    config = convert(
+        options.corr,
+        options.generator,
+        options.output,
+        task=options.task,
+        label_kind=options.label_kind,
+        warp_upsampling=options.warp_upsampling,
+    )
+    print(
+        f"task {config.task}: {config.label_channels} {config.label_kind}, adaptor kernel {config.adaptor_kernel}, "
+        f"mask mixing {'on' if config.mask_mixing else 'off'}, {config.warp_upsampling} upsampling"
+    )
+    print(options.output)
+    return 0
+
+
+def _add_export(command: Command) -> None:
+    sub = command(
+        "export",
+        _run_export,
+        "Export a model file as a bundle for the runtime, or with --single as one portable ONNX graph.",
+        "flashcocos export model.safetensors -o model.zip --precision float16",
+    )
+    sub.add_argument("model", metavar="MODEL", help="model file, .safetensors")
+    sub.add_argument(
+        "-o", "--output", required=True, metavar="PATH", help="bundle: a folder or a .zip; --single: .onnx"
+    )
+    sub.add_argument(
+        "--single", action="store_true", help="one graph of standard operators, label and exemplar to image"
+    )
+    sub.add_argument("--precision", choices=("float32", "float16"), default="float32", help="of the stored weights")
+    sub.add_argument("--license", default="", metavar="TEXT", help="licence of the weights, kept in the manifest")
+
+
+def _run_export(options: argparse.Namespace) -> int:
+    if options.single:
+        from .export.single import export_single
+
+        print(export_single(options.model, options.output))
+    else:
+        from .export.bundle_writer import export_bundle
+
+        print(export_bundle(options.model, options.output, precision=options.precision, license=options.license))
+    return 0
+
+
+def _add_verify(command: Command) -> None:
+    sub = command(
+        "verify",
+        _run_verify,
+        "Check a bundle: hashes, graphs, and ONNX Runtime against PyTorch, stage by stage and end to end.",
+        "flashcocos verify model.zip --checkpoint model.safetensors",
+    )
+    sub.add_argument("bundle", metavar="BUNDLE")
+    sub.add_argument("--checkpoint", metavar="MODEL", help="model file it was exported from; without it, no comparison")
+    sub.add_argument(
+        "--size", type=_sides, action="append", metavar="SIZE", help="size to check at; repeat for several"
+    )
+
+
+def _run_verify(options: argparse.Namespace) -> int:
+    from .export.verify import SIZES, verify
+
+    report = verify(options.bundle, options.checkpoint, sizes=options.size or SIZES)
+    print(report.table())
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
