@@ -11,12 +11,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import helper, numpy_helper
+from tiny_bundle import CLASSES, random_label, write_tiny_bundle
+
 from flashcocos.bundle import Bundle
 from flashcocos.errors import BackendError, BundleError, InputError
 from flashcocos.runtime import engine
 from flashcocos.runtime.engine import OnnxRuntimeEngine, open_engines
-from onnx import helper, numpy_helper
-from tiny_bundle import CLASSES, random_label, write_tiny_bundle
 
 
 @pytest.fixture(scope="module")

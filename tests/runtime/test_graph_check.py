@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
+
 from flashcocos.errors import BundleError
 from flashcocos.runtime import graph_check
 from flashcocos.runtime.graph_check import refuse_external_data
-from onnx import helper, numpy_helper
 
 
 def external(location: str = "secret.bin") -> onnx.TensorProto:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
 from flashcocos.bundle import STAGES, Manifest, StageSpec, write_bundle
 from flashcocos.config import ModelConfig
 from flashcocos.runtime.stages import stage_tensors
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 CLASSES = ModelConfig.preset("tiny", warp_upsampling="nearest")
 CHANNELS = ModelConfig.preset("tiny-channels")

@@ -1,0 +1,287 @@
+"""`Translator`: an opened model bundle that turns a label and an exemplar into a picture. Numpy in, numpy out.
+
+The exemplar's half of the correspondence network depends on the exemplar alone (arXiv 2004.05571, section 3.1), so it
+is run once by `encode_exemplar` and its result is used for any number of labels:
+
+    label -> query -> theta  \\
+                              warp (flashcocos.kernels) -> synthesis -> picture
+    exemplar -> phi, values  /
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle import Bundle
+from ..config import SIZE_MULTIPLE, ModelConfig
+from ..errors import BundleError, InputError
+from ..kernels.corr_warp import ARRAY_BACKENDS, warp_arrays
+from ..preprocess.images import FloatArray, ImageSource, UInt8Array, load_image, load_rgb, to_uint8
+from ..preprocess.labels import LabelSource, load_label, resize_nearest
+from .engine import Engine, open_engines
+from .stages import check_stages, stage_tensors
+
+MAX_SIDE = 8192  # of what is translated, in pixels
+Size: TypeAlias = "int | tuple[int, int] | str | None"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exemplar:
+    """An encoded exemplar; constant, so it can serve many translations and threads at once.
+
+    phi: (1, C, h, w) float32 and values: (1, V, h, w) float32, read-only. size: (height, width) of the picture as it
+    was encoded. model: SHA-256 of the graph that encoded it; another model cannot use it.
+    """
+
+    phi: FloatArray
+    values: FloatArray
+    size: tuple[int, int]
+    model: str
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it holds."""
+        return int(self.phi.nbytes + self.values.nbytes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Translation:
+    """One result, of height H and width W, with h = H / 4 and w = W / 4 positions of correspondence.
+
+    image: (H, W, 3) uint8, the translated picture.
+    warped: (H, W, 3) uint8, the exemplar's colours laid out as the label asks, before synthesis.
+    confidence: (h, w) float32 in [0, 1], how much of a position's softmax its best match holds.
+    matches: (h, w, 2) float32, (x, y) of the best match's centre in pixels of the exemplar at `Exemplar.size`, where
+        (0, 0) is the upper left corner of the picture and (0.5, 0.5) the middle of its first pixel.
+    exemplar_size: (height, width) of the exemplar that `matches` refers to.
+    timings: milliseconds of each stage; in a batch, an equal share.
+    """
+
+    image: UInt8Array
+    warped: UInt8Array
+    confidence: FloatArray
+    matches: FloatArray
+    exemplar_size: tuple[int, int]
+    timings: Mapping[str, float]
+
+
+class Translator:
+    """A model bundle, ready to translate. Safe to share between threads; use as a context manager or call `close`.
+
+    bundle: path of a bundle folder or zip, or an opened `Bundle`.
+    backend: "onnxruntime". device: "cpu", "cuda", or "auto" (CUDA where it starts, else the CPU; logged once).
+    threads: CPU threads of each graph, None for one per core. warp: "auto", "numpy" or "numba".
+    Raises `InputError` for a missing bundle or unknown option, `BundleError` for a damaged or hostile bundle, and
+    `BackendError` where the backend or device asked for is not there.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str] | Bundle,
+        *,
+        backend: str = "onnxruntime",
+        device: str = "auto",
+        threads: int | None = None,
+        warp: str = "auto",
+    ) -> None:
+        opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+        check_stages(opened.manifest)
+        if warp not in ARRAY_BACKENDS:
+            raise InputError(f"unknown warp {warp!r}; available: {', '.join(ARRAY_BACKENDS)}")
+        self.bundle = opened
+        self.config = opened.manifest.config
+        self._warp = warp
+        self._model = opened.manifest.files[opened.manifest.stages["exemplar"].file].sha256
+        self._outputs = {stage: outputs for stage, (_, outputs) in stage_tensors(self.config).items()}
+        self._engines: dict[str, Engine] = open_engines(opened, backend=backend, device=device, threads=threads)
+
+    def __enter__(self) -> Translator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the graphs; translating afterwards raises `BackendError`. Running translations finish."""
+        for engine in self._engines.values():
+            engine.close()
+
+    def describe(self) -> dict[str, dict[str, str]]:
+        """For every stage, the warp included: backend, provider, device and precision of its weights."""
+        stages = {stage: dataclasses.asdict(engine.describe()) for stage, engine in self._engines.items()}
+        return {**stages, "warp": {"backend": self._warp, "provider": "flashcocos", "device": "cpu"}}
+
+    def encode_exemplar(self, image: ImageSource, label: LabelSource | None = None, size: Size = None) -> Exemplar:
+        """Encode an exemplar once, for any number of translations.
+
+        image: path, Pillow image or uint8 array (H, W, 3). label: its prepared label, for models that mix the label
+        into the matching (`config.mask_mixing`), and only for those. size: as for `translate`; "input" is the
+        picture's own size. Raises `InputError`.
+        """
+        if self.config.mask_mixing != (label is not None):
+            need = "needs the exemplar's label" if self.config.mask_mixing else "takes no label for the exemplar"
+            raise InputError(
+                f"this {self.config.task} model {need}; call encode_exemplar(image{', label' * (label is None)})"
+            )
+        picture = load_rgb(image)
+        height, width = resolve_size(self.config, size, (picture.height, picture.width))
+        inputs: dict[str, npt.NDArray[Any]] = {"image": load_image(picture, (height, width))[None]}
+        if label is not None:
+            inputs["label"] = resize_nearest(load_label(self.config, label), (height, width))[None]
+        outputs = self._run("exemplar", inputs, height, width)
+        for array in outputs.values():
+            array.flags.writeable = False
+        return Exemplar(outputs["phi"], outputs["values"], (height, width), self._model)
+
+    @overload
+    def translate(self, label: LabelSource, exemplar: Exemplar, size: Size = None) -> Translation: ...
+
+    @overload
+    def translate(
+        self,
+        label: list[Any] | tuple[Any, ...],
+        exemplar: Exemplar | Sequence[Exemplar],
+        size: Size = None,
+        *,
+        batch_size: int = 4,
+    ) -> list[Translation]: ...
+
+    def translate(
+        self,
+        label: LabelSource | list[Any] | tuple[Any, ...],
+        exemplar: Exemplar | Sequence[Exemplar],
+        size: Size = None,
+        *,
+        batch_size: int = 4,
+    ) -> Translation | list[Translation]:
+        """Translate one label, or a list or tuple of labels with one exemplar for all or one each.
+
+        label: a prepared label: path, array, or Pillow image of class ids.
+        size: (height, width) or one side of a square, in multiples of 32 up to 8192; None is the square the model was
+            trained at; "input" is the label's own size, rounded to multiples of 32. It may differ from the exemplar's.
+        batch_size: labels of one size that run together; more is faster on a GPU and takes more memory.
+        Raises `InputError` for what cannot be used, `BackendError` where a stage fails, say out of memory.
+        """
+        if not isinstance(label, list | tuple):
+            return self._translate([self._label(label, size)], [self._check_exemplar(exemplar)])[0]
+        exemplars = [exemplar] * len(label) if isinstance(exemplar, Exemplar) else list(exemplar)
+        if len(exemplars) != len(label):
+            raise InputError(f"{len(label)} labels with {len(exemplars)} exemplars; give one exemplar, or one a label")
+        if batch_size < 1:
+            raise InputError(f"batch_size: expected at least 1, got {batch_size!r}")
+        exemplars = [self._check_exemplar(one) for one in exemplars]
+        labels = [self._label(one, size) for one in label]
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, planes in enumerate(labels):
+            alike.setdefault(planes.shape, []).append(index)
+        results: dict[int, Translation] = {}
+        for indices in alike.values():
+            for start in range(0, len(indices), batch_size):
+                part = indices[start : start + batch_size]
+                batch = self._translate([labels[i] for i in part], [exemplars[i] for i in part])
+                results.update(zip(part, batch, strict=True))
+        return [results[index] for index in range(len(labels))]
+
+    def _translate(self, labels: list[npt.NDArray[Any]], exemplars: list[Exemplar]) -> list[Translation]:
+        label = np.stack(labels)
+        height, width = label.shape[-2:]
+        clock = [time.perf_counter()]
+        theta = self._run("query", {"label": label}, height, width)["theta"]
+        clock.append(time.perf_counter())
+        # one warp an item: it fills the cores by itself, and exemplars may differ in size
+        warps = [
+            warp_arrays(
+                theta[index : index + 1],
+                exemplar.phi,
+                exemplar.values,
+                patch=self.config.patch,
+                temperature=self.config.temperature,
+                match=True,
+                backend=self._warp,
+            )
+            for index, exemplar in enumerate(exemplars)
+        ]
+        clock.append(time.perf_counter())
+        warped = np.concatenate([warp.out for warp in warps])
+        pictures = self._run("synthesis", {"warped": warped, "label": label}, height, width)
+        clock.append(time.perf_counter())
+        shares = [float(seconds) * 1e3 / len(labels) for seconds in np.diff(clock)]
+        timings = dict(zip(("query", "warp", "synthesis"), shares, strict=True))
+        results = []
+        for index, (warp, exemplar) in enumerate(zip(warps, exemplars, strict=True)):
+            assert warp.match is not None  # asked for above
+            results.append(
+                Translation(
+                    image=to_uint8(pictures["image"][index]),
+                    warped=to_uint8(pictures["warped_image"][index]),
+                    confidence=warp.match.probability[0],
+                    matches=self._positions(warp.match.index[0], exemplar),
+                    exemplar_size=exemplar.size,
+                    timings=timings,
+                )
+            )
+        return results
+
+    def _positions(self, index: npt.NDArray[np.int64], exemplar: Exemplar) -> FloatArray:
+        y, x = np.divmod(index, exemplar.phi.shape[3])
+        return ((np.stack([x, y], axis=-1) + 0.5) * self.config.down_scale).astype(np.float32)
+
+    def _run(self, stage: str, inputs: dict[str, npt.NDArray[Any]], height: int, width: int) -> dict[str, FloatArray]:
+        """Run a stage; what a graph gives is as little trusted as the rest of a bundle."""
+        outputs = self._engines[stage].run(inputs)
+        scale = self.config.down_scale
+        sides = {"height": height, "width": width, "h": height // scale, "w": width // scale}
+        sides["batch"] = next(iter(inputs.values())).shape[0]
+        for spec in self._outputs[stage]:
+            expected = tuple(sides[side] if isinstance(side, str) else side for side in spec.shape)
+            if (actual := outputs[spec.name].shape) != expected:
+                raise BundleError(f"{self.bundle.path}: stage {stage} gave {spec.name} {actual}, expected {expected}")
+            if not np.isfinite(outputs[spec.name]).all():
+                raise BundleError(
+                    f"{self.bundle.path}: stage {stage} gave NaN or infinity in {spec.name}: its weights are damaged "
+                    "or overflow in float16; export it again with precision float32"
+                )
+        return outputs
+
+    def _label(self, source: LabelSource, size: Size) -> npt.NDArray[Any]:
+        planes = load_label(self.config, source)
+        return resize_nearest(planes, resolve_size(self.config, size, planes.shape[-2:]))
+
+    def _check_exemplar(self, exemplar: object) -> Exemplar:
+        if not isinstance(exemplar, Exemplar):
+            raise InputError(f"exemplar: expected the result of encode_exemplar, got {type(exemplar).__name__}")
+        if exemplar.model != self._model:
+            raise InputError("exemplar: encoded by another model; encode it with this translator")
+        return exemplar
+
+
+def resolve_size(config: ModelConfig, size: Size, own: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) that `size`, as `Translator.translate` takes it, means for a source of its own size `own`.
+
+    Raises `InputError`.
+    """
+    if size is None:
+        return config.image_size, config.image_size
+    if size == "input":
+        sides: tuple[Any, ...] = tuple(max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE) for side in own)
+    else:
+        sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2 or any(type(side) is not int or side % SIZE_MULTIPLE or side <= 0 for side in sides):
+        raise InputError(
+            f'size: expected "input", one side or (height, width), each a multiple of {SIZE_MULTIPLE}; got {size!r}'
+        )
+    if max(sides) > MAX_SIDE:
+        raise InputError(
+            f"size: {sides[1]} x {sides[0]} pixels; expected at most {MAX_SIDE} a side: scale the input down"
+        )
+    return sides[0], sides[1]

@@ -1,0 +1,304 @@
+"""The translator on hand-made bundles: results, sizes, batches, threads, what it refuses, and what it imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from PIL import Image
+from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_tiny_bundle
+
+from flashcocos.bundle import Bundle
+from flashcocos.errors import BackendError, BundleError, InputError
+from flashcocos.preprocess import save_label
+from flashcocos.runtime import Exemplar, Translation, Translator
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Translator:
+    return Translator(write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "classes.zip", CLASSES), warp="numpy")
+
+
+@pytest.fixture(scope="module")
+def channels(tmp_path_factory: pytest.TempPathFactory) -> Translator:
+    return Translator(write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "channels", CHANNELS), warp="numpy")
+
+
+def exemplar_of(translator: Translator, seed: int = 0, size: Any = None) -> Exemplar:
+    label = random_label(translator.config, 64, 64, seed) if translator.config.mask_mixing else None
+    return translator.encode_exemplar(random_picture(64, 64, seed), label, size)
+
+
+def same(one: Translation, other: Translation) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("image", "warped", "matches"))
+
+
+def test_a_label_finds_its_own_places(classes: Translator) -> None:
+    """The exemplar's own label as input: each position matches itself, and its colours come back."""
+    label = np.arange(64).reshape(8, 8).repeat(8, 0).repeat(8, 1).astype(np.uint8) * 7 % 12
+    picture = random_picture(64, 64)
+    result = classes.translate(label, classes.encode_exemplar(picture, label))
+    assert (result.image.dtype, result.image.shape) == (np.uint8, (64, 64, 3))
+    assert (result.confidence.dtype, result.confidence.shape) == (np.float32, (16, 16))
+    assert (result.matches.dtype, result.matches.shape) == (np.float32, (16, 16, 2))
+    assert 0 < result.confidence.min() <= result.confidence.max() <= 1
+    assert result.exemplar_size == (64, 64)
+    assert set(result.timings) == {"query", "warp", "synthesis"}
+    x, y = result.matches[..., 0], result.matches[..., 1]
+    found = label[y.astype(int), x.astype(int)]
+    np.testing.assert_array_equal(found, label[2::4, 2::4])
+
+
+def test_matches_are_patch_centres_in_pixels(channels: Translator) -> None:
+    """All positions of a constant label look alike but for the border, whose corners are unique."""
+    picture = random_picture(64, 96)
+    label = random_label(CHANNELS, 64, 96)
+    result = channels.translate(label, channels.encode_exemplar(picture, size="input"), size="input")
+    x, y = result.matches[..., 0], result.matches[..., 1]
+    assert set(np.unique(x)) <= set(np.arange(2, 96, 4))
+    assert set(np.unique(y)) <= set(np.arange(2, 64, 4))
+    best = np.asarray(picture)[y.astype(int), x.astype(int)].astype(float)
+    confident = result.confidence > 0.9
+    assert confident.sum() > 5
+    # the warp is the softmax's mean colour: nearly the best match's where that holds nearly all the weight
+    warped = result.warped[2::4, 2::4].astype(float)
+    assert np.abs(warped - best)[confident].max() <= 0.1 * 255 + 1
+
+
+def test_every_kind_of_source_gives_the_same(classes: Translator, tmp_path: Path) -> None:
+    picture, label = random_picture(64, 64), random_label(CLASSES, 64, 64)
+    save_label(tmp_path / "label.png", label)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    sources = [
+        (picture, label),
+        (Image.fromarray(picture), Image.fromarray(label)),
+        (tmp_path / "picture.png", tmp_path / "label.png"),
+        (str(tmp_path / "picture.png"), str(tmp_path / "label.png")),
+    ]
+    results = [classes.translate(mask, classes.encode_exemplar(image, mask)) for image, mask in sources]
+    assert all(same(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize("translator_name", ["classes", "channels"])
+def test_batches_equal_singles(translator_name: str, request: pytest.FixtureRequest) -> None:
+    translator: Translator = request.getfixturevalue(translator_name)
+    sizes = [(64, 64), (32, 96), (64, 64), (64, 64), (32, 96)]
+    labels = [random_label(translator.config, *size, seed) for seed, size in enumerate(sizes)]
+    exemplars = [exemplar_of(translator, seed, size) for seed, size in enumerate((64, 32, 64, (96, 32), 64))]
+    singles = [translator.translate(*pair, "input") for pair in zip(labels, exemplars, strict=True)]
+    assert not same(singles[0], singles[2])
+    for batch_size in (2, 8):
+        batch = translator.translate(labels, exemplars, "input", batch_size=batch_size)
+        assert all(same(one, other) for one, other in zip(singles, batch, strict=True))
+    shared = translator.translate(tuple(labels), exemplars[0], "input")
+    assert same(shared[1], translator.translate(labels[1], exemplars[0], "input"))
+    assert translator.translate([], exemplars[0]) == []
+
+
+def test_labels_of_one_size_run_as_one_batch(classes: Translator, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+    run = classes._engines["synthesis"].run
+
+    def spy(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        batches.append(inputs["label"].shape)
+        return run(inputs)
+
+    monkeypatch.setattr(classes._engines["synthesis"], "run", spy)
+    labels = [random_label(CLASSES, *size) for size in ((64, 64), (32, 64), (64, 64), (64, 64))]
+    classes.translate(labels, exemplar_of(classes), "input", batch_size=2)
+    assert batches == [(2, 64, 64), (1, 64, 64), (1, 32, 64)]
+
+
+def test_sizes(classes: Translator) -> None:
+    exemplar, label = exemplar_of(classes), random_label(CLASSES, 70, 100)
+    assert classes.translate(label, exemplar).image.shape == (64, 64, 3)  # the model's own
+    assert classes.translate(label, exemplar, 96).image.shape == (96, 96, 3)
+    assert classes.translate(label, exemplar, (32, 128)).image.shape == (32, 128, 3)
+    assert classes.translate(label, exemplar, "input").image.shape == (64, 96, 3)
+    assert classes.translate(label[:5, :5], exemplar, "input").image.shape == (32, 32, 3)
+    assert classes.encode_exemplar(random_picture(50, 90), label, "input").size == (64, 96)
+
+
+@pytest.mark.parametrize("size", [0, 30, -32, (64,), (64, 64, 64), (64, 33), 64.0, True, "own", (64, "input"), 8224])
+def test_sizes_that_no_graph_takes(classes: Translator, size: Any) -> None:
+    with pytest.raises(InputError, match="size: "):
+        classes.translate(random_label(CLASSES, 64, 64), exemplar_of(classes), size)
+    with pytest.raises(InputError, match="size: "):
+        exemplar_of(classes, size=size)
+
+
+def test_a_huge_input_is_refused_at_its_own_size(classes: Translator) -> None:
+    with pytest.raises(InputError, match="8256 x 32 pixels; expected at most 8192 a side"):
+        classes.translate(np.zeros((32, 8250), np.uint8), exemplar_of(classes), "input")
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (np.full((64, 64), 12, np.uint8), "class id 12"),
+        (np.zeros((64, 64, 3), np.uint8), r"expected an integer array \(height, width\)"),
+        (np.zeros((64, 64), np.float32), "expected an integer array"),
+        (np.zeros((0, 64), np.uint8), "0 pixels"),
+        ("absent.png", "absent.png: not a readable image"),
+        (None, "got NoneType"),
+        (Image.new("RGB", (64, 64)), "image mode 'RGB'"),
+    ],
+)
+def test_wrong_labels(classes: Translator, label: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        classes.translate(label, exemplar_of(classes))
+    with pytest.raises(InputError, match=message if label is not None else "needs the exemplar's label"):
+        classes.encode_exemplar(random_picture(64, 64), label)
+
+
+def test_wrong_planes(channels: Translator, tmp_path: Path) -> None:
+    exemplar = exemplar_of(channels)
+    with pytest.raises(InputError, match="4 label planes; task tiny expects 5"):
+        channels.translate(np.zeros((4, 64, 64), np.uint8), exemplar)
+    with pytest.raises(InputError, match=r"values 0\.0 to 2\.0; expected 0 to 1"):
+        channels.translate(np.linspace(0, 2, 5 * 4096).reshape(5, 64, 64), exemplar)
+    save_label(tmp_path / "ids.png", random_label(CLASSES, 64, 64))
+    with pytest.raises(InputError, match=r"ids.png: not a readable label .npz"):
+        channels.translate(tmp_path / "ids.png", exemplar)
+
+
+def test_the_exemplars_label_is_needed_exactly_where_it_is_mixed_in(classes: Translator, channels: Translator) -> None:
+    with pytest.raises(InputError, match="needs the exemplar's label"):
+        classes.encode_exemplar(random_picture(64, 64))
+    with pytest.raises(InputError, match="takes no label"):
+        channels.encode_exemplar(random_picture(64, 64), random_label(CHANNELS, 64, 64))
+
+
+def test_wrong_exemplars(classes: Translator, tmp_path: Path) -> None:
+    label = random_label(CLASSES, 64, 64)
+    for picture in (
+        np.zeros((64, 64), np.uint8),
+        np.zeros((64, 64, 4), np.uint8),
+        np.zeros((64, 64, 3)),
+        None,
+        "no.jpg",
+    ):
+        with pytest.raises(InputError, match=r"image: expected|no.jpg: not a readable image"):
+            classes.encode_exemplar(picture, label)
+    with pytest.raises(InputError, match="expected the result of encode_exemplar, got ndarray"):
+        classes.translate(label, random_picture(64, 64))
+    with pytest.raises(InputError, match="2 labels with 1 exemplars"):
+        classes.translate([label, label], [exemplar_of(classes)])
+    with pytest.raises(InputError, match="batch_size"):
+        classes.translate([label], exemplar_of(classes), batch_size=0)
+    other = Translator(write_tiny_bundle(tmp_path / "other", CLASSES, seed=1), warp="numpy")
+    with pytest.raises(InputError, match="encoded by another model"):
+        other.translate(label, exemplar_of(classes))
+
+
+def test_an_exemplar_is_constant(classes: Translator) -> None:
+    exemplar = exemplar_of(classes)
+    assert exemplar.nbytes == 4 * (16 + 3) * 16 * 16
+    with pytest.raises(ValueError, match="read-only"):
+        exemplar.phi[0] = 0
+    with pytest.raises(AttributeError):
+        exemplar.size = (1, 1)  # type: ignore[misc]
+
+
+def test_threads_share_a_translator(classes: Translator) -> None:
+    """Different labels, sizes and exemplars at the same time, each result as on its own."""
+    exemplars = [exemplar_of(classes, seed) for seed in range(3)]
+    work = [
+        (random_label(CLASSES, 64, 64, seed), exemplars[seed % 3], (64, 32 + 32 * (seed % 4))) for seed in range(12)
+    ]
+    alone = [classes.translate(*arguments) for arguments in work]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda arguments: classes.translate(*arguments), work * 2))
+        encoded = list(pool.map(lambda seed: exemplar_of(classes, seed), [0, 1, 2] * 4))
+    assert all(same(one, alone[index % 12]) for index, one in enumerate(together))
+    assert all(np.array_equal(one.phi, exemplars[index % 3].phi) for index, one in enumerate(encoded))
+
+
+def test_closing(tmp_path: Path) -> None:
+    with Translator(write_tiny_bundle(tmp_path / "b"), warp="numpy") as translator:
+        exemplar = exemplar_of(translator)
+    translator.close()
+    with pytest.raises(BackendError, match="closed"):
+        translator.translate(random_label(CLASSES, 64, 64), exemplar)
+
+
+def test_describe(classes: Translator) -> None:
+    described = classes.describe()
+    assert set(described) == {"query", "exemplar", "synthesis", "warp"}
+    assert described["query"]["provider"] == "CPUExecutionProvider"
+    assert described["synthesis"]["device"] == "cpu"
+    assert described["exemplar"]["weights"] == "float32"
+    assert described["warp"]["backend"] == "numpy"
+
+
+def test_options(tmp_path: Path) -> None:
+    path = write_tiny_bundle(tmp_path / "b")
+    with pytest.raises(InputError, match="no model bundle at"):
+        Translator(tmp_path / "absent")
+    with pytest.raises(InputError, match="unknown backend"):
+        Translator(path, backend="torch")
+    with pytest.raises(InputError, match="unknown warp 'fast'; available: auto, numba, numpy"):
+        Translator(path, warp="fast")
+    with Translator(Bundle(path), threads=1, device="cpu", warp="numpy") as translator:
+        assert translator.translate(random_label(CLASSES, 64, 64), exemplar_of(translator)).image.shape == (64, 64, 3)
+
+
+def nan_weights(stage: str, model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer:
+        if stage == "synthesis" and tensor.name == "mix":
+            damaged = numpy_helper.to_array(tensor) * np.float32("nan")
+            tensor.CopyFrom(numpy_helper.from_array(damaged, tensor.name))
+
+
+def wrong_scale(stage: str, model: onnx.ModelProto) -> None:
+    if stage == "query":
+        last = model.graph.node[-1]
+        last.output[0] = "before"
+        model.graph.node.append(helper.make_node("Identity", ["before"], ["theta"]))
+        last.attribute.append(helper.make_attribute("strides", [2, 2]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrong_scale, r"stage query gave theta \(1, 16, 8, 8\), expected \(1, 16, 16, 16\)"),
+        (nan_weights, "stage synthesis gave NaN or infinity in image"),
+    ],
+)
+def test_graphs_that_lie(tmp_path: Path, change: Any, message: str) -> None:
+    translator = Translator(write_tiny_bundle(tmp_path / "b", change=change), warp="numpy")
+    with pytest.raises(BundleError, match=message):
+        translator.translate(random_label(CLASSES, 64, 64), exemplar_of(translator))
+
+
+def test_the_manifest_must_fit_its_configuration(tmp_path: Path) -> None:
+    path = write_tiny_bundle(tmp_path / "b")
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"feature_channels": 16', '"feature_channels": 32'))
+    with pytest.raises(BundleError, match=r"stage query states the outputs .*16.*configuration asks for .*32"):
+        Translator(path)
+
+
+def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
+    """A whole translation with the numpy warp, in a process of its own."""
+    path = write_tiny_bundle(tmp_path / "b.zip")
+    code = f"""
+import sys
+import flashcocos.runtime
+heavy = {{"torch", "triton", "onnx", "onnxscript", "numba", "cv2", "skimage", "scipy"}}
+assert not (heavy | {{"onnxruntime"}}) & set(sys.modules), heavy & set(sys.modules)
+import numpy as np
+with flashcocos.runtime.Translator({str(path)!r}, device="cpu", warp="numpy") as translator:
+    label, picture = np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3), np.uint8)
+    translator.translate(label, translator.encode_exemplar(picture, label))
+    translator.describe()
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
