@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from flashcocos.errors import CheckpointError, FlashcocosError, InputError
 from flashcocos.export import download as module
 from flashcocos.export.download import RemoteFile, cache_folder, download
