@@ -133,6 +133,7 @@ def _complete(url: str, part: Path, remote: RemoteFile, progress: Progress) -> N
         try:
             _transfer(url, part, remote, progress)
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code < 500:
                 raise FlashcocosError(
                     f"{url}: HTTP {error.code} {error.reason}; the mirror may have moved, give another base URL"
@@ -142,7 +143,7 @@ def _complete(url: str, part: Path, remote: RemoteFile, progress: Progress) -> N
             reason = error
     if _size(part) != remote.bytes:
         raise FlashcocosError(
-            f"{url}: cut off at {_size(part)} of {remote.bytes} bytes ({reason or 'connection closed'}); run the "
+            f"{url}: got {_size(part)} of {remote.bytes} bytes ({reason or 'connection closed'}); run the "
             "command again to resume"
         ) from reason
 

@@ -41,7 +41,7 @@ def open_image(path: PathLike) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             check_extent(image.height, image.width, str(path))
             image.load()
-            return image.copy() if image.mode == "P" else image
+            return image
     except InputError:
         raise
     except (*_DAMAGE, Image.DecompressionBombWarning) as error:
