@@ -6,9 +6,11 @@ file gives the same numbers in training, export and translation.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,7 +31,10 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[Any
 
 _COLOUR_MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")
 # what Pillow raises on damaged files, by format
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)  # fmt: skip
 
 
 def open_image(path: PathLike) -> Image.Image:
@@ -37,15 +42,21 @@ def open_image(path: PathLike) -> Image.Image:
 
     Formats: `FORMATS`. A file over `MAX_PIXELS` is refused by its header, before it is decoded.
     """
+    with reading(str(path)), Image.open(path, formats=FORMATS) as image:
+        check_extent(image.height, image.width, str(path))
+        image.load()
+    return image
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn what Pillow raises on damaged files, their pixels or their metadata, into `InputError` naming `name`."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            check_extent(image.height, image.width, str(path))
-            image.load()
-            return image
+        yield
     except InputError:
         raise
-    except (*_DAMAGE, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{path}: not a readable image: {error or type(error).__name__}") from error
+    except _DAMAGE as error:
+        raise InputError(f"{name}: not a readable image: {error or type(error).__name__}") from error
 
 
 def check_extent(height: int, width: int, name: str) -> None:
@@ -91,7 +102,8 @@ def load_rgb(
     check_extent(image.height, image.width, name)
     if image.mode not in _COLOUR_MODES:
         raise InputError(f"{name}: image mode {image.mode!r}; expected 8-bit colour or grey: convert it to RGB first")
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    with reading(name):
+        image = ImageOps.exif_transpose(image).convert("RGB")
     return image if size is None else image.resize((size[1], size[0]), method)
 
 

@@ -29,6 +29,7 @@ from .images import (
     check_extent,
     check_size,
     open_image,
+    reading,
 )
 
 LabelSource: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[Any]"
@@ -93,7 +94,8 @@ def read_ids(source: LabelSource) -> UInt8Array:
         )
     if image.format == "JPEG":
         raise InputError(f"{name}: JPEG alters class ids; expected a PNG")
-    return np.asarray(image, np.uint8)
+    with reading(name):
+        return np.asarray(image, np.uint8)
 
 
 def check_ids(ids: UInt8Array, classes: int, name: str) -> None:

@@ -64,6 +64,23 @@ def test_a_photograph_on_its_side_is_turned_upright(tmp_path: Path) -> None:
     assert load_image(tmp_path / "a.jpg").shape == (3, 8, 4)
 
 
+def test_damaged_metadata_is_named(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.webp", exif=exif)
+    data = (tmp_path / "a.webp").read_bytes()
+    (tmp_path / "a.webp").write_bytes(data.replace(b"MM\0*", b"M?\0*"))
+    with pytest.raises(InputError, match=r"a\.webp: not a readable image: not a TIFF file"):
+        load_image(tmp_path / "a.webp")
+
+
+def test_an_opened_image_that_is_cut_short_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(InputError, match="image: not a readable image"):
+        load_image(Image.open(io.BytesIO(data[: len(data) // 2])))
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [
