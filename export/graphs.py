@@ -1,0 +1,219 @@
+"""The three stages of a bundle as ONNX graphs, by torch's dynamo exporter.
+
+The graphs hold standard operators of one pinned opset and their weights: no random nodes, no loops, no other domains.
+Batch, height and width are dynamic; inputs and outputs are those of `stage_tensors`, which the manifest repeats. What
+a graph says of the machine that exported it (stack traces, file names) is removed, so the same weights, exported again
+by the same versions, give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import onnx
+import torch
+from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from .. import __version__
+from ..bundle import TensorSpec
+from ..config import SIZE_MULTIPLE, ModelConfig
+from ..errors import BundleError, InputError
+from ..runtime.stages import stage_tensors
+from ..train.networks import CoCosNet
+
+OPSET = 20
+IR_VERSION = 10  # that of ONNX 1.16, which ONNX Runtime reads from 1.18 on
+FLOAT16_THRESHOLD = 1024  # values; smaller tensors, such as biases and constants, stay float32
+LOOPS = {"If", "Loop", "Scan"}
+RANDOM = {
+    "Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
+}  # fmt: skip
+_DTYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
+# sizes of the traced example; none is 1, which the exporter would take for a constant, and no two are equal
+_EXAMPLE = {"batch": 2, "height": 64, "width": 96, "h": 16, "w": 24}
+
+
+class _Stage(nn.Module):
+    def __init__(self, model: CoCosNet) -> None:
+        super().__init__()
+        self.model = model
+
+
+class _Query(_Stage):
+    def forward(self, label: Tensor) -> Tensor:
+        return self.model.encode_query(label)
+
+
+class _Exemplar(_Stage):
+    def forward(self, image: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.model.encode_exemplar(image, label)
+
+
+class _Synthesis(_Stage):
+    def forward(self, warped: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.synthesise(warped, label)
+
+
+_MODULES = {"query": _Query, "exemplar": _Exemplar, "synthesis": _Synthesis}
+
+
+def stage_module(model: CoCosNet, stage: str) -> nn.Module:
+    """The module, in evaluation mode, with the inputs and outputs of `stage_tensors(model.config)[stage]`."""
+    return _MODULES[stage](model).eval()
+
+
+def export_stage(model: CoCosNet, stage: str) -> ModelProto:
+    """One of `bundle.STAGES` of `model` as an ONNX model that `check_graph` has passed."""
+    inputs, outputs = stage_tensors(model.config)[stage]
+    axes = _axes(model.config)
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            stage_module(model, stage),
+            tuple(_example(tensor) for tensor in inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=tuple({i: axes[a] for i, a in enumerate(t.shape) if isinstance(a, str)} for t in inputs),
+            input_names=[tensor.name for tensor in inputs],
+            output_names=[tensor.name for tensor in outputs],
+            verbose=False,
+        )
+    assert program is not None  # with dynamo=True there always is one
+    exported = program.model_proto
+    clean(exported, stage, inputs, outputs)
+    check_graph(exported, stage, inputs, outputs, forbidden=LOOPS | RANDOM)
+    return exported
+
+
+def clean(model: ModelProto, name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
+    """Drop what names the exporting machine or repeats what a reader infers, and name all axes, in place."""
+    graph = model.graph
+    model.producer_name, model.producer_version, graph.name = "flashcocos", __version__, name
+    model.ir_version = IR_VERSION
+    del graph.value_info[:]
+    for part in (model, graph, *graph.node, *graph.initializer):
+        part.doc_string = ""
+        del part.metadata_props[:]
+    for field, tensors in ((graph.input, inputs), (graph.output, outputs)):
+        del field[:]
+        field.extend(value_info(tensor) for tensor in tensors)
+
+
+def check_graph(
+    model: ModelProto, name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], *, forbidden: set[str]
+) -> None:
+    """Raise `BundleError` unless `model` is valid ONNX of `OPSET` alone with exactly these inputs and outputs.
+
+    forbidden: operators that it must not use.
+    """
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BundleError(f"{name}: not a valid ONNX model: {error}") from error
+    opsets = sorted((entry.domain, entry.version) for entry in model.opset_import)
+    if opsets != [("", OPSET)] or model.functions:
+        raise BundleError(f"{name}: expected operators of ONNX opset {OPSET} alone, got the opsets {opsets}")
+    if found := forbidden & {node.op_type for node in model.graph.node}:
+        raise BundleError(f"{name}: the operators {', '.join(sorted(found))} are not allowed in this graph")
+    for what, field, tensors in (("inputs", model.graph.input, inputs), ("outputs", model.graph.output, outputs)):
+        expected = [value_info(tensor) for tensor in tensors]
+        if list(field) != expected:
+            raise BundleError(f"{name}: expected the {what} {_listed(expected)}, got {_listed(field)}")
+
+
+def value_info(tensor: TensorSpec) -> ValueInfoProto:
+    """`tensor` as ONNX states an input or output."""
+    return helper.make_tensor_value_info(tensor.name, _DTYPES[tensor.dtype], tensor.shape)
+
+
+def store_float16(model: ModelProto) -> None:
+    """Store the large float32 weights of `model` as float16, in place; each is cast back, so all arithmetic is float32.
+
+    Weights are rounded by at most 2**-11 of their value (2**-25 absolute below 2**-14), and the file halves. A runtime
+    folds the casts when it loads the graph. A weight outside the float16 range, or not finite, raises `InputError`.
+    """
+    graph, casts, stored = model.graph, [], []
+    for tensor in graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < FLOAT16_THRESHOLD:
+            stored.append(tensor)
+            continue
+        array = numpy_helper.to_array(tensor)
+        largest = float(np.abs(array).max())
+        if not largest <= np.finfo(np.float16).max:  # also catches nan
+            raise InputError(
+                f"{tensor.name}: weights up to {largest:g} do not fit float16 (at most 65504); export with "
+                'precision="float32"'
+            )
+        half = f"{tensor.name}.float16"
+        stored.append(numpy_helper.from_array(array.astype(np.float16), half))
+        casts.append(helper.make_node("Cast", [half], [tensor.name], f"cast_{tensor.name}", to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    _replace(graph, nodes, stored)
+
+
+def renamed(graph: GraphProto, prefix: str, names: Mapping[str, str]) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+    """Nodes and initialisers of `graph`, which has no subgraphs; values are renamed by `names`, else get `prefix`."""
+    copy = GraphProto()
+    copy.CopyFrom(graph)
+
+    def rename(value: str) -> str:
+        return names.get(value, prefix + value) if value else ""  # an empty name is an omitted optional input
+
+    for node in copy.node:
+        node.name = prefix + node.name
+        node.input[:] = [rename(value) for value in node.input]
+        node.output[:] = [rename(value) for value in node.output]
+    for tensor in copy.initializer:
+        tensor.name = rename(tensor.name)
+    return list(copy.node), list(copy.initializer)
+
+
+def _replace(graph: GraphProto, nodes: list[onnx.NodeProto], initializers: list[TensorProto]) -> None:
+    # built apart first: the elements of a cleared protobuf field must not be read again
+    fresh = helper.make_graph(nodes, graph.name, list(graph.input), list(graph.output), initializers)
+    graph.CopyFrom(fresh)
+
+
+def _axes(config: ModelConfig) -> dict[str, torch.export.Dim]:
+    # one symbol per image axis, so that the exporter knows every side to be a multiple of SIZE_MULTIPLE
+    rows, columns = torch.export.Dim("rows", min=2, max=4096), torch.export.Dim("columns", min=2, max=4096)
+    quarter = SIZE_MULTIPLE // config.down_scale
+    return {
+        "batch": torch.export.Dim("batch", min=1, max=4096),
+        "height": SIZE_MULTIPLE * rows,
+        "width": SIZE_MULTIPLE * columns,
+        "h": quarter * rows,
+        "w": quarter * columns,
+    }
+
+
+def _example(tensor: TensorSpec) -> Tensor:
+    shape = [side if isinstance(side, int) else _EXAMPLE[side] for side in tensor.shape]
+    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
+
+
+def _listed(infos: Iterable[ValueInfoProto]) -> str:
+    def one(info: ValueInfoProto) -> str:
+        tensor = info.type.tensor_type
+        shape = ", ".join(side.dim_param or str(side.dim_value) for side in tensor.shape.dim)
+        return f"{info.name} {TensorProto.DataType.Name(tensor.elem_type).lower()} ({shape})"
+
+    return "; ".join(map(one, infos))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # the exporter warns of optional packages, of axes that share a symbol and of its own deprecated calls
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
