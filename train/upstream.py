@@ -208,7 +208,7 @@ def upstream_state(model: nn.Module, states: Mapping[str, StateDict]) -> dict[st
     spectral = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, SpectralConv2d)}
     result = {}
     for name, target in model.state_dict().items():
-        network, key = _upstream_key(name)
+        network, key = upstream_key(name)
         source, shape = states[network], tuple(target.shape)
         if name in spectral:
             weight = source.take(f"{key}_orig", shape)
@@ -234,7 +234,8 @@ def load_upstream_state(model: nn.Module, states: Mapping[str, Mapping[str, Tens
     model.load_state_dict(upstream_state(model, {name: StateDict(state, name) for name, state in states.items()}))
 
 
-def _upstream_key(name: str) -> tuple[str, str]:
+def upstream_key(name: str) -> tuple[str, str]:
+    """File ("Corr", "G" or "D") and upstream's key of our `name`; the parts of a spectral norm and of SPADE stay ours."""
     root = next(prefix for prefix in _ROOTS if name.startswith(prefix))
     network, key = _ROOTS[root][0], _ROOTS[root][1] + name[len(root) :]
     for pattern, replacement in _PARTS.items():

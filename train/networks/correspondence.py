@@ -6,6 +6,8 @@ size; residual blocks shared by both domains and two 1x1 convolutions turn them 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,8 +76,9 @@ class Correspondence(nn.Module):
         self.label_adaptor = DomainAdaptor(config.label_channels, config)
         self.image_adaptor = DomainAdaptor(3, config)
         self.residual = nn.Sequential(*(ResidualBlock(width) for _ in range(config.residual_blocks)))
-        self.theta = nn.Conv2d(width, config.feature_channels, 1)
-        self.phi = nn.Conv2d(width, config.feature_channels, 1)
+        self.position_waves = config.position_waves
+        self.theta = nn.Conv2d(width + 4 * config.position_waves, config.feature_channels, 1)
+        self.phi = nn.Conv2d(width + 4 * config.position_waves, config.feature_channels, 1)
 
     def query(self, features: Tensor, label: Tensor) -> Tensor:
         """Label features (B, C, h, w) and the label's planes (B, nc, H, W) -> theta (B, C, h, w)."""
@@ -89,4 +92,21 @@ class Correspondence(nn.Module):
         if self.mask_mixing:
             assert label is not None  # CoCosNet.encode_exemplar has refused its absence
             features = torch.cat([features, subsample(label, 4)], 1)
-        return self.residual(features)
+        features = self.residual(features)
+        if not self.position_waves:
+            return features
+        waves = position_waves(features, self.position_waves).expand(features.shape[0], -1, -1, -1)
+        return torch.cat([features, waves], 1)
+
+
+def position_waves(features: Tensor, count: int) -> Tensor:
+    """Sines and cosines of each position (1, 4 count, h, w), at any size: 1, 2, 4 ... half turns along an axis."""
+    waves = []
+    for axis in (2, 3):
+        size = features.shape[axis]
+        position = (torch.arange(size, device=features.device, dtype=features.dtype) + 0.5) / size
+        shape = (1, 1, size, 1) if axis == 2 else (1, 1, 1, size)
+        for turn in range(count):
+            angle = (position * (math.pi * 2**turn)).reshape(shape).expand(1, 1, *features.shape[2:])
+            waves += [angle.sin(), angle.cos()]
+    return torch.cat(waves, 1)

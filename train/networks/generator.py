@@ -19,6 +19,7 @@ class Generator(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         ngf, condition, hidden = config.ngf, 3 + config.label_channels, config.spade_hidden
+        self.warp_skip = config.warp_skip
         self.first = nn.Conv2d(condition, 16 * ngf, 3, padding=1)
         self.head = SpadeBlock(16 * ngf, 16 * ngf, condition, hidden)
         self.middle_0 = SpadeBlock(16 * ngf, 16 * ngf, condition, hidden)
@@ -28,7 +29,7 @@ class Generator(nn.Module):
         self.attention = SelfAttention(4 * ngf) if config.attention else nn.Identity()
         self.up_2 = SpadeBlock(4 * ngf, 2 * ngf, condition, hidden)
         self.up_3 = SpadeBlock(2 * ngf, ngf, condition, hidden)
-        self.last = nn.Conv2d(ngf, 3, 3, padding=1)
+        self.last = nn.Conv2d(ngf, 4 if config.warp_skip else 3, 3, padding=1)
 
     def forward(self, warped_image: Tensor, label: Tensor) -> Tensor:
         condition = torch.cat([warped_image, label], 1)  # (B, 3 + nc, H, W)
@@ -42,7 +43,11 @@ class Generator(nn.Module):
         x = self.attention(_double(x))  # (B, 4 ngf, H/2, W/2)
         x = self.up_2(x, subsample(condition, 2))  # (B, 2 ngf, H/2, W/2)
         x = self.up_3(_double(x), condition)  # (B, ngf, H, W)
-        return torch.tanh(self.last(F.leaky_relu(x, LEAKY_SLOPE)))
+        x = self.last(F.leaky_relu(x, LEAKY_SLOPE))  # (B, 3 or 4, H, W)
+        if not self.warp_skip:
+            return torch.tanh(x)
+        own, kept = torch.tanh(x[:, :3]), torch.sigmoid(x[:, 3:])
+        return own + kept * (warped_image - own)
 
 
 def _double(x: Tensor) -> Tensor:

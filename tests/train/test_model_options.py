@@ -1,0 +1,67 @@
+"""The two options that upstream's networks do not have: position waves and the warp's way to the output."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from flashcocos.config import ModelConfig
+from flashcocos.train.networks import CoCosNet
+from flashcocos.train.networks.correspondence import position_waves
+
+PLAIN = ModelConfig.preset("tiny")
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    label, exemplar_label = torch.randint(0, 12, (2, 1, 64, 96), generator=generator, dtype=torch.uint8)
+    return label, torch.rand(1, 3, 64, 96, generator=generator) * 2 - 1, exemplar_label
+
+
+def test_both_are_off_by_default_and_add_no_weights() -> None:
+    assert (PLAIN.position_waves, PLAIN.warp_skip) == (0, False)
+    model = CoCosNet(PLAIN)
+    assert model.generator.last.weight.shape[0] == 3
+    assert model.correspondence.theta.weight.shape[1] == PLAIN.feature_channels + PLAIN.label_channels
+
+
+@pytest.mark.parametrize("kept", [30.0, -30.0])
+def test_the_mask_of_the_skip_chooses_between_warp_and_image(kept: float) -> None:
+    model = CoCosNet(dataclasses.replace(PLAIN, warp_skip=True)).eval()
+    with torch.no_grad():
+        model.generator.last.weight[3] = 0
+        model.generator.last.bias[3] = kept
+        result = model(*inputs(), backend="reference")
+        plain = CoCosNet(PLAIN).eval()
+        state = {
+            name: weight[:3] if "generator.last" in name else weight for name, weight in model.state_dict().items()
+        }
+        plain.load_state_dict(state)
+        own = plain(*inputs(), backend="reference").image
+    torch.testing.assert_close(result.image, result.warped_image if kept > 0 else own, rtol=0, atol=1e-6)
+    assert not torch.allclose(own, result.warped_image, atol=0.1)
+
+
+def test_position_waves_tell_positions_apart_at_any_size() -> None:
+    waves = position_waves(torch.zeros(1, 1, 8, 12), 3)
+    assert waves.shape == (1, 12, 8, 12)
+    flat = waves[0].flatten(1)
+    assert torch.cdist(flat.T, flat.T).add(torch.eye(96)).min() > 0.1
+    torch.testing.assert_close(flat.square().sum(0), torch.full((96,), 6.0))
+    finer = position_waves(torch.zeros(1, 1, 24, 36), 3)
+    torch.testing.assert_close(finer[:, :, 1::3, 1::3], waves)
+
+
+def test_position_waves_let_equal_positions_attract() -> None:
+    model = CoCosNet(dataclasses.replace(PLAIN, position_waves=4)).eval()
+    with torch.no_grad():
+        for branch in (model.correspondence.theta, model.correspondence.phi):
+            branch.weight.zero_()
+            branch.weight[:, -16:] = torch.eye(16)
+        label, exemplar, _ = inputs()
+        result = model(label, exemplar, label, backend="reference")
+        expected = model.warp_values(exemplar)
+    inner = (..., slice(1, -1), slice(1, -1))  # at the border the patches are cut
+    torch.testing.assert_close(result.warped[inner], expected[inner], rtol=0, atol=0.05)
