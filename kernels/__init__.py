@@ -5,8 +5,8 @@
     corr_warp(theta, phi, values, backend="cpu")
     last_backend()                              # "cpu": what ran last in this thread
 
-Source: arXiv 2004.05571, equations 2 and 3, with the 3 x 3 patches of its public code. Nothing is imported until a
-name is used: the numpy and numba paths never load torch, and the torch paths never load numba.
+Source: arXiv 2004.05571, equations 2 and 3, with the 3 x 3 patches of its public code. Importing this
+folder loads neither torch, triton nor numba; the array paths never load torch, and the tensor paths never load numba.
 
 One naming grammar for every file of this folder:
   B  batch                       N  queries, Hq x Wq, positions of theta and of the output
@@ -23,20 +23,8 @@ One naming grammar for every file of this folder:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .corr_warp import corr_match, corr_row, corr_warp, last_backend
+# eager but light: corr_warp.py itself imports numpy alone, and binding the function here, before anyone can import the
+# submodule of the same name, makes `kernels.corr_warp` the function
+from .corr_warp import corr_match, corr_row, corr_warp, last_backend
 
 __all__ = ["corr_match", "corr_row", "corr_warp", "last_backend"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    # the submodule corr_warp and the function of that name meet here: bind the functions, so that the function wins
-    module = importlib.import_module(".corr_warp", __name__)
-    globals().update({public: getattr(module, public) for public in __all__})
-    return globals()[name]

@@ -1,0 +1,276 @@
+"""The public functions of the warp: validation, the choice of an implementation, and which one ran.
+
+This module imports numpy alone; torch, triton and numba load when a call needs them. Every implementation computes
+the same exact result (module `reference` is the definition) without forming the N x M matrix, except "reference".
+Precision: logits and softmax are float32 (float64 for float64 tensors), whatever the dtype of the inputs; at
+temperature 0.01 a rounding of the correlation is amplified a hundredfold, so 16-bit inputs limit the result by their
+own rounding, not by the arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+ARRAY_BACKENDS = ("auto", "numba", "numpy")
+TENSOR_BACKENDS = ("auto", "triton", "cpu", "reference")
+PATCHES = (1, 3, 5)
+
+_ran = threading.local()
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrMatch:
+    """The likeliest key of each query; arrays or tensors, like the inputs. All fields (B, Hq, Wq).
+
+    index int64: y * Wk + x of the key with the largest weight, the lowest among equals;
+    probability float32: its weight, 0 to 1; entropy float32: of all the query's weights, nats, 0 to log(Hk * Wk).
+    """
+
+    index: Any
+    probability: Any
+    entropy: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayWarp:
+    """What `warp_arrays` returns: out (B, V, Hq, Wq) and lse (B, Hq, Wq) float32, and the match if asked for."""
+
+    out: npt.NDArray[np.float32]
+    lse: npt.NDArray[np.float32]
+    match: CorrMatch | None
+
+
+def corr_warp(
+    theta: Any,
+    phi: Any,
+    values: Any,
+    *,
+    patch: int = 3,
+    temperature: float = 0.01,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Warp `values` from the key map to the query map by the softmax of the patch correlation.
+
+    Args:
+        theta: queries (B, C, Hq, Wq); a torch tensor (float16, bfloat16, float32, float64) or a numpy array
+            (float16, float32); `phi` has its dtype, and all three are of one kind, on one device.
+        phi: keys (B, C, Hk, Wk).
+        values: (B, V, Hk, Wk).
+        patch: side of the correlated patch, 1, 3 or 5, zero padded.
+        temperature: the correlation, -1 to 1, is divided by it before the softmax.
+        return_lse: also return the log-sum-exp of each query's logits; it carries no gradient.
+        backend: for tensors "triton" (CUDA), "cpu" (tiled torch), "reference" (the definition; forms the matrix) or
+            "auto" (triton on CUDA, else cpu); for arrays "numba", "numpy" or "auto" (numba where installed).
+
+    Returns:
+        (B, V, Hq, Wq) in the dtype of the values, differentiable in all three tensors, or that and the lse
+        (B, Hq, Wq), float32, or float64 for float64 tensors.
+
+    Raises:
+        InputError: shapes, dtypes or options that do not fit. BackendError: the backend asked for cannot run here.
+
+    Source: arXiv 2004.05571, equations 2 and 3.
+    """
+    out: Any
+    lse: Any
+    if _is_tensor(theta):
+        out, lse = _warp_tensors(theta, phi, values, patch, temperature, backend)
+    else:
+        warp = warp_arrays(theta, phi, values, patch=patch, temperature=temperature, backend=backend)
+        out, lse = warp.out.astype(values.dtype, copy=False), warp.lse
+    return (out, lse) if return_lse else out
+
+
+def warp_arrays(
+    theta: npt.NDArray[Any],
+    phi: npt.NDArray[Any],
+    values: npt.NDArray[Any],
+    *,
+    patch: int = 3,
+    temperature: float = 0.01,
+    match: bool = False,
+    backend: str = "auto",
+) -> ArrayWarp:
+    """`corr_warp` for arrays with everything one pass yields: the warp, the lse and, with `match`, the matches.
+
+    Shapes, options and errors as in `corr_warp`; values may have V = 0 when only the match is wanted. Float32
+    arithmetic and results. Memory beside inputs and results: two copies of one item's theta and phi at the most, and
+    the tiles: 24 MiB for numpy, under 2 MiB a thread (at V = 3) for numba.
+    """
+    _check((theta, phi, values), ("theta", "phi", "values"), patch, temperature, np.ndarray)
+    for name, array in (("theta", theta), ("phi", phi), ("values", values)):
+        if array.dtype not in (np.float32, np.float16):
+            raise InputError(f"{name}: expected float32 or float16, got {array.dtype}; convert with .astype('float32')")
+    implementation = _array_implementation(backend)
+    single = [np.ascontiguousarray(array, dtype=np.float32) for array in (theta, phi, values)]
+    out, lse, found = implementation.warp_forward(*single, patch, float(temperature), match=match)
+    _ran.name = implementation.__name__.rpartition("cpu_")[2]
+    grid = theta.shape[2:]
+    shaped = CorrMatch(*(field.reshape(-1, *grid) for field in found)) if match else None
+    return ArrayWarp(out.reshape(*out.shape[:2], *grid), lse.reshape(-1, *grid), shaped)
+
+
+def corr_match(theta: Any, phi: Any, *, patch: int = 3, temperature: float = 0.01, backend: str = "auto") -> CorrMatch:
+    """Where each query's weight lies: the likeliest key, its probability and the entropy, in one pass.
+
+    Shapes, options and errors as in `corr_warp`; no gradient. Tensors on a GPU take "triton" ("auto" there); tensors on
+    the CPU are handed, as float32, to the array backends "numba" and "numpy", which "auto" chooses from.
+    """
+    if _is_tensor(theta):
+        return _match_tensors(theta, phi, patch, temperature, backend)
+    _check((theta, phi), ("theta", "phi"), patch, temperature, np.ndarray)
+    nothing = np.empty((phi.shape[0], 0, *phi.shape[2:]), phi.dtype)
+    found = warp_arrays(theta, phi, nothing, patch=patch, temperature=temperature, match=True, backend=backend).match
+    assert found is not None
+    return found
+
+
+def corr_row(
+    theta: Any,
+    phi: Any,
+    position: tuple[int, int],
+    *,
+    patch: int = 3,
+    temperature: float = 0.01,
+    backend: str = "auto",
+) -> Any:
+    """The weights (B, Hk, Wk) of all keys for the query at `position` = (y, x), in O(M C) time and memory.
+
+    Inputs as in `corr_warp`; float32 logits (float64 for float64 tensors), and a result of that dtype; no gradient.
+    There is one implementation, in numpy; tensors pass through the CPU, and `backend` may be "auto" or "numpy".
+    """
+    if backend not in ("auto", "numpy"):
+        raise InputError(f"backend for corr_row: expected 'auto' or 'numpy', got {backend!r}")
+    tensors = _is_tensor(theta)
+    _check((theta, phi), ("theta", "phi"), patch, temperature, type(theta) if tensors else np.ndarray)
+    (height, width), (y, x) = theta.shape[2:], position
+    if not (0 <= y < height and 0 <= x < width):
+        raise InputError(f"position: expected 0 <= y < {height} and 0 <= x < {width}, got {position}")
+    from .cpu_numpy import softmax_row
+
+    around = [
+        _to_array(side) for side in (theta[:, :, max(y - patch, 0) : y + patch, max(x - patch, 0) : x + patch], phi)
+    ]
+    centre = (min(y, patch), min(x, patch))
+    rows = np.stack([softmax_row(t, p, centre, patch, temperature) for t, p in zip(*around, strict=True)])
+    _ran.name = "numpy"
+    return sys.modules["torch"].from_numpy(rows).to(theta.device) if tensors else rows
+
+
+def last_backend() -> str | None:
+    """The implementation that ran last in this thread ("triton", "cpu", "reference", "numba", "numpy"), or None."""
+    return getattr(_ran, "name", None)
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")  # whoever holds a tensor has imported torch
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _to_array(value: Any) -> npt.NDArray[Any]:
+    """An array of float32, or float64 where the input is."""
+    if _is_tensor(value):
+        value = value.detach()
+        value = (value if value.itemsize >= 4 else value.float()).cpu().numpy()
+    return np.asarray(value, dtype=np.promote_types(value.dtype, np.float32))
+
+
+def _check_tensors(inputs: Sequence[torch.Tensor], names: Sequence[str], patch: int, temperature: float) -> None:
+    torch = sys.modules["torch"]
+    _check(inputs, names, patch, temperature, torch.Tensor)
+    for name, tensor in zip(names, inputs, strict=True):
+        if not tensor.is_floating_point():
+            raise InputError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.device != inputs[0].device:
+            raise InputError(f"{name}: expected theta's device {inputs[0].device}, got {tensor.device}")
+
+
+def _warp_tensors(
+    theta: torch.Tensor, phi: torch.Tensor, values: torch.Tensor, patch: int, temperature: float, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_tensors((theta, phi, values), ("theta", "phi", "values"), patch, temperature)
+    if backend not in TENSOR_BACKENDS:
+        raise InputError(f"backend for tensors: expected one of {', '.join(TENSOR_BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        backend = "triton" if theta.is_cuda else "cpu"
+    if backend == "cpu" and theta.device.type != "cpu":
+        raise BackendError(f"backend 'cpu' needs tensors on the CPU, got {theta.device}; use 'triton' or 'reference'")
+    if backend == "reference":
+        from . import reference
+
+        result = reference.warp(theta, phi, values, patch, temperature)
+    else:
+        from .op import corr_warp_op
+
+        result = corr_warp_op(theta, phi, values, patch, float(temperature), backend)
+    _ran.name = backend
+    return result
+
+
+def _match_tensors(theta: torch.Tensor, phi: torch.Tensor, patch: int, temperature: float, backend: str) -> CorrMatch:
+    _check_tensors((theta, phi), ("theta", "phi"), patch, temperature)
+    if backend == "triton" or (backend == "auto" and theta.is_cuda):
+        from .op import implementation
+
+        fields = implementation("triton").match_forward(theta, phi, patch, float(temperature))
+        _ran.name = "triton"
+        return CorrMatch(*fields)
+    if theta.device.type != "cpu":
+        raise BackendError(f"backend {backend!r} needs tensors on the CPU, got {theta.device}; use 'triton'")
+    arrays = (_to_array(side).astype(np.float32, copy=False) for side in (theta, phi))
+    found = corr_match(*arrays, patch=patch, temperature=temperature, backend=backend)
+    return CorrMatch(*(sys.modules["torch"].from_numpy(field) for field in vars(found).values()))
+
+
+def _array_implementation(backend: str) -> Any:
+    if backend not in ARRAY_BACKENDS:
+        raise InputError(f"backend for arrays: expected one of {', '.join(ARRAY_BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        backend = "numpy"
+    has_numba = importlib.util.find_spec("numba") is not None
+    if backend == "numba" and not has_numba:
+        raise BackendError("backend 'numba' needs numba: pip install 'flashcocos[cpu]', or use backend='numpy'")
+    name = "cpu_numba" if has_numba and backend != "numpy" else "cpu_numpy"
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _check(inputs: Sequence[Any], names: Sequence[str], patch: int, temperature: float, kind: type[Any]) -> None:
+    """Raise `InputError` unless theta, phi and, if given, values fit together and the options are in range."""
+    for name, value in zip(names, inputs, strict=True):
+        if not isinstance(value, kind):
+            raise InputError(f"{name}: expected a {kind.__name__} like theta, got {type(value).__name__}")
+        if value.ndim != 4:
+            raise InputError(
+                f"{name}: expected 4 axes (batch, channels, height, width), got shape {tuple(value.shape)}"
+            )
+        if 0 in value.shape and not (name == "values" and value.shape[1] == 0 and 0 not in value.shape[2:]):
+            raise InputError(f"{name}: expected no empty axis, got shape {tuple(value.shape)}")
+    theta, phi = inputs[:2]
+    for name, value in zip(names, inputs, strict=True):
+        if value.shape[0] != theta.shape[0]:
+            raise InputError(f"{name}: expected theta's batch of {theta.shape[0]}, got {value.shape[0]}")
+    if theta.dtype != phi.dtype:
+        raise InputError(f"theta and phi: expected one dtype, got {theta.dtype} and {phi.dtype}")
+    if theta.shape[1] != phi.shape[1]:
+        raise InputError(f"theta and phi: expected equal channels, got {theta.shape[1]} and {phi.shape[1]}")
+    if len(inputs) > 2 and inputs[2].shape[2:] != phi.shape[2:]:
+        raise InputError(f"values: expected phi's map {tuple(phi.shape[2:])}, got {tuple(inputs[2].shape[2:])}")
+    if patch not in PATCHES:
+        raise InputError(f"patch: expected one of {PATCHES}, got {patch!r}")
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"temperature: expected a positive finite number, got {temperature!r}")

@@ -1,0 +1,41 @@
+"""One rule for the tiles that the CPU paths work in: how many rows of queries and of keys fit in a budget of bytes.
+
+A tile is (query rows) x (key rows) of whole map rows; the diagonal taps of a patch need patch - 1 rows more on each
+axis (the halo), which are computed again in the next tile, so tiles are as square as the budget allows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Tiles(NamedTuple):
+    """Rows of the query map and of the key map in one tile, without the halo."""
+
+    query_rows: int
+    key_rows: int
+
+
+def plan(
+    query_map: tuple[int, int], key_map: tuple[int, int], patch: int, budget: int, *, buffers: int, itemsize: int = 4
+) -> Tiles:
+    """The largest tiles of which `buffers` copies of `itemsize` bytes an element stay within `budget` bytes.
+
+    query_map, key_map: (height, width). One row of each is always a tile, even where the budget is smaller.
+    Where the whole matrix fits, it is one tile; else the rows are shared out so that the last tile is not a sliver.
+    """
+    halo = patch - 1
+    (hq, wq), (hk, wk) = query_map, key_map
+    cell = (wq + halo) * (wk + halo) * itemsize * buffers  # bytes of one query row against one key row
+    cells = max(budget // cell, 1)  # (query rows + halo) * (key rows + halo) of a tile
+    side = max(math.isqrt(cells), halo + 1)
+    # a map shorter than the square's side leaves its share of the budget to the other axis
+    padded_q = min(hq + halo, max(side, cells // min(side, hk + halo)))
+    padded_k = min(hk + halo, max(halo + 1, cells // padded_q))
+    return Tiles(_even(hq, max(padded_q - halo, 1)), _even(hk, max(padded_k - halo, 1)))
+
+
+def _even(length: int, limit: int) -> int:
+    """The tile length at most `limit` that cuts `length` into the same number of tiles, as evenly as it goes."""
+    return math.ceil(length / math.ceil(length / limit))
