@@ -40,6 +40,10 @@ class ModelConfig:
     warp_upsampling: how the warp reaches the image's size: "nearest" or "bilinear" (3 warped values a position), or
         "patch" (3 * down_scale**2 values a position, laid out as pixels).
     attention: whether the generator has its self-attention block.
+    position_waves: sine and cosine pairs per axis, of 1, 2, 4 ... half turns an image, that join the features before
+        theta and phi, so that equal positions can attract each other; 0, as upstream, for none. 0 to 6.
+    warp_skip: whether the generator ends in a mask that blends the warped exemplar with its own image, so that the
+        exemplar's colours reach the output directly; upstream has none.
     """
 
     task: str
@@ -58,6 +62,8 @@ class ModelConfig:
     mask_mixing: bool = True
     warp_upsampling: str = "bilinear"
     attention: bool = True
+    position_waves: int = 0
+    warp_skip: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -72,6 +78,7 @@ class ModelConfig:
         self._require("label_channels", 1 <= self.label_channels <= 255, "1 to 255")
         size_ok = 0 < self.image_size <= 8192 and self.image_size % SIZE_MULTIPLE == 0
         self._require("image_size", size_ok, f"a multiple of {SIZE_MULTIPLE} up to 8192")
+        self._require("position_waves", 0 <= self.position_waves <= 6, "0 to 6")
         for name in ("ngf", "nef", "feature_channels", "spade_hidden"):
             self._require(name, 1 <= getattr(self, name) <= 4096, "1 to 4096")
         self._require("residual_blocks", 0 <= self.residual_blocks <= 64, "0 to 64")

@@ -105,7 +105,7 @@ class SupervisedTrainer:
             self._load()
 
     def run(self, *, save_minutes: float = 10.0, log_steps: int = 20) -> None:
-        """Train to `config.steps`; saves every `save_minutes`, at the end and on Ctrl-C, and prints a line now and then."""
+        """Train to `config.steps`; save every `save_minutes`, at the end and on Ctrl-C; print a line now and then."""
         saved = shown = time.monotonic()
         shown_step, sums = self.step, dict[str, float]()
         try:

@@ -59,7 +59,7 @@ def test_position_waves_let_equal_positions_attract() -> None:
     with torch.no_grad():
         for branch in (model.correspondence.theta, model.correspondence.phi):
             branch.weight.zero_()
-            branch.weight[:, -16:] = torch.eye(16)
+            branch.weight[:, -16:] = torch.eye(16)[..., None, None]
         label, exemplar, _ = inputs()
         result = model(label, exemplar, label, backend="reference")
         expected = model.warp_values(exemplar)
