@@ -22,15 +22,14 @@ def atomic_path(target: str | os.PathLike[str], *, directory: bool = False) -> I
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if directory:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        temporary.chmod(0o777 & ~_umask())
+        temporary, mode = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)), 0o777
     else:
         handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
         os.close(handle)
-        temporary = Path(name)
-        temporary.chmod(0o666 & ~_umask())
+        temporary, mode = Path(name), 0o666
     try:
         yield temporary
+        temporary.chmod(mode & ~_umask())  # last, for some writers replace the file that they are given
         if directory and target.is_dir():
             # a folder cannot be renamed over another: the old one steps aside first and is deleted last
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -47,7 +47,8 @@ def test_directory(tmp_path: Path) -> None:
 
 def test_readable_by_others(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "file") as temporary:
-        temporary.write_bytes(b"")
+        temporary.unlink()
+        temporary.touch(mode=0o600)  # as safetensors does
     (tmp_path / "plain").write_bytes(b"")
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
