@@ -29,7 +29,8 @@ from ..preprocess.labels import LabelSource, load_label, resize_nearest
 from .engine import Engine, open_engines
 from .stages import check_stages, stage_tensors
 
-MAX_SIDE = 8192  # of what is translated, in pixels
+MIN_SIDE = 2 * SIZE_MULTIPLE  # of what is translated, in pixels: the generator starts at 1/32 and needs two there
+MAX_SIDE = 8192
 Size: TypeAlias = "int | tuple[int, int] | str | None"
 
 
@@ -167,8 +168,8 @@ class Translator:
         """Translate one label, or a list or tuple of labels with one exemplar for all or one each.
 
         label: a prepared label: path, array, or Pillow image of class ids.
-        size: (height, width) or one side of a square, in multiples of 32 up to 8192; None is the square the model was
-            trained at; "input" is the label's own size, rounded to multiples of 32. It may differ from the exemplar's.
+        size: (height, width) or the side of a square, in multiples of 32 from 64 to 8192; None is the square the model
+            was trained at; "input" the label's own size, rounded to multiples of 32. The exemplar's size may differ.
         batch_size: labels of one size that run together; more is faster on a GPU and takes more memory.
         Raises `InputError` for what cannot be used, `BackendError` where a stage fails, say out of memory.
         """
@@ -273,12 +274,13 @@ def resolve_size(config: ModelConfig, size: Size, own: tuple[int, ...]) -> tuple
     if size is None:
         return config.image_size, config.image_size
     if size == "input":
-        sides: tuple[Any, ...] = tuple(max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE) for side in own)
+        sides: tuple[Any, ...] = tuple(max(MIN_SIDE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE) for side in own)
     else:
         sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
-    if len(sides) != 2 or any(type(side) is not int or side % SIZE_MULTIPLE or side <= 0 for side in sides):
+    if len(sides) != 2 or any(type(side) is not int or side % SIZE_MULTIPLE or side < MIN_SIDE for side in sides):
         raise InputError(
-            f'size: expected "input", one side or (height, width), each a multiple of {SIZE_MULTIPLE}; got {size!r}'
+            f'size: expected "input", one side or (height, width), each a multiple of {SIZE_MULTIPLE} from {MIN_SIDE}; '
+            f"got {size!r}"
         )
     if max(sides) > MAX_SIDE:
         raise InputError(

@@ -51,24 +51,24 @@ def test_a_folder(translator: Translator, work: Path) -> None:
 
 
 def test_extra_outputs(translator: Translator, work: Path) -> None:
-    run(translator, work, save={"warped", "matches", "confidence", "grid"}, suffix=".jpg", size=(32, 64))
+    run(translator, work, save={"warped", "matches", "confidence", "grid"}, suffix=".jpg", size=(64, 96))
     assert [name for name in names(work / "out") if name.startswith("a")] == [
         "a.confidence.png", "a.grid.png", "a.jpg", "a.matches.npz", "a.warped.png",
     ]  # fmt: skip
-    exemplar = translator.encode_exemplar(work / "pictures/a.png", work / "masks/a.png", (32, 64))
-    expected = translator.translate(work / "labels/a.png", exemplar, (32, 64))
+    exemplar = translator.encode_exemplar(work / "pictures/a.png", work / "masks/a.png", (64, 96))
+    expected = translator.translate(work / "labels/a.png", exemplar, (64, 96))
     with np.load(work / "out/a.matches.npz") as stored:
         np.testing.assert_array_equal(stored["matches"], expected.matches)
         np.testing.assert_array_equal(stored["confidence"], expected.confidence)
-        np.testing.assert_array_equal(stored["exemplar_size"], (32, 64))
+        np.testing.assert_array_equal(stored["exemplar_size"], (64, 96))
     np.testing.assert_array_equal(np.asarray(Image.open(work / "out/a.warped.png")), expected.warped)
     confidence = np.asarray(Image.open(work / "out/a.confidence.png"))
     np.testing.assert_allclose(confidence / 255, expected.confidence, atol=0.5 / 255 + 1e-6)
     grid = np.asarray(Image.open(work / "out/a.grid.png"))
-    assert grid.shape == (32, 256, 3)
-    np.testing.assert_array_equal(grid[:, 128:], np.concatenate([expected.warped, expected.image], axis=1))
+    assert grid.shape == (64, 384, 3)
+    np.testing.assert_array_equal(grid[:, 192:], np.concatenate([expected.warped, expected.image], axis=1))
     with Image.open(work / "out/a.jpg") as image:
-        assert (image.format, image.size) == ("JPEG", (64, 32))
+        assert (image.format, image.size) == ("JPEG", (96, 64))
 
 
 def test_bad_files_are_named_and_the_rest_goes_on(translator: Translator, work: Path) -> None:
