@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ..bundle import Bundle
 from ..config import SIZE_MULTIPLE, ModelConfig
 from ..errors import BundleError, InputError
-from ..kernels.corr_warp import ARRAY_BACKENDS, warp_arrays
+from ..kernels.corr_warp import CorrMatch, last_backend, warp_arrays
 from ..preprocess.images import FloatArray, ImageSource, UInt8Array, load_image, load_rgb, to_uint8
 from ..preprocess.labels import LabelSource, load_label, resize_nearest
 from .engine import Engine, open_engines
@@ -95,11 +95,13 @@ class Translator:
     ) -> None:
         opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         check_stages(opened.manifest)
-        if warp not in ARRAY_BACKENDS:
-            raise InputError(f"unknown warp {warp!r}; available: {', '.join(ARRAY_BACKENDS)}")
         self.bundle = opened
         self.config = opened.manifest.config
+        # a warp of one position: what cannot run fails here, and "auto" becomes the name of what it chose
+        position = np.ones((1, 1, 1, 1), np.float32)
         self._warp = warp
+        self._matched_warp(position, position, position)
+        self._warp = last_backend() or warp
         self._model = opened.manifest.files[opened.manifest.stages["exemplar"].file].sha256
         self._outputs = {stage: outputs for stage, (_, outputs) in stage_tensors(self.config).items()}
         self._engines: dict[str, Engine] = open_engines(opened, backend=backend, device=device, threads=threads)
@@ -201,37 +203,34 @@ class Translator:
         clock.append(time.perf_counter())
         # one warp an item: it fills the cores by itself, and exemplars may differ in size
         warps = [
-            warp_arrays(
-                theta[index : index + 1],
-                exemplar.phi,
-                exemplar.values,
-                patch=self.config.patch,
-                temperature=self.config.temperature,
-                match=True,
-                backend=self._warp,
-            )
+            self._matched_warp(theta[index : index + 1], exemplar.phi, exemplar.values)
             for index, exemplar in enumerate(exemplars)
         ]
         clock.append(time.perf_counter())
-        warped = np.concatenate([warp.out for warp in warps])
+        warped = np.concatenate([out for out, _ in warps])
         pictures = self._run("synthesis", {"warped": warped, "label": label}, height, width)
         clock.append(time.perf_counter())
         shares = [float(seconds) * 1e3 / len(labels) for seconds in np.diff(clock)]
         timings = dict(zip(("query", "warp", "synthesis"), shares, strict=True))
         results = []
-        for index, (warp, exemplar) in enumerate(zip(warps, exemplars, strict=True)):
-            assert warp.match is not None  # asked for above
+        for index, ((_, match), exemplar) in enumerate(zip(warps, exemplars, strict=True)):
             results.append(
                 Translation(
                     image=to_uint8(pictures["image"][index]),
                     warped=to_uint8(pictures["warped_image"][index]),
-                    confidence=warp.match.probability[0],
-                    matches=self._positions(warp.match.index[0], exemplar),
+                    confidence=match.probability[0],
+                    matches=self._positions(match.index[0], exemplar),
                     exemplar_size=exemplar.size,
                     timings=timings,
                 )
             )
         return results
+
+    def _matched_warp(self, theta: FloatArray, phi: FloatArray, values: FloatArray) -> tuple[FloatArray, CorrMatch]:
+        patch, temperature = self.config.patch, self.config.temperature
+        result = warp_arrays(theta, phi, values, patch=patch, temperature=temperature, match=True, backend=self._warp)
+        assert result.match is not None  # it was asked for
+        return result.out, result.match
 
     def _positions(self, index: npt.NDArray[np.int64], exemplar: Exemplar) -> FloatArray:
         y, x = np.divmod(index, exemplar.phi.shape[3])

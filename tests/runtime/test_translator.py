@@ -246,7 +246,7 @@ def test_options(tmp_path: Path) -> None:
         Translator(tmp_path / "absent")
     with pytest.raises(InputError, match="unknown backend"):
         Translator(path, backend="torch")
-    with pytest.raises(InputError, match="unknown warp 'fast'; available: auto, numba, numpy"):
+    with pytest.raises(InputError, match="expected one of auto, numba, numpy, got 'fast'"):
         Translator(path, warp="fast")
     with Translator(Bundle(path), threads=1, device="cpu", warp="numpy") as translator:
         assert translator.translate(random_label(CLASSES, 64, 64), exemplar_of(translator)).image.shape == (64, 64, 3)
