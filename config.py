@@ -42,8 +42,9 @@ class ModelConfig:
     attention: whether the generator has its self-attention block.
     position_waves: sine and cosine pairs per axis, of 1, 2, 4 ... half turns an image, that join the features before
         theta and phi, so that equal positions can attract each other; 0, as upstream, for none. 0 to 6.
-    warp_skip: whether the generator ends in a mask that blends the warped exemplar with its own image, so that the
-        exemplar's colours reach the output directly; upstream has none.
+    warp_skip: whether the output starts from the warped exemplar and its mean colour in each class of the label, which
+        a predicted mask blends and a predicted correction completes; the means also join the generator's condition.
+        Upstream has none; region-wise pooling of a style is from arXiv 1911.12861, section 3.2.
     """
 
     task: str

@@ -10,6 +10,7 @@ import torch
 from flashcocos.config import ModelConfig
 from flashcocos.train.networks import CoCosNet
 from flashcocos.train.networks.correspondence import position_waves
+from flashcocos.train.networks.generator import class_means
 
 PLAIN = ModelConfig.preset("tiny")
 
@@ -28,20 +29,29 @@ def test_both_are_off_by_default_and_add_no_weights() -> None:
 
 
 @pytest.mark.parametrize("kept", [30.0, -30.0])
-def test_the_mask_of_the_skip_chooses_between_warp_and_image(kept: float) -> None:
+def test_the_mask_of_the_skip_chooses_between_warp_and_class_means(kept: float) -> None:
     model = CoCosNet(dataclasses.replace(PLAIN, warp_skip=True)).eval()
+    label, exemplar, exemplar_label = inputs()
     with torch.no_grad():
-        model.generator.last.weight[3] = 0
-        model.generator.last.bias[3] = kept
-        result = model(*inputs(), backend="reference")
-        plain = CoCosNet(PLAIN).eval()
-        state = {
-            name: weight[:3] if "generator.last" in name else weight for name, weight in model.state_dict().items()
-        }
-        plain.load_state_dict(state)
-        own = plain(*inputs(), backend="reference").image
-    torch.testing.assert_close(result.image, result.warped_image if kept > 0 else own, rtol=0, atol=1e-6)
-    assert not torch.allclose(own, result.warped_image, atol=0.1)
+        model.generator.last.weight.zero_()
+        model.generator.last.bias.copy_(torch.tensor([0.0, 0.0, 3.0, kept]))
+        result = model(label, exemplar, exemplar_label, backend="reference")
+    start = result.warped_image if kept > 0 else class_means(result.warped_image, model.label_planes(label))
+    torch.testing.assert_close(result.image[:, :2], start[:, :2], rtol=0, atol=1e-6)
+    assert (result.image[:, 2] == 1).all()  # the correction applies, and the image stays in its range
+    assert not torch.allclose(result.warped_image, class_means(result.warped_image, model.label_planes(label)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_class_means(dtype: torch.dtype) -> None:
+    label, image, _ = inputs()
+    planes = torch.nn.functional.one_hot(label.long(), 14).permute(0, 3, 1, 2).to(dtype)  # two classes are absent
+    painted = class_means(image.to(dtype), planes).float()
+    for name in range(12):
+        inside = (label == name)[0]
+        expected = image[0, :, inside].mean(1, keepdim=True).expand(-1, int(inside.sum()))
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+        torch.testing.assert_close(painted[0, :, inside], expected, rtol=0, atol=tolerance)
 
 
 def test_position_waves_tell_positions_apart_at_any_size() -> None:

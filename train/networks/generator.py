@@ -18,8 +18,8 @@ class Generator(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        ngf, condition, hidden = config.ngf, 3 + config.label_channels, config.spade_hidden
-        self.warp_skip = config.warp_skip
+        ngf, hidden, self.warp_skip = config.ngf, config.spade_hidden, config.warp_skip
+        condition = (6 if config.warp_skip else 3) + config.label_channels
         self.first = nn.Conv2d(condition, 16 * ngf, 3, padding=1)
         self.head = SpadeBlock(16 * ngf, 16 * ngf, condition, hidden)
         self.middle_0 = SpadeBlock(16 * ngf, 16 * ngf, condition, hidden)
@@ -32,7 +32,8 @@ class Generator(nn.Module):
         self.last = nn.Conv2d(ngf, 4 if config.warp_skip else 3, 3, padding=1)
 
     def forward(self, warped_image: Tensor, label: Tensor) -> Tensor:
-        condition = torch.cat([warped_image, label], 1)  # (B, 3 + nc, H, W)
+        painted = class_means(warped_image, label) if self.warp_skip else warped_image[:, :0]
+        condition = torch.cat([warped_image, painted, label], 1)  # (B, 3 + nc, H, W), with the skip 6 + nc
         x = self.first(subsample(condition, SIZE_MULTIPLE))  # (B, 16 ngf, H/32, W/32)
         x = self.head(x, subsample(condition, 32))
         x, condition_16 = _double(x), subsample(condition, 16)
@@ -46,8 +47,16 @@ class Generator(nn.Module):
         x = self.last(F.leaky_relu(x, LEAKY_SLOPE))  # (B, 3 or 4, H, W)
         if not self.warp_skip:
             return torch.tanh(x)
-        own, kept = torch.tanh(x[:, :3]), torch.sigmoid(x[:, 3:])
-        return own + kept * (warped_image - own)
+        start = painted + torch.sigmoid(x[:, 3:]) * (warped_image - painted)
+        return (start + x[:, :3]).clamp(-1, 1)
+
+
+def class_means(image: Tensor, label: Tensor) -> Tensor:
+    """image (B, 3, H, W) averaged over each plane of label (B, nc, H, W) and painted back: (B, 3, H, W)."""
+    # divided by the width before they are summed, so that no sum leaves the range of float16
+    planes = label.flatten(2) / label.shape[3]  # (B, nc, H W)
+    means = (planes @ image.flatten(2).mT) / planes.sum(2, keepdim=True).clamp_min(1e-4)  # (B, nc, 3)
+    return (means.mT @ label.flatten(2)).unflatten(2, image.shape[2:])
 
 
 def _double(x: Tensor) -> Tensor:
