@@ -1,6 +1,6 @@
-"""Tile sizes of the Triton kernels, one line per architecture, with the reason for each.
+"""Tile sizes of the Triton kernels: one line per architecture, with the reason for each.
 
-No line has been timed: all were chosen by count (shared memory, registers) and checked by compiling, without a GPU.
+No line has been timed: all were chosen by count (shared memory, registers) and by compiling without a GPU.
 `tests/kernels/test_aot.py` compiles every line and fails past the shared-memory limit or on a register spill.
 """
 
@@ -24,53 +24,61 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """One line of the table: the shared memory a block may use, and a tile for each kind of problem.
+    """The shared memory a block may use, what the chip multiplies, and the tiles for float16 and bfloat16 maps.
 
-    half: float16 and bfloat16 maps; single: float32 maps, multiplied exactly by FMA; wide: more than `NARROW` values.
+    narrow, wide: the forward with at most, and with more than, `NARROW` value channels; backward: its score tiles.
     """
 
     shared_kib: int
-    half: Tile
-    single: Tile
+    narrow: Tile
     wide: Tile
+    backward: Tile
     bfloat16: bool = True
     tf32: bool = True
 
 
-NARROW = 64  # value channels up to which `half` and `single` hold; beyond, the output tile takes the registers
+NARROW = 64  # value channels whose output tile leaves the registers to the scores
 MAX_VALUES = 256  # value channels of one launch; more are warped in several
 
-# float32 on every line: FMA takes its operands from registers, so the tile is small, and its time hides the loads
-_SINGLE = Tile(queries=64, keys=64, channels=16, warps=8, stages=2)
-# wide on the lines with asynchronous copies: a 64 x 256 output tile takes 64 registers a thread
-_WIDE = Tile(queries=64, keys=64, channels=64, warps=8, stages=3)
+# the output tile of 64 x 256 takes 64 registers a thread, so the score tile shrinks to 16 registers a thread
+_WIDE = Tile(64, 64, 64, 8, 3)
+# the backward holds three score tiles at once (logits, d weights, d logits): 128 x 128 spills, and on 80 even 128 x 64
+_BACKWARD = Tile(64, 64, 64, 8, 3)
 
 ARCHITECTURES: dict[int, Architecture] = {
-    # Turing: no asynchronous copies, so the next loads wait in registers and larger tiles spill; no bfloat16, no tf32
-    75: Architecture(64, Tile(64, 32, 32, 8, 2), _SINGLE, Tile(32, 32, 32, 8, 2), bfloat16=False, tf32=False),
-    # A100: registers allow one block of 128 x 128 a multiprocessor, so it may take 64 channels in three stages, 64 KiB
-    80: Architecture(163, Tile(128, 128, 64, 8, 3), _SINGLE, _WIDE),
-    # A40, A6000, RTX 30: as 80, since 64 KiB is within 99
-    86: Architecture(99, Tile(128, 128, 64, 8, 3), _SINGLE, _WIDE),
+    # Turing: no asynchronous copies, so the next loads wait in registers, and every larger tile spills
+    75: Architecture(
+        64, Tile(64, 32, 32, 8, 2), Tile(32, 16, 32, 8, 2), Tile(64, 32, 32, 8, 2), bfloat16=False, tf32=False
+    ),
+    # A100: registers allow one 128 x 128 block a multiprocessor, so it may take 64 channels in three stages, 64 KiB
+    80: Architecture(163, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD),
+    # A40, A6000, RTX 30: as 80, since its 64 KiB are within 99
+    86: Architecture(99, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD),
     # RTX 40, L4, L40: as 86; the larger L2 changes no tile
-    89: Architecture(99, Tile(128, 128, 64, 8, 3), _SINGLE, _WIDE),
+    89: Architecture(99, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD),
     # H100, H200: warpgroup products read both operands from shared memory, so one stage more, 128 KiB
-    90: Architecture(227, Tile(128, 128, 64, 8, 4), _SINGLE, _WIDE),
-    # RTX 50: Ampere-style products; with 64 channels 128 x 128 spills, with 32 it does not
-    120: Architecture(99, Tile(128, 128, 32, 8, 3), _SINGLE, _WIDE),
+    90: Architecture(227, Tile(128, 128, 64, 8, 4), _WIDE, _BACKWARD),
+    # RTX 50: Ampere-style products; 128 x 128 spills with 64 channels and not with 32
+    120: Architecture(99, Tile(128, 128, 32, 8, 3), _WIDE, _BACKWARD),
 }
 
-FOLD = Tile(queries=64, keys=32, channels=64, warps=4, stages=2)  # fold_kernel: target and source positions, channels
-PACK = Tile(
-    queries=64, keys=0, channels=64, warps=4, stages=1
-)  # pack_kernel: a square transposed through shared memory
-STATISTICS = Tile(queries=64, keys=0, channels=64, warps=4, stages=2)
+# float32 maps are multiplied exactly, by FMA, on every architecture: operands and sums live in registers, so the tiles
+# are small, and the arithmetic hides the loads; 64 x 64 spills on 80
+_SINGLE = Tile(64, 32, 16, 4, 2)
+_SINGLE_WIDE = Tile(64, 32, 16, 8, 2)
+
+# fold_kernel: target positions, source positions, channels; the nine loads of a tile serve all its channels, so many
+_FOLD = Tile(64, 64, 128, 8, 2)
+_FOLD_SINGLE = Tile(64, 32, 64, 4, 2)
+
+PACK = Tile(64, 0, 64, 4, 1)  # pack_kernel: a square of positions and channels, transposed through shared memory
+STATISTICS = Tile(64, 0, 64, 4, 2)  # statistics_kernel: a warp reads 64 channels of a position as one line
 
 
 def architecture(capability: int) -> Architecture:
     """The line for compute capability `capability` (major * 10 + minor): its own, or that of the nearest older one.
 
-    A newer chip with less shared memory than the older line assumes would fail at launch, with Triton's own message.
+    A chip that is not in the table and has less shared memory than that line is refused by Triton at launch.
     Raises `BackendError` below 75.
     """
     known = [sm for sm in ARCHITECTURES if sm <= capability]
@@ -82,16 +90,28 @@ def architecture(capability: int) -> Architecture:
     return ARCHITECTURES[max(known)]
 
 
-def tile_for(capability: int, itemsize: int, values: int) -> Tile:
-    """The tile for maps of `itemsize` bytes an element and `values` value channels."""
-    line = architecture(capability)
+def forward_tile(capability: int, itemsize: int, values: int) -> Tile:
+    """The tile of the forward for maps of `itemsize` bytes an element and `values` value channels."""
+    wide = values > NARROW
     if itemsize == 4:
-        return line.single
-    return line.half if values <= NARROW else line.wide
+        return _SINGLE_WIDE if wide else _SINGLE
+    line = architecture(capability)
+    return line.wide if wide else line.narrow
+
+
+def backward_tile(capability: int, itemsize: int) -> Tile:
+    """The tile of `score_gradient_kernel`."""
+    return _SINGLE if itemsize == 4 else architecture(capability).backward
+
+
+def fold_tile(itemsize: int, channels: int) -> Tile:
+    """The tile of `fold_kernel` for a source of `itemsize` bytes an element, its channels no more than needed."""
+    tile = _FOLD_SINGLE if itemsize == 4 else _FOLD
+    return dataclasses.replace(tile, channels=min(tile.channels, value_block(channels)))
 
 
 def value_block(values: int) -> int:
-    """Value channels padded to a power of two of at least 16, the least a tensor-core product takes."""
+    """Channels padded to a power of two of at least 16, the least a tensor-core product takes."""
     return max(16, 1 << (values - 1).bit_length())
 
 

@@ -37,10 +37,10 @@ def pack_kernel(
 ):
     """Channels last, converted to the dtype of `target`."""
     i_b = tl.program_id(2).to(tl.int64)
-    o_n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_c = (tl.program_id(1) * BC + tl.arange(0, BC)).to(tl.int64)
     m_n = o_n < positions
-    o_pixel = (o_n // width) * stride_y + (o_n % width) * stride_x
+    o_pixel = (o_n // width).to(tl.int64) * stride_y + (o_n % width).to(tl.int64) * stride_x
     p_source = source + i_b * stride_b + o_c[:, None] * stride_c + o_pixel[None, :]
     b_pixels = tl.load(p_source, mask=(o_c < channels)[:, None] & m_n[None, :], other=0.0)  # [BC, BN]
     p_target = target + (i_b * positions + o_n[:, None]) * padded + o_c[None, :]

@@ -209,7 +209,7 @@ def _launch_forward(
     temperature: float,
 ) -> None:
     batch, _, channels = query.pixels.shape
-    tile = configs.tile_for(_capability(query.pixels), query.pixels.element_size(), value_channels)
+    tile = configs.forward_tile(_capability(query.pixels), query.pixels.element_size(), value_channels)
     index, probability, entropy = match or (None, None, None)
     forward_kernel[(triton.cdiv(query.positions, tile.queries), batch)](
         query.pixels,
@@ -257,7 +257,7 @@ def _backward_one(
     values, grad_out, lse, delta = forward
     d_theta, d_phi, d_values = targets
     patch, temperature, scratch_bytes = settings
-    tile = configs.tile_for(_capability(query.pixels), query.pixels.element_size(), 1)
+    tile = configs.backward_tile(_capability(query.pixels), query.pixels.element_size())
     buffers = 1 if d_values is None else 2
     chunk_q, chunk_k = chunk_size(query.positions, key.positions, scratch_bytes // (4 * buffers))
     scratch = query.mean.new_empty((buffers, chunk_q * chunk_k))
@@ -329,9 +329,9 @@ def _fold(
     (side_x, first_i, count_i, stride_i), (side_y, first_j, count_j, stride_j) = rows, columns
     first_x, end_x = _reach(side_x, first_i, count_i, patch)
     first_y, end_y = _reach(side_y, first_j, count_j, patch)
-    tile, channels = configs.FOLD, target.shape[1]
-    half = source.dtype != torch.float32
-    line = configs.architecture(_capability(source))
+    channels, half = target.shape[1], source.element_size() == 2
+    tile = configs.fold_tile(source.element_size(), channels)
+    tf32 = half and configs.architecture(_capability(source)).tf32
     fold_kernel[(triton.cdiv(end_x - first_x, tile.queries), triton.cdiv(channels, tile.channels))](
         chunk,
         source,
@@ -358,7 +358,7 @@ def _fold(
         BY=tile.keys,
         BC=tile.channels,
         # G has no bounded scale, so it stays float32: tf32 keeps as many bits of it as float16 would, and its range
-        PRECISION="tf32" if half and line.tf32 else "ieee",
+        PRECISION="tf32" if tf32 else "ieee",
         **_options(tile),
     )
 
@@ -411,4 +411,5 @@ def _capability(tensor: torch.Tensor) -> int:
 
 
 def _options(tile: configs.Tile) -> dict[str, int]:
-    return {"num_warps": tile.warps, "num_stages": tile.stages}
+    # contraction to FMA is named because Triton's default for it changes with its version
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
