@@ -240,8 +240,6 @@ def _match_tensors(theta: torch.Tensor, phi: torch.Tensor, patch: int, temperatu
 def _array_implementation(backend: str) -> Any:
     if backend not in ARRAY_BACKENDS:
         raise InputError(f"backend for arrays: expected one of {', '.join(ARRAY_BACKENDS)}, got {backend!r}")
-    if backend == "auto":
-        backend = "numpy"
     has_numba = importlib.util.find_spec("numba") is not None
     if backend == "numba" and not has_numba:
         raise BackendError("backend 'numba' needs numba: pip install 'flashcocos[cpu]', or use backend='numpy'")

@@ -49,11 +49,18 @@ def patch_statistics(features: Array, patch: int) -> tuple[npt.NDArray[np.float6
     In float64, because the squared norm is a difference. A constant patch, whose centred norm is rounding alone, gets
     reciprocal 0: it correlates with nothing.
     """
-    length = patch * patch * features.shape[0]
-    total = box_sum(features.sum(axis=0, dtype=np.float64), patch)
-    squares = box_sum(np.einsum("chw,chw->hw", features, features, dtype=np.float64), patch)
-    mean = total / length
-    centred = squares - total * mean
+    sums = features.sum(axis=0, dtype=np.float64)
+    squares = np.einsum("chw,chw->hw", features, features, dtype=np.float64)
+    return statistics_of_sums(sums, squares, patch, features.shape[0])
+
+
+def statistics_of_sums(
+    sums: npt.NDArray[np.float64], squares: npt.NDArray[np.float64], patch: int, channels: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """`patch_statistics` from each position's sums over channels of the features and of their squares."""
+    mean = box_sum(sums, patch) / (patch * patch * channels)
+    squares = box_sum(squares, patch)
+    centred = squares - mean * mean * (patch * patch * channels)
     proper = centred > 1e-12 * squares
     norm = np.sqrt(centred, where=proper, out=np.ones_like(centred))
     return mean, np.where(proper, 1.0 / (norm + sys.float_info.epsilon), 0.0)

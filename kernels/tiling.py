@@ -36,6 +36,32 @@ def plan(
     return Tiles(_even(hq, max(padded_q - halo, 1)), _even(hk, max(padded_k - halo, 1)))
 
 
+class Sweep(NamedTuple):
+    """Tiles of the fused kernel: query columns of a task, query rows of a task, key rows followed at once."""
+
+    block: int
+    strip: int
+    group: int
+
+
+CACHE = 256 << 10  # bytes of products a thread keeps: half of a usual second-level cache, the key panels have the rest
+KEYS = 256  # keys of one pass: enough to spread the cost of a pass, few enough for the cache
+SHORTEST = 4  # query rows of a strip: shorter ones spend as much on the strip's ends as on its inside
+
+
+def plan_sweep(
+    query_map: tuple[int, int], key_map: tuple[int, int], patch: int, threads: int, *, rows: int, columns: int
+) -> Sweep:
+    """Tasks for `threads` threads, whose products of `patch` steps fit in `CACHE`; register tile (rows, columns)."""
+    (hq, wq), (_, wk) = query_map, key_map
+    width = math.ceil(wk / columns) * columns
+    group = max(KEYS // width, 1)
+    lines = CACHE // (patch * group * width * 4) // rows * rows  # whole register tiles, halo included
+    block = _even(wq, max(lines, 2 * rows) - patch + 1)
+    strips = math.ceil(threads / math.ceil(wq / block))
+    return Sweep(block, max(math.ceil(hq / strips), min(SHORTEST, hq)), group)
+
+
 def _even(length: int, limit: int) -> int:
     """The tile length at most `limit` that cuts `length` into the same number of tiles, as evenly as it goes."""
     return math.ceil(length / math.ceil(length / limit))
