@@ -43,20 +43,25 @@ class _Stage(nn.Module):
         super().__init__()
         self.model = model
 
+    @staticmethod
+    def cast(label: Tensor) -> Tensor:
+        """Class ids as int32, planes as they are: TensorRT refuses an uint8 input that anything but a cast reads."""
+        return label if label.is_floating_point() else label.to(torch.int32)
+
 
 class _Query(_Stage):
     def forward(self, label: Tensor) -> Tensor:
-        return self.model.encode_query(label)
+        return self.model.encode_query(self.cast(label))
 
 
 class _Exemplar(_Stage):
     def forward(self, image: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.model.encode_exemplar(image, label)
+        return self.model.encode_exemplar(image, None if label is None else self.cast(label))
 
 
 class _Synthesis(_Stage):
     def forward(self, warped: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.synthesise(warped, label)
+        return self.model.synthesise(warped, self.cast(label))
 
 
 _MODULES = {"query": _Query, "exemplar": _Exemplar, "synthesis": _Synthesis}
@@ -143,7 +148,7 @@ def store_float16(model: ModelProto) -> None:
             continue
         array = numpy_helper.to_array(tensor)
         largest = float(np.abs(array).max())
-        if not largest <= np.finfo(np.float16).max:  # also catches nan
+        if not largest <= 65504:  # the largest float16; not "greater", so that nan is caught
             raise InputError(
                 f"{tensor.name}: weights up to {largest:g} do not fit float16 (at most 65504); export with "
                 'precision="float32"'
