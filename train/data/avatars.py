@@ -250,9 +250,9 @@ class AvatarPairs:
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pair(index)
         return {
-            "label": pair.label,
+            "label": pair.label.copy(),  # writable, as torch wants it
             "exemplar": _to_float(pair.exemplar),
-            "exemplar_label": pair.exemplar_label,
+            "exemplar_label": pair.exemplar_label.copy(),
             "target": _to_float(pair.target),
             "has_target": pair.kind != "free",
             "self_ref": pair.kind == "pseudo",
