@@ -1,0 +1,231 @@
+"""The bundle format: round trips, and everything a hostile or damaged bundle may try."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashcocos.bundle import MANIFEST, STAGES, Bundle, Manifest, StageSpec, TensorSpec, write_bundle
+from flashcocos.config import ModelConfig
+from flashcocos.errors import BundleError, InputError
+
+FILES = {f"{stage}.onnx": stage.encode() * 100 for stage in STAGES}
+
+
+def manifest() -> Manifest:
+    spec = (TensorSpec("x", "float32", ("batch", 3)),)
+    stages = {stage: StageSpec(f"{stage}.onnx", spec, spec) for stage in STAGES}
+    return Manifest(ModelConfig.preset("tiny"), "float32", 20, stages, {}, "CC0-1.0", {"model": {"epochs": 3}})
+
+
+def write(path: Path) -> Path:
+    return write_bundle(path, manifest(), FILES)
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest's JSON of a bundle folder."""
+    fields = json.loads((bundle / MANIFEST).read_text())
+    change(fields)
+    (bundle / MANIFEST).write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("name", ["bundle", "bundle.zip", "new/folder/bundle.zip"])
+def test_round_trip(tmp_path: Path, name: str) -> None:
+    bundle = Bundle(write(tmp_path / name))
+    bundle.verify()
+    assert {file: bundle.read(file) for file in bundle.manifest.files} == FILES
+    assert bundle.read_stage("query") == FILES["query.onnx"]
+    assert bundle.manifest == Manifest.from_json(bundle.manifest.to_json())
+    assert (bundle.manifest.config, bundle.manifest.stages) == (manifest().config, manifest().stages)
+    assert (bundle.manifest.license, bundle.manifest.provenance) == ("CC0-1.0", {"model": {"epochs": 3}})
+
+
+def test_an_unlisted_file_is_not_read(tmp_path: Path) -> None:
+    bundle = Bundle(write(tmp_path / "bundle"))
+    (bundle.path / "other.onnx").write_bytes(b"unlisted")
+    for name in ("other.onnx", MANIFEST, "../bundle/query.onnx"):
+        with pytest.raises(BundleError, match="the manifest lists no file"):
+            bundle.read(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format="zip"), 'expected an object with "format"'),
+        (lambda m: m.update(format_version=2), "format_version 2 is unknown to this flashcocos, which reads 1"),
+        (lambda m: m.pop("format_version"), "format_version None is unknown"),
+        (lambda m: m.update(extra=1), "expected the fields"),
+        (lambda m: m.pop("license"), "expected the fields"),
+        (lambda m: m.update(precision="int4"), "precision 'int4' is not one of float32, float16"),
+        (lambda m: m.update(opset="20"), "wrong type"),
+        (lambda m: m.update(provenance=[]), "wrong type"),
+        (lambda m: m.update(config=[]), "expected a JSON object"),
+        (lambda m: m["config"].update(ngf=-1), "ngf: expected 1 to 4096"),
+        (lambda m: m["config"].update(surprise=1), "unknown field 'surprise'"),
+        (lambda m: m.update(files=[]), MANIFEST),
+        (lambda m: m["files"]["query.onnx"].update(extra=1), MANIFEST),
+        (lambda m: m["files"]["query.onnx"].update(bytes=-1), "expected a size of 0 to"),
+        (lambda m: m["files"]["query.onnx"].update(bytes=1 << 40), "expected a size of 0 to"),
+        (lambda m: m["files"]["query.onnx"].update(bytes=True), "expected a size of 0 to"),
+        (lambda m: m["files"]["query.onnx"].update(sha256="00"), "not 64 hexadecimal digits"),
+        (lambda m: m["files"]["query.onnx"].update(sha256=None), "not 64 hexadecimal digits"),
+        (lambda m: m["stages"].pop("query"), "expected the stages"),
+        (lambda m: m["stages"].update(more=m["stages"]["query"]), "expected the stages"),
+        (lambda m: m["stages"]["query"].update(file="absent.onnx"), "which is not among its files"),
+        (lambda m: m["stages"]["query"].update(inputs=3), MANIFEST),
+        (lambda m: m["stages"].update(query=None), MANIFEST),
+    ],
+)
+def test_a_manifest_that_is_not_as_it_should_be(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    write(tmp_path / "bundle")
+    edit(tmp_path / "bundle", change)
+    with pytest.raises(BundleError, match=message):
+        Bundle(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../query.onnx", "/etc/passwd", "a/b.onnx", "a\\b.onnx", "C:x.onnx", ".hidden", "", "a\nb", MANIFEST, "x" * 101],
+)
+def test_file_names_with_paths_are_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "bundle")
+
+    def rename(fields: dict[str, Any]) -> None:
+        fields["files"][name] = fields["files"].pop("query.onnx")
+        fields["stages"]["query"]["file"] = name
+
+    edit(tmp_path / "bundle", rename)
+    with pytest.raises(BundleError, match="is not allowed in a bundle"):
+        Bundle(tmp_path / "bundle")
+    with pytest.raises(BundleError, match="is not allowed in a bundle"):
+        write_bundle(tmp_path / "other", manifest(), {**FILES, name: b""})
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', "[" * 100_000, b"\xff\xfe\x00"])
+def test_what_is_no_manifest(text: str | bytes) -> None:
+    with pytest.raises(BundleError, match=MANIFEST):
+        Manifest.from_json(text)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize(
+    "content", [b"other" * 100, b"query" * 99, b"query" * 101, b""], ids=["changed", "short", "long", "empty"]
+)
+def test_changed_content_is_refused(tmp_path: Path, content: bytes, packed: bool) -> None:
+    folder = write(tmp_path / "bundle")
+    (folder / "query.onnx").write_bytes(content)
+    path = folder
+    if packed:
+        path = tmp_path / "bundle.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in folder.iterdir():
+                archive.write(file, file.name)
+    bundle = Bundle(path)
+    assert bundle.read("exemplar.onnx") == FILES["exemplar.onnx"]
+    for read in (lambda: bundle.read("query.onnx"), lambda: bundle.read_stage("query"), bundle.verify):
+        with pytest.raises(BundleError, match=r"query\.onnx does not match the manifest"):
+            read()
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle")
+    (folder / "query.onnx").unlink()
+    with pytest.raises(BundleError, match=r"query\.onnx is missing"):
+        Bundle(folder).verify()
+    with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as archive:
+        archive.write(folder / MANIFEST, MANIFEST)
+    with pytest.raises(BundleError, match=r"query\.onnx is missing"):
+        Bundle(tmp_path / "bundle.zip").verify()
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle")
+    (folder / "query.onnx").rename(tmp_path / "elsewhere")
+    (folder / "query.onnx").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="not a plain file"):
+        Bundle(folder).verify()
+
+
+def test_an_inflating_zip_is_read_no_further_than_stated(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle")
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(folder / MANIFEST, MANIFEST)
+        with archive.open("query.onnx", "w") as file:
+            for _ in range(64):
+                file.write(bytes(1 << 20))
+    bundle = Bundle(path)
+    assert len(bundle._bytes("query.onnx", 1000)) == 1001
+    with pytest.raises(BundleError, match="does not match"):
+        bundle.read("query.onnx")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999], ids=["empty", "10 bytes", "half", "no end"])
+def test_a_truncated_zip(tmp_path: Path, keep: float) -> None:
+    path = write(tmp_path / "bundle.zip")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(BundleError, match=r"bundle\.zip: manifest\.json cannot be read"):
+        Bundle(path)
+
+
+def test_an_encrypted_zip(tmp_path: Path) -> None:
+    path = write(tmp_path / "bundle.zip")
+    content = bytearray(path.read_bytes())
+    central = content.index(b"PK\x01\x02")
+    content[6] |= 1  # the flag in the local header of the first file, the manifest
+    content[central + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"manifest\.json cannot be read"):
+        Bundle(path)
+
+
+def test_what_is_absent_or_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no model bundle at .*`flashcocos export` writes one"):
+        Bundle(tmp_path / "absent")
+    with pytest.raises(BundleError, match=r"manifest\.json is missing"):
+        Bundle(tmp_path)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    with pytest.raises(BundleError, match="cannot be read"):
+        Bundle(tmp_path / "picture.png")
+
+
+def test_a_failed_write_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bundle", "bundle.zip"):
+        write(tmp_path / name)
+
+    def fail(*args: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", fail)
+    for name in ("bundle", "bundle.zip"):
+        with pytest.raises(OSError, match="no space left"):
+            write(tmp_path / name)
+        Bundle(tmp_path / name).verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.zip"]
+
+
+def test_only_a_bundle_or_an_empty_folder_is_replaced(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "bundle")
+    (bundle / "stale.onnx").write_bytes(b"from before")
+    write(bundle)
+    assert not (bundle / "stale.onnx").exists()
+    (tmp_path / "empty").mkdir()
+    Bundle(write(tmp_path / "empty")).verify()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").write_bytes(b"precious")
+    (tmp_path / "file").write_bytes(b"precious")
+    for name in ("mine", "file"):
+        with pytest.raises(InputError, match="is not a model bundle"):
+            write(tmp_path / name)
+    assert (tmp_path / "mine" / "photo.jpg").read_bytes() == b"precious"
+    assert (tmp_path / "file").read_bytes() == b"precious"
