@@ -143,8 +143,8 @@ PRESETS: dict[str, ModelConfig] = {
         "deepfashion", "channels", 20, adaptor_kernel=4, mask_mixing=False, warp_upsampling="patch"
     ),
     "avatars-128": ModelConfig(
-        "avatars", "classes", 12, image_size=128, ngf=16, nef=16, feature_channels=64, spade_hidden=32,
-        residual_blocks=2, warp_upsampling="patch", attention=False,
+        "avatars", "classes", 12, image_size=128, ngf=8, nef=8, feature_channels=32, spade_hidden=16,
+        residual_blocks=1, warp_upsampling="patch", attention=False, position_waves=4, warp_skip=True,
     ),
     "tiny": ModelConfig(
         "avatars", "classes", 12, image_size=64, ngf=4, nef=4, feature_channels=16, spade_hidden=8, residual_blocks=1
