@@ -58,6 +58,9 @@ class _Side(NamedTuple):
 def require_runnable(theta: torch.Tensor, phi: torch.Tensor, values: torch.Tensor | None = None) -> None:
     """Raise `BackendError` or `InputError` unless the kernels can run on these tensors, on this machine."""
     tensors = [theta, phi] if values is None else [theta, phi, values]
+    if theta.shape[:2] != phi.shape[:2] or (values is not None and values[:, :1].shape != phi[:, :1].shape):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise InputError(f"expected theta (B, C, Hq, Wq), phi (B, C, Hk, Wk), values (B, V, Hk, Wk); got {shapes}")
     if theta.dtype != phi.dtype:
         raise InputError(f"theta is {theta.dtype}, phi is {phi.dtype}; convert one, the product has a single dtype")
     for name, tensor in zip(("theta", "phi", "values"), tensors, strict=False):
