@@ -293,9 +293,10 @@ def _add_verify(command: Command) -> None:
 
 
 def _run_verify(options: argparse.Namespace) -> int:
-    from .export.verify import SIZES, verify
+    from .export.verify import verify
 
-    report = verify(options.bundle, options.checkpoint, sizes=options.size or SIZES)
+    chosen = {"sizes": options.size} if options.size else {}
+    report = verify(options.bundle, options.checkpoint, **chosen)
     print(report.table())
     return 0 if report.ok else 1
 
