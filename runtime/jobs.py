@@ -16,6 +16,8 @@ from ..errors import InputError
 from ..preprocess.images import SUFFIXES
 
 LABEL_SUFFIXES = (".png", ".npz", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")  # without JPEG, which alters ids
+# a picture may lie beside its label, and then it is the JPEG
+PICTURE_SUFFIXES = tuple(sorted(SUFFIXES, key=lambda suffix: suffix not in (".jpg", ".jpeg")))
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg")
 EXTRAS = {"warped": ".png", "matches": ".npz", "confidence": ".png", "grid": ".png"}
 
@@ -92,7 +94,7 @@ def _matched(inputs: Path, exemplars: Path, exemplar_labels: Path | None) -> lis
     triples = []
     for label in labels:
         relative = Path(label.stem) if inputs.is_file() else label.relative_to(inputs).with_suffix("")
-        exemplar = exemplars if exemplars.is_file() else _find(exemplars / relative, SUFFIXES)
+        exemplar = exemplars if exemplars.is_file() else _find(exemplars / relative, PICTURE_SUFFIXES)
         triples.append((relative, label, exemplar, _label_of(exemplar, exemplars, exemplar_labels)))
     return triples
 
@@ -118,7 +120,7 @@ def _listed(
         if len(cells) not in (2, 3) or not all(cells[:2]) or "\0" in "".join(cells):
             raise InputError(f"{pairs}, line {number}: expected input,exemplar[,exemplar_label], got {','.join(row)!r}")
         label = _named(inputs or home, cells[0], LABEL_SUFFIXES)
-        exemplar = _named(exemplars or home, cells[1], SUFFIXES)
+        exemplar = _named(exemplars or home, cells[1], PICTURE_SUFFIXES)
         if len(cells) == 3 and cells[2]:
             exemplar_label: Path | None = _named(exemplar_labels or home, cells[2], LABEL_SUFFIXES)
         else:

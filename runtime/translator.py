@@ -122,7 +122,8 @@ class Translator:
     def describe(self) -> dict[str, dict[str, str]]:
         """For every stage, the warp included: backend, provider, device and precision of its weights."""
         stages = {stage: dataclasses.asdict(engine.describe()) for stage, engine in self._engines.items()}
-        return {**stages, "warp": {"backend": self._warp, "provider": "flashcocos", "device": "cpu"}}
+        warp = {"backend": self._warp, "provider": "flashcocos", "device": "cpu", "precision": "float32"}
+        return {**stages, "warp": warp}
 
     def encode_exemplar(self, image: ImageSource, label: LabelSource | None = None, size: Size = None) -> Exemplar:
         """Encode an exemplar once, for any number of translations.

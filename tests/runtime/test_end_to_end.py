@@ -6,49 +6,38 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from exported import CHANNELS, CLASSES, exported_stage, model_file
 from tiny_bundle import random_label, random_picture
 
 from flashcocos.config import ModelConfig
-from flashcocos.export.bundle_writer import export_bundle
+from flashcocos.export import bundle_writer
 from flashcocos.preprocess import load_image, load_label, to_uint8
 from flashcocos.runtime import Translator
-from flashcocos.train.checkpoint import save_model
-from flashcocos.train.networks import CoCosNet
+from flashcocos.train.checkpoint import load_model
 
-torch = pytest.importorskip("torch")
-
-
-def network(config: ModelConfig) -> CoCosNet:
-    """A network whose output depends on all of its parts: no branch is scaled to nothing, as it is at the start."""
-    torch.manual_seed(0)
-    model = CoCosNet(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("gamma"):
-                parameter.fill_(0.5)
-    return model
+MAX_DIFFERENCE = 1  # of 255: float32 rounding can tip a pixel over a rounding edge, and no more
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-channels"])
-def test_the_runtime_equals_the_network(tmp_path: Path, preset: str) -> None:
-    config = ModelConfig.preset(preset)
-    model = network(config)
-    save_model(tmp_path / "model.safetensors", model)
-    bundle = export_bundle(tmp_path / "model.safetensors", tmp_path / "bundle.zip")
+@pytest.mark.parametrize("config", [CLASSES, CHANNELS], ids=["classes", "channels"])
+def test_the_runtime_equals_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig) -> None:
+    monkeypatch.setattr(bundle_writer, "export_stage", lambda model, stage: exported_stage(model.config, stage))
+    bundle = bundle_writer.export_bundle(model_file(config), tmp_path / "bundle.zip")
+    model = load_model(model_file(config)).eval()
     with Translator(bundle, device="cpu", warp="numpy") as translator:
-        for size, exemplar_size in (((64, 64), (64, 64)), ((96, 64), (64, 96))):
-            label, other = random_label(config, *size, 1), random_label(config, *exemplar_size, 2)
+        for size, exemplar_size in (((64, 64), (64, 64)), ((96, 64), (64, 128))):
+            label, exemplar_label = random_label(config, *size, 1), random_label(config, *exemplar_size, 2)
             picture = random_picture(*exemplar_size)
-            encoded = translator.encode_exemplar(picture, other if config.mask_mixing else None, "input")
-            result = translator.translate(label, encoded, "input")
+            exemplar = translator.encode_exemplar(picture, exemplar_label if config.mask_mixing else None, "input")
+            result = translator.translate(label, exemplar, "input")
             with torch.inference_mode():
                 expected = model(
                     torch.from_numpy(load_label(config, label))[None],
                     torch.from_numpy(load_image(picture))[None],
-                    torch.from_numpy(load_label(config, other))[None] if config.mask_mixing else None,
+                    torch.from_numpy(load_label(config, exemplar_label))[None] if config.mask_mixing else None,
                     backend="reference",
                 )
-            wanted, warped = to_uint8(expected.image[0].numpy()), to_uint8(expected.warped_image[0].numpy())
-            assert wanted.std() > 2  # a flat picture would prove nothing
-            assert np.abs(result.image.astype(int) - wanted).max() <= 1
-            assert np.abs(result.warped.astype(int) - warped).max() <= 1
+            image, warped = (to_uint8(planes[0].numpy()) for planes in (expected.image, expected.warped_image))
+            assert image.std() > 10  # a flat picture would prove nothing
+            assert np.abs(result.image.astype(int) - image).max() <= MAX_DIFFERENCE
+            assert np.abs(result.warped.astype(int) - warped).max() <= MAX_DIFFERENCE

@@ -57,7 +57,7 @@ def test_a_stage_runs(bundle: Bundle) -> None:
     one_hot = (label[:, None] == np.arange(12)[:, None, None]).reshape(1, 12, 16, 4, 24, 4).mean((3, 5))
     np.testing.assert_allclose(theta, np.einsum("cn,bnhw->bchw", weights, one_hot), atol=1e-5)
     info = query.describe()
-    assert (info.provider, info.device, info.weights) == ("CPUExecutionProvider", "cpu", "float32")
+    assert (info.provider, info.device, info.precision) == ("CPUExecutionProvider", "cpu", "float32")
     assert info.backend == f"onnxruntime {onnxruntime.__version__}"
 
 

@@ -45,6 +45,12 @@ def test_folders_are_paired_by_relative_name(tree: Path) -> None:
     ]
 
 
+def test_pictures_beside_their_labels(tree: Path) -> None:
+    (tree / "pictures/a.png").touch()
+    jobs = plan(tree, "labels/a.png", "pictures", "pictures", "out")
+    assert jobs == [Job(tree / "labels/a.png", tree / "pictures/a.jpg", tree / "pictures/a.png", tree / "out/a.png")]
+
+
 def test_one_exemplar_for_all(tree: Path) -> None:
     jobs = plan(tree, "labels", "one.jpg", "one.png", "out", suffix=".jpg")
     assert [(job.exemplar.name, job.exemplar_label and job.exemplar_label.name) for job in jobs] == [

@@ -17,6 +17,7 @@ from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_t
 
 from flashcocos.bundle import Bundle
 from flashcocos.errors import BackendError, BundleError, InputError
+from flashcocos.kernels import last_backend
 from flashcocos.preprocess import save_label
 from flashcocos.runtime import Exemplar, Translation, Translator
 
@@ -209,18 +210,31 @@ def test_an_exemplar_is_constant(classes: Translator) -> None:
         exemplar.size = (1, 1)  # type: ignore[misc]
 
 
-def test_threads_share_a_translator(classes: Translator) -> None:
+@pytest.mark.parametrize("warp", ["numpy", "numba"])
+def test_threads_share_a_translator(tmp_path: Path, warp: str) -> None:
     """Different labels, sizes and exemplars at the same time, each result as on its own."""
-    exemplars = [exemplar_of(classes, seed) for seed in range(3)]
+    translator = Translator(write_tiny_bundle(tmp_path / "b"), warp=warp)
+    exemplars = [exemplar_of(translator, seed) for seed in range(3)]
     work = [
         (random_label(CLASSES, 64, 64, seed), exemplars[seed % 3], (64, 64 + 32 * (seed % 3))) for seed in range(12)
     ]
-    alone = [classes.translate(*arguments) for arguments in work]
+    alone = [translator.translate(*arguments) for arguments in work]
     with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(lambda arguments: classes.translate(*arguments), work * 2))
-        encoded = list(pool.map(lambda seed: exemplar_of(classes, seed), [0, 1, 2] * 4))
+        together = list(pool.map(lambda arguments: translator.translate(*arguments), work * 2))
+        encoded = list(pool.map(lambda seed: exemplar_of(translator, seed), [0, 1, 2] * 4))
     assert all(same(one, alone[index % 12]) for index, one in enumerate(together))
     assert all(np.array_equal(one.phi, exemplars[index % 3].phi) for index, one in enumerate(encoded))
+
+
+def test_the_warps_agree(classes: Translator, tmp_path: Path) -> None:
+    """What "auto" chooses is named, and gives the picture of the numpy warp."""
+    with Translator(write_tiny_bundle(tmp_path / "b"), device="cpu") as translator:
+        assert translator.describe()["warp"]["backend"] == "numba"
+        label = random_label(CLASSES, 64, 96, 3)
+        one, other = (each.translate(label, exemplar_of(each), "input") for each in (classes, translator))
+    assert last_backend() == "numba"
+    np.testing.assert_allclose(one.confidence, other.confidence, atol=1e-4)
+    assert np.abs(one.image.astype(int) - other.image).max() <= 1
 
 
 def test_closing(tmp_path: Path) -> None:
@@ -236,7 +250,7 @@ def test_describe(classes: Translator) -> None:
     assert set(described) == {"query", "exemplar", "synthesis", "warp"}
     assert described["query"]["provider"] == "CPUExecutionProvider"
     assert described["synthesis"]["device"] == "cpu"
-    assert described["exemplar"]["weights"] == "float32"
+    assert described["exemplar"]["precision"] == "float32"
     assert described["warp"]["backend"] == "numpy"
 
 
