@@ -87,7 +87,7 @@ def translate_folder(
             except (FlashcocosError, OSError, MemoryError) as error:
                 reason = (str(error) or type(error).__name__).replace("\n", " ")
                 failed.append((job.label, reason))
-                progress.write(f"{job.label}: {reason}")
+                progress.write(reason if reason.startswith(str(job.label)) else f"{job.label}: {reason}")
         progress.advance()
     return Summary(done, skipped, tuple(failed))
 
@@ -113,11 +113,11 @@ def _check_exemplar_labels(config: ModelConfig, jobs: list[Job]) -> None:
     for job in jobs:
         if config.mask_mixing and job.exemplar_label is None:
             raise InputError(
-                f"{job.exemplar}: a {config.task} model needs the exemplars' labels; give their folder too"
+                f"{job.exemplar}: a model for {config.task} needs the exemplars' labels; give their folder too"
             )
         if not config.mask_mixing and job.exemplar_label is not None:
             raise InputError(
-                f"{job.exemplar_label}: a {config.task} model takes no labels for exemplars; leave them out"
+                f"{job.exemplar_label}: a model for {config.task} takes no labels for exemplars; leave them out"
             )
 
 

@@ -47,11 +47,6 @@ class Exemplar:
     size: tuple[int, int]
     model: str
 
-    @property
-    def nbytes(self) -> int:
-        """Memory it holds."""
-        return int(self.phi.nbytes + self.values.nbytes)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Translation:
@@ -79,7 +74,8 @@ class Translator:
 
     bundle: path of a bundle folder or zip, or an opened `Bundle`.
     backend: "onnxruntime". device: "cpu", "cuda", or "auto" (CUDA where it starts, else the CPU; logged once).
-    threads: CPU threads of each graph, None for one per core. warp: "auto", "numpy" or "numba".
+    threads: CPU threads of each graph, None for one per core; the warp's are set by `NUMBA_NUM_THREADS`.
+    warp: "numba", "numpy", or "auto" (numba where installed).
     Raises `InputError` for a missing bundle or unknown option, `BundleError` for a damaged or hostile bundle, and
     `BackendError` where the backend or device asked for is not there.
     """
@@ -132,11 +128,12 @@ class Translator:
         into the matching (`config.mask_mixing`), and only for those. size: as for `translate`; "input" is the
         picture's own size. Raises `InputError`.
         """
-        if self.config.mask_mixing != (label is not None):
-            need = "needs the exemplar's label" if self.config.mask_mixing else "takes no label for the exemplar"
+        if self.config.mask_mixing and label is None:
             raise InputError(
-                f"this {self.config.task} model {need}; call encode_exemplar(image{', label' * (label is None)})"
+                f"a model for {self.config.task} needs the exemplar's label: encode_exemplar(image, label)"
             )
+        if label is not None and not self.config.mask_mixing:
+            raise InputError(f"a model for {self.config.task} takes no label for the exemplar: encode_exemplar(image)")
         picture = load_rgb(image)
         height, width = resolve_size(self.config, size, (picture.height, picture.width))
         inputs: dict[str, npt.NDArray[Any]] = {"image": load_image(picture, (height, width))[None]}
