@@ -46,7 +46,8 @@ _WIDE = Tile(64, 64, 64, 8, 3)
 _BACKWARD = Tile(64, 64, 64, 8, 3)
 
 ARCHITECTURES: dict[int, Architecture] = {
-    # Turing: no asynchronous copies, so the next loads wait in registers, and every larger tile spills
+    # Turing: Triton has no tensor-core products below 80 (its pull request 5066) and uses FMA, with the operands and
+    # the next loads in registers: every larger tile spills
     75: Architecture(
         64, Tile(64, 32, 32, 8, 2), Tile(32, 16, 32, 8, 2), Tile(64, 32, 32, 8, 2), bfloat16=False, tf32=False
     ),
