@@ -179,13 +179,11 @@ def forward_kernel(
 ):
     """One tile of queries against all keys: online softmax, and the values (or the best match) it weights."""
     i_b = tl.program_id(1).to(tl.int64)
-    N = height_q * width_q
-    M = height_k * width_k
+    N, M = height_q * width_q, height_k * width_k
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_v = tl.arange(0, BV)
     m_n = o_n < N
-    dimension: tl.constexpr = PATCH * PATCH * C
-    b_mu = tl.load(mu + i_b * N + o_n, mask=m_n, other=0.0) * dimension
+    b_mu = tl.load(mu + i_b * N + o_n, mask=m_n, other=0.0) * (PATCH * PATCH * C)
     b_a = tl.load(a + i_b * N + o_n, mask=m_n, other=0.0) * scale
     # finite, so that the first difference is no inf - inf; every tile holds a key, so it is replaced at once
     b_max = tl.full([BN], -1e30, tl.float32)
@@ -222,16 +220,14 @@ def forward_kernel(
             b_p = b_p.to(b_v.dtype)
             if WIDEN:
                 b_p, b_v = b_p.to(tl.float32), b_v.to(tl.float32)
-            # [BN, BM] @ [BM, BV] -> [BN, BV]
-            b_out = tl.dot(b_p, b_v, b_out * b_decay[:, None], input_precision="ieee")
+            b_out = tl.dot(b_p, b_v, b_out * b_decay[:, None], input_precision="ieee")  # [BN, BM] @ [BM, BV]
     if MATCH:
         tl.store(index + i_b * N + o_n, b_index.to(tl.int64), mask=m_n)
         tl.store(probability + i_b * N + o_n, 1.0 / b_sum, mask=m_n)
         tl.store(entropy + i_b * N + o_n, (tl.log2(b_sum) - b_spread / b_sum) * LN_2, mask=m_n)
     else:
         p_out = out + (i_b * V + o_v[None, :]) * N + o_n[:, None]
-        b_out = b_out / b_sum[:, None]
-        tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_n[:, None] & (o_v[None, :] < V))
+        tl.store(p_out, (b_out / b_sum[:, None]).to(out.dtype.element_ty), mask=m_n[:, None] & (o_v[None, :] < V))
         tl.store(lse + i_b * N + o_n, (b_max + tl.log2(b_sum)) * LN_2, mask=m_n)
 
 
