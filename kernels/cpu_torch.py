@@ -79,13 +79,13 @@ def warp_backward(
     dtype = _widest(theta, values)
     tiler = _Tiler(theta.shape[2:], phi.shape[2:], patch, dtype, buffers=3)
     for i in range(theta.shape[0]):
-        queries, keys = _Side(theta[i].to(dtype), patch, 1.0 / temperature), _Side(phi[i].to(dtype), patch, 1.0)
+        queries = _Side(theta[i].to(dtype), patch, 1.0 / temperature, with_gradient=needs[0])
+        keys = _Side(phi[i].to(dtype), patch, 1.0, with_gradient=needs[1])
         carried, carried_grad = _gapped(values[i].to(dtype), patch), _gapped(grad_out[i].to(dtype), patch)
         delta = (carried_grad * _gapped(out[i].to(dtype), patch)).sum(dim=0)
         # a gap's weights are exp(logits - inf) = 0
         pivot = F.pad(lse[i].to(delta.dtype), (0, patch - 1), value=torch.inf).flatten()
         d_carried = torch.zeros_like(carried)
-        features = needs[0] or needs[1]
         for rows in tiler.query_rows:
             o_n, n = queries.span(rows)
             strip = slice(o_n, o_n + n)
@@ -96,7 +96,7 @@ def warp_backward(
                 weights = torch.sub(logits, pivot[strip, None], out=tiler.buffer(1, n, m)).exp_()
                 if needs[2]:
                     d_carried[:, columns].addmm_(carried_grad[:, strip], weights)  # (V, n) @ (n, m)
-                if features:
+                if needs[0] or needs[1]:
                     d_logits = torch.mm(carried_grad[:, strip].T, carried[:, columns], out=tiler.buffer(2, n, m))
                     d_logits.sub_(delta[strip, None]).mul_(weights)
                     tiler.logits_backward(queries, keys, rows, key_rows, logits, d_logits)
@@ -127,15 +127,18 @@ def _box(plane: torch.Tensor, patch: int) -> torch.Tensor:
 class _Side:
     """One map in the padded flat layout, with its statistics, and its gradients once there are any."""
 
-    def __init__(self, features: torch.Tensor, patch: int, scale: float) -> None:
+    def __init__(self, features: torch.Tensor, patch: int, scale: float, with_gradient: bool = False) -> None:
         half = patch // 2
         self.patch = patch
         self.channels, self.height, self.width = features.shape
         self.stride = self.width + 2 * half
         self.flat = F.pad(features, (half, half, half, half)).flatten(1)  # (C, flat)
         self.length = patch * patch * self.channels
-        total = _box(features.sum(dim=0, dtype=torch.float64), patch)
-        squares = _box(torch.linalg.vector_norm(features, dim=0, dtype=torch.float64).square(), patch)
+        sums, squares = (features.new_zeros(features.shape[1:], dtype=torch.float64) for _ in range(2))
+        for part in features.split(16):  # sums in float64 copy their input to float64
+            sums += part.sum(dim=0, dtype=torch.float64)
+            squares += part.double().square().sum(dim=0)
+        total, squares = _box(sums, patch), _box(squares, patch)
         self.mean64 = total / self.length
         centred = squares - total * self.mean64
         # a constant patch, whose centred norm is rounding alone, correlates with nothing
@@ -144,7 +147,7 @@ class _Side:
         reciprocal = self.proper / (self.norm64 + sys.float_info.epsilon)
         self.reciprocal = _gapped((reciprocal * scale).to(features.dtype)[None], patch)[0]
         self.mean = _gapped(self.mean64.to(features.dtype)[None], patch)[0]
-        self.d_flat: torch.Tensor | None = None
+        self.d_flat = torch.zeros_like(self.flat) if with_gradient else None
         self.d_mean = torch.zeros_like(self.mean)  # sum over the other side of d_taps * its mean
         self.d_scale = torch.zeros_like(self.mean)  # sum over the other side of d_logits * logits
 
@@ -177,8 +180,8 @@ class _Side:
         def inner(flat: torch.Tensor) -> torch.Tensor:
             return flat.unflatten(1, (-1, self.stride))[:, half : half + self.height, half : half + self.width]
 
-        grad = inner(self.flat) * through_norm
-        return grad.add_(through_mean) if self.d_flat is None else grad.add_(through_mean).add_(inner(self.d_flat))
+        assert self.d_flat is not None
+        return inner(self.d_flat).addcmul_(inner(self.flat), through_norm).add_(through_mean)
 
 
 class _Tiler:
@@ -249,9 +252,8 @@ class _Tiler:
             (queries, keys, rows, key_rows, d_product.T),
             (keys, queries, key_rows, rows, d_product),
         ):
-            if side.d_flat is None:
-                side.d_flat = torch.zeros_like(side.flat)
-            side.padded(own, side.d_flat).addmm_(other.padded(its, other.flat), matrix)
+            if side.d_flat is not None:
+                side.padded(own, side.d_flat).addmm_(other.padded(its, other.flat), matrix)
 
     def _diagonal_spread(self, source: torch.Tensor, o_q: int, o_k: int, which: int) -> torch.Tensor:
         """The adjoint of `_diagonal_sum`."""

@@ -36,6 +36,27 @@ TRITON = {
     ("lse", torch.float32): Tolerance(1e-6, 5e-6),
 }
 
+CPU = {
+    # as Triton's: logits from float32 sums of D products, 1e-6 to 1e-5 of each weight
+    ("out", torch.float32): Tolerance(3e-6, 4e-5),
+    # exact arithmetic but for the rounding of sums: 1e-15 of a logit, a hundredfold in the weight
+    ("out", torch.float64): Tolerance(3e-14, 3e-13),
+    # float32 arithmetic, then one rounding to 11 bits (2^-12) or to 8 bits (2^-9)
+    ("out", torch.float16): Tolerance(3e-4, 2e-3),
+    ("out", torch.bfloat16): Tolerance(2.5e-3, 1.5e-2),
+    # as the result, and the terms through means and norms cancel
+    ("grad", torch.float32): Tolerance(1e-5, 2e-4),
+    ("grad", torch.float64): Tolerance(5e-14, 6e-13),
+    # the softmax's own term is formed from the rounded result, and the gradient is rounded itself
+    ("grad", torch.float16): Tolerance(2e-3, 2e-2),
+    ("grad", torch.bfloat16): Tolerance(1.5e-2, 1e-1),
+    # absolute errors of 1e-5 on 10 to 100
+    ("lse", torch.float32): Tolerance(1e-6, 5e-6),
+    ("lse", torch.float64): Tolerance(3e-14, 1e-13),
+    # a weight has the error of its logit
+    ("probability", torch.float32): Tolerance(3e-6, 1.5e-5),
+}
+
 
 def assert_close(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> None:
     """`got` against the float64 `expected`; a failure says both errors, both bounds, and where the largest lies."""

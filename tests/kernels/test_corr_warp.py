@@ -1,0 +1,199 @@
+"""The public functions: what they refuse, which implementation they choose, what they load, what memory they need."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import flashcocos.kernels
+from flashcocos.errors import BackendError, InputError
+from flashcocos.kernels import corr_match, corr_row, corr_warp, last_backend
+from flashcocos.kernels.corr_warp import warp_arrays
+
+
+def arrays(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape).astype(dtype) for shape in ((2, 4, 3, 5), (2, 4, 6, 2), (2, 3, 6, 2))]
+
+
+def tensors():
+    return [torch.from_numpy(x) for x in arrays()]
+
+
+BAD = {
+    "axes": (lambda t, p, v: (t[0], p, v), {}, "theta: expected 4 axes"),
+    "batch": (lambda t, p, v: (t, p[:1], v), {}, "phi: expected theta's batch of 2, got 1"),
+    "values-batch": (lambda t, p, v: (t, p, v[:1]), {}, "values: expected theta's batch of 2, got 1"),
+    "channels": (lambda t, p, v: (t, p[:, :3], v), {}, "equal channels, got 4 and 3"),
+    "values-map": (lambda t, p, v: (t, p, v[:, :, :5]), {}, r"expected phi's map \(6, 2\), got \(5, 2\)"),
+    "empty": (lambda t, p, v: (t[:, :, :0], p, v), {}, "theta: expected no empty axis"),
+    "empty-keys": (lambda t, p, v: (t, p[..., :0], v[..., :0]), {}, "phi: expected no empty axis"),
+    "patch": (lambda *x: x, {"patch": 2}, r"patch: expected one of \(1, 3, 5\), got 2"),
+    "temperature": (lambda *x: x, {"temperature": 0.0}, "temperature: expected a positive finite number, got 0.0"),
+    "temperature-nan": (lambda *x: x, {"temperature": float("nan")}, "temperature: .* got nan"),
+    "backend": (lambda *x: x, {"backend": "magic"}, "backend for .* got 'magic'"),
+    "mixed": (lambda t, p, v: (t, p.tolist(), v), {}, "phi: expected a .* like theta, got list"),
+}
+
+
+@pytest.mark.parametrize("kind", [arrays, tensors])
+@pytest.mark.parametrize("name", list(BAD))
+def test_refuses(name, kind):
+    change, options, message = BAD[name]
+    with pytest.raises(InputError, match=message):
+        corr_warp(*change(*kind()), **options)
+
+
+def test_refuses_dtypes():
+    theta, phi, values = arrays()
+    with pytest.raises(InputError, match=r"theta: expected float32 or float16, got float64; convert"):
+        corr_warp(*arrays(np.float64))
+    with pytest.raises(InputError, match="expected one dtype, got float32 and float16"):
+        corr_warp(theta, phi.astype(np.float16), values)
+    with pytest.raises(InputError, match=r"theta: expected a floating dtype, got torch\.int64"):
+        corr_warp(*(x.long() for x in tensors()))
+    with pytest.raises(InputError, match="phi: expected a Tensor like theta, got ndarray"):
+        corr_warp(torch.from_numpy(theta), phi, values)
+
+
+@pytest.mark.parametrize("position", [(3, 0), (0, 5), (-1, 0)])
+def test_row_refuses_positions_outside(position):
+    with pytest.raises(InputError, match=r"position: expected 0 <= y < 3 and 0 <= x < 5"):
+        corr_row(*arrays()[:2], position)
+
+
+def test_tensors_elsewhere_need_another_backend():
+    meta = [x.to("meta") for x in tensors()]
+    with pytest.raises(BackendError, match="backend 'cpu' needs tensors on the CPU, got meta"):
+        corr_warp(*meta, backend="cpu")
+    with pytest.raises(BackendError, match="needs tensors on the CPU, got meta"):
+        corr_match(*meta[:2])
+    with pytest.raises(InputError, match="phi: expected theta's device cpu, got meta"):
+        corr_warp(tensors()[0], *meta[1:])
+
+
+def test_numba_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.raises(BackendError, match=r"pip install 'flashcocos\[cpu\]'"):
+        corr_warp(*arrays(), backend="numba")
+    corr_warp(*arrays())
+    assert last_backend() == "numpy"
+
+
+def test_what_ran_is_known_per_thread():
+    corr_warp(*arrays())
+    assert last_backend() == "numba"
+    corr_warp(*tensors())
+    assert last_backend() == "cpu"
+    corr_warp(*tensors(), backend="reference")
+    assert last_backend() == "reference"
+    corr_match(*arrays()[:2], backend="numpy")
+    assert last_backend() == "numpy"
+    elsewhere = []
+    thread = threading.Thread(target=lambda: elsewhere.append(last_backend()))
+    thread.start()
+    thread.join()
+    assert elsewhere == [None]
+
+
+def test_results_have_the_kind_of_the_inputs():
+    out, lse = corr_warp(*arrays(np.float16), return_lse=True)
+    assert (out.dtype, lse.dtype, out.shape, lse.shape) == (np.float16, np.float32, (2, 3, 3, 5), (2, 3, 5))
+    theta, phi, values = tensors()
+    out = corr_warp(theta.half(), phi.half(), values)
+    assert out.dtype == torch.float32  # the values'
+    match = corr_match(theta, phi)
+    assert (match.index.dtype, match.probability.dtype, match.entropy.dtype) == (torch.int64, *[torch.float32] * 2)
+    assert warp_arrays(*arrays()).match is None
+
+
+def test_threads_do_not_disturb_each_other():
+    inputs = arrays()
+    expected = corr_warp(*inputs)
+    failures = []
+
+    def work():
+        for _ in range(20):
+            if not np.array_equal(corr_warp(*inputs), expected):
+                failures.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_public_names():
+    assert flashcocos.kernels.__all__ == ["corr_match", "corr_row", "corr_warp", "last_backend"]
+    importlib.import_module("flashcocos.kernels.corr_warp")  # the module must not take the function's place
+    assert flashcocos.kernels.corr_warp is corr_warp
+
+
+def python(code):
+    """Run code in a fresh interpreter; its last line of output, as JSON."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_loads_only_what_runs():
+    loaded = python(
+        "import json, sys, numpy as np\n"
+        "from flashcocos.kernels import corr_warp\n"
+        "stages = [sorted({'torch', 'numba', 'triton'} & set(sys.modules))]\n"
+        "x = np.ones((1, 2, 3, 3), 'float32')\n"
+        "for backend in ('numpy', 'numba'):\n"
+        "    corr_warp(x, x, x, backend=backend)\n"
+        "    stages.append(sorted({'torch', 'numba', 'triton'} & set(sys.modules)))\n"
+        "print(json.dumps(stages))"
+    )
+    assert loaded == [[], [], ["numba"]]
+
+
+MEMORY = """
+import json, re, numpy as np
+{setup}
+def status(field):  # not ru_maxrss, which starts from the parent's
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+rng = np.random.default_rng(0)
+def maps(side, channels):
+    return rng.standard_normal((1, channels, side, side), dtype=np.float32)
+run(maps(16, 256), maps(16, 256), maps(16, 3))  # libraries and compiled code
+inputs = [maps({side}, 256), maps({side}, 256), maps({side}, 3)]
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+run(*inputs)
+print(json.dumps(status("VmHWM") - before))
+"""
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@LINUX
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+def test_memory_of_the_forward(backend):
+    setup = f"from flashcocos.kernels import corr_warp\ndef run(*x): return corr_warp(*x, backend={backend!r})"
+    extra = python(MEMORY.format(setup=setup, side=128))
+    assert 16 < extra <= 64  # MiB; theta and phi are 16 each, the matrix would be 1024
+
+
+@LINUX
+def test_memory_of_the_backward():
+    side = 96
+    setup = (
+        "import torch\nfrom flashcocos.kernels import corr_warp\n"
+        "def run(*x):\n"
+        "    leaves = [torch.from_numpy(y).requires_grad_() for y in x]\n"
+        "    corr_warp(*leaves, backend='cpu').sum().backward()\n"
+    )
+    features = 2 * 256 * side * side * 4 / 2**20  # MiB of theta and phi: 18; the matrix would be 324
+    extra = python(MEMORY.format(setup=setup, side=side)) - features  # beside the gradients
+    assert features < extra <= 4 * features
