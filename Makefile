@@ -21,8 +21,8 @@ lint: $(DEV)/.ready
 
 # mypy wants to see the package under its own name, which the checkout's folder need not have
 typecheck: $(DEV)/.ready
-	mkdir -p $(DEV)/types && ln -sfn "$(CURDIR)" $(DEV)/types/flashcocos
-	MYPYPATH=$(DEV)/types $(DEV)/bin/mypy -p flashcocos
+	mkdir -p .typecheck && ln -sfn .. .typecheck/flashcocos
+	MYPYPATH=.typecheck $(DEV)/bin/mypy -p flashcocos
 
 $(DEMO)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO)
@@ -35,4 +35,4 @@ $(DEV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(DEMO) $(DEV) demo_output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(DEMO) $(DEV) .typecheck demo_output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     _add_translate(command)
+    _add_demo(command)
     _add_info(command)
     _add_prepare(command)
     _add_download(command)
@@ -143,6 +144,31 @@ def _run_translate(options: argparse.Namespace) -> int:
             progress=progress,
         )
     print(f"{summary.done} translated, {summary.skipped} skipped, {len(summary.failed)} failed: {options.output}")
+    return 1 if summary.failed else 0
+
+
+def _add_demo(command: Command) -> None:
+    sub = command(
+        "demo",
+        _run_demo,
+        "Translate the inputs that ship with flashcocos with the model that ships with it.",
+        "flashcocos demo -o demo_output",
+    )
+    sub.add_argument("-o", "--output", default="demo_output", metavar="FOLDER", help="default: demo_output")
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    from .progress import Progress
+    from .runtime import Translator
+    from .runtime.batch import translate_folder
+    from .runtime.shipped import PAIRS, shipped_bundle
+
+    with Translator(shipped_bundle(), device="cpu") as translator, Progress("translate", unit="image") as progress:
+        summary = translate_folder(
+            translator, None, None, None, options.output, pairs=PAIRS, save={"grid"}, progress=progress
+        )
+    print(f"{summary.done} of {summary.done + len(summary.failed)} pictures translated; *_grid.png shows each as")
+    print(f"input | exemplar | warped exemplar | result: {options.output}")
     return 1 if summary.failed else 0
 
 

@@ -2,14 +2,14 @@
 
     label, exemplar (+ exemplar_label if mixing) -> image, warped_image
 
-The stages are those of a bundle. Between them the warp is a Scan over the rows of the query map, so that memory is
-O(width * M) for M key positions, never N x M. By the nine-tap identity a row of logits is a sum of shifted products of
-plain channels: the Scan carries the sums across the width of the last `patch - 1` rows, and each step adds one row's
+The stages are those of a bundle. Between them the warp is a Loop over the rows of the query map, so that memory is
+O(w * M) for M key positions, never N x M. By the nine-tap identity a row of logits is a sum of shifted products of
+plain channels: the loop carries the sums across the width of the last `patch - 1` rows, and each step adds one row's
 matrix product. Any size divides, for the strip is one row.
 
-Measured in ONNX Runtime 1.32 on two cores at C = 256, patch 3: N = M = 4096 in 0.15 s and 24 MB, N = M = 16384 in 2.8 s
-and 170 MB; the same Scan over unfolded patches took 0.75 s and 201 MB, 20 s and 802 MB; the whole matrix, without
-patches, 264 MB and 4.2 GB.
+Extra memory in ONNX Runtime 1.32 at N = M = 16384, C = 256, patch 3: 172 MB. The same loop over unfolded patches took
+802 MB and seven times as long; the whole matrix, even without patches, 4.2 GB. A Scan does as well as the Loop, but
+OpenVINO 2026.4 rejects one whose body reads values from outside.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def warp_graph(patch: int, temperature: float) -> ModelProto:
      int64[1] first_row = {{{half}}}, int64[1] end = {{{_END}}}, int64[1] halo = {{{halo}}},
      int64[8] below = {{0, 0, 0, 0, 0, 0, {half}, 0}}, int64[8] above = {{0, 0, {half}, 0, 0, 0, 0, 0}},
      float taps = {{{patch * patch}.0}}, float flat_patch = {{{FLAT_PATCH!r}}}, float nothing = {{0.0}},
-     float sharpness = {{{1.0 / temperature!r}}}{_shifts(patch)}>
+     bool always = {{1}}, float sharpness = {{{1.0 / temperature!r}}}{_shifts(patch)}>
     {{
         C = Shape<start = 1, end = 2>(phi)
         channels = Cast<to = {TensorProto.FLOAT}>(C)
@@ -160,11 +160,16 @@ def warp_graph(patch: int, temperature: float) -> ModelProto:
         a_centre_padded = Pad(a_centre, above)
         a_centre_rows = Transpose<perm = [2, 0, 3, 1]>(a_centre_padded)
 
-        {"".join(f"last_{i}, " for i in range(halo))}rows = Scan<num_scan_inputs = 3, body = step
-            ({"".join(f"{row_type} {name}, " for name in carried)}
-             float[batch,w,C] theta_row, float[batch,w,one] a_row, float[batch,w,one] a_centre_row)
-            => ({"".join(f"{row_type} next_{i}, " for i in range(halo))} float[batch,w,V] warped_row)
+        height = Shape<start = 2, end = 3>(theta_padded)
+        steps = Squeeze(height)
+        {"".join(f"last_{i}, " for i in range(halo))}rows = Loop<body = step
+            (int64 row, bool going{"".join(f", {row_type} {name}" for name in carried)})
+            => (bool go_on{"".join(f", {row_type} next_{i}" for i in range(halo))}, float[batch,w,V] warped_row)
         {{
+            go_on = Identity(going)
+            theta_row = Gather(theta_rows, row)
+            a_row = Gather(a_rows, row)
+            a_centre_row = Gather(a_centre_rows, row)
             {_step(patch, carried)}
             scaled_keys = Mul(taps_flat, b_flat)
             scaled = Mul(scaled_keys, a_row)
@@ -172,7 +177,7 @@ def warp_graph(patch: int, temperature: float) -> ModelProto:
             logits = Sub(scaled, means)
             weights = Softmax<axis = -1>(logits)
             warped_row = MatMul(weights, values_rows)
-        }}>({"zeros, " * halo}theta_rows, a_rows, a_centre_rows)
+        }}>(steps, always{", zeros" * halo})
         kept = Slice(rows, first_row, end, axis_0)
         warped = Transpose<perm = [1, 3, 0, 2]>(kept)
     }}"""

@@ -1,0 +1,35 @@
+"""Fixtures of the export tests: shared graphs instead of the exporter, and bundles made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from exported import exported_stage, model_file
+from onnx import ModelProto
+
+from flashcocos.config import ModelConfig
+from flashcocos.export import bundle_writer, single
+from flashcocos.train.networks import CoCosNet
+
+
+@pytest.fixture
+def shared_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`export_bundle` and `export_single` take the graphs of `exported` for `export_stage`'s."""
+
+    def export_stage(model: CoCosNet, stage: str) -> ModelProto:
+        return exported_stage(model.config, stage)
+
+    monkeypatch.setattr(bundle_writer, "export_stage", export_stage)
+    monkeypatch.setattr(single, "export_stage", export_stage)
+
+
+@pytest.fixture
+def make_bundle(shared_graphs: None, tmp_path: Path) -> Callable[..., Path]:
+    """`make_bundle(config, name="bundle", precision="float32")` exports `model_file(config)` under `tmp_path`."""
+
+    def make(config: ModelConfig, name: str = "bundle", *, precision: str = "float32") -> Path:
+        return bundle_writer.export_bundle(model_file(config), tmp_path / name, precision=precision, license="none")
+
+    return make
