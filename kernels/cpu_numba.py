@@ -139,14 +139,14 @@ def exp2(typing: Any, x: Any) -> Any:
     """2^x for -126 <= x <= 0; relative error 1e-7, exact at 0."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x = arguments[0]
-        shifter = _constant(1.5 * 2**23)  # in this binade the integers are the last bits: adding it rounds
-        shifted = builder.fadd(x, shifter)
-        fraction = builder.fsub(x, builder.fsub(shifted, shifter))
+        rounding = ir.FunctionType(_VECTOR, [_VECTOR])
+        nearest = cgutils.get_or_insert_function(builder.module, rounding, f"llvm.rint.v{LANES}f32")
+        whole = builder.call(nearest, arguments)
+        fraction = builder.fsub(arguments[0], whole)
         power = _constant(POLYNOMIAL[-1])
         for coefficient in (*POLYNOMIAL[-2::-1], 1.0):
             power = _multiply_add(builder, power, fraction, _constant(coefficient))
-        exponent = builder.shl(builder.bitcast(shifted, _INTS), ir.Constant(_INTS, [23] * LANES))
+        exponent = builder.shl(builder.fptosi(whole, _INTS), ir.Constant(_INTS, [23] * LANES))
         return builder.bitcast(builder.add(builder.bitcast(power, _INTS), exponent), _VECTOR)
 
     return F8(F8), build
@@ -196,14 +196,15 @@ def diagonal_sum(typing: Any, array: Any, slots: Any, offset: Any, step: Any) ->
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, slots, offset, step = arguments
-        patch, result = len(signature.args[1]), None
+        patch, sums = len(signature.args[1]), []
         for i in range(patch):
             index = builder.add(builder.extract_value(slots, i), offset)
-            for _ in range(patch):
+            for j in range(patch):
                 term = _read(builder, _address(context, builder, signature.args[0], array, index))
-                result = term if result is None else builder.fadd(result, term)
+                # one sum a slot: short chains of additions
+                sums[i:] = [builder.fadd(sums[i], term) if j else term]
                 index = builder.add(index, step)
-        return result
+        return functools.reduce(builder.fadd, sums)
 
     return F8(array, slots, types.intp, types.intp), build
 
@@ -301,27 +302,29 @@ class State(NamedTuple):
 
 
 @_jit
-def pack_queries(features, packed, sums, squares, y, half):
-    """Row y of (C, H, W) to (x, C), and its sums over channels."""
+def pack_queries(features, packed, sums, squares, start, stop, half):
+    """Rows of (C, H, W) to (y, x, C), and their sums over channels."""
     channels, _, width = features.shape
-    for c in range(channels):
-        for x in range(width):
-            value = features[c, y, x]
-            packed[y, x + half, c] = value
-            sums[y, x] += value
-            squares[y, x] += np.float64(value) * value
+    for y in range(start, stop):
+        for c in range(channels):
+            for x in range(width):
+                value = features[c, y, x]
+                packed[y, x + half, c] = value
+                sums[y, x] += value
+                squares[y, x] += np.float64(value) * value
 
 
 @_jit
-def pack_keys(features, packed, sums, squares, y, half):
-    """Row y of (C, H, W) to panels (x // COLUMNS, C, COLUMNS), and its sums over channels."""
+def pack_keys(features, packed, sums, squares, start, stop, half):
+    """Rows of (C, H, W) to panels (y, x // COLUMNS, C, COLUMNS), and their sums over channels."""
     channels, _, width = features.shape
-    for c in range(channels):
-        for x in range(width):
-            value = features[c, y, x]
-            packed[y, x // COLUMNS, c, x % COLUMNS] = value
-            sums[y, x] += value
-            squares[y, x] += np.float64(value) * value
+    for y in range(start, stop):
+        for c in range(channels):
+            for x in range(width):
+                value = features[c, y, x]
+                packed[y, x // COLUMNS, c, x % COLUMNS] = value
+                sums[y, x] += value
+                squares[y, x] += np.float64(value) * value
 
 
 @_jit
@@ -437,7 +440,8 @@ def take_row(shape, inputs, products, slots, x, r, first, diagonal, weights, sta
     plane = shape.hq * shape.wq
     any_left = False
     for i in range(min(shape.block, shape.wq - x)):
-        n, q, o_w = r * shape.wq + x + i, (r - first) * shape.weight_rows + i, i * shape.group * shape.columns
+        n, q = r * shape.wq + x + i, (r - first) * shape.weight_rows + i
+        o_w = i * shape.group * shape.columns if shape.values > SMALL else 0  # one row alone stays in the first cache
         mean, scale = inputs.query_factors[n], inputs.query_factors[plane + n]
         peak = np.float32(LOWEST)
         for g in range(start, stop):
@@ -481,7 +485,8 @@ def sweep(shape, inputs, slots, x, first, last, cutoff, results):
     """One task: the warp of the queries of rows first to last, from column x on. `slots` holds `patch` offsets."""
     half, rows = len(slots) // 2, (last - first) * shape.weight_rows
     products = np.zeros(len(slots) * shape.group * shape.rows * shape.line + LANES, np.float32)
-    weights = np.zeros(shape.weight_rows * shape.group * shape.columns, np.float32)
+    weight_rows = shape.weight_rows if shape.values > SMALL else 1
+    weights = np.zeros(weight_rows * shape.group * shape.columns, np.float32)
     state = State(
         np.full(rows, np.float32(LOWEST)), np.zeros(rows, np.float32), np.zeros(rows, np.float32),
         np.zeros(rows, np.int64), np.zeros(rows * shape.carried, np.float32),
@@ -565,6 +570,11 @@ def _pack(
     pool: ThreadPoolExecutor, kernel: Any, features: Array, packed: Array, patch: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Bring one map into the layout of `kernel`; return its patch means and reciprocal norms, (H, W)."""
+    (channels, height, _), step = features.shape, 8
     sums, squares = np.zeros((2, *features.shape[1:]))
-    list(pool.map(lambda y: kernel(features, packed, sums, squares, y, patch // 2), range(features.shape[1])))
-    return statistics_of_sums(sums, squares, patch, features.shape[0])
+
+    def pack(start: int) -> None:
+        kernel(features, packed, sums, squares, start, min(start + step, height), patch // 2)
+
+    list(pool.map(pack, range(0, height, step)))
+    return statistics_of_sums(sums, squares, patch, channels)

@@ -159,6 +159,20 @@ def test_loads_only_what_runs():
     assert loaded == [[], [], ["numba"]]
 
 
+def test_numba_without_a_cache_folder():
+    found = python(
+        "import json, numpy as np\n"
+        "from numba.core import caching\n"
+        "caching.CompileResultCacheImpl._locator_classes = []  # as where no folder can be written\n"
+        "from flashcocos.kernels import corr_warp, last_backend\n"
+        "x = np.arange(18, dtype='float32').reshape(1, 2, 3, 3)\n"
+        "out = corr_warp(x, x, x, patch=1, backend='numba')\n"
+        "from flashcocos.kernels.cpu_numba import sweep\n"
+        "print(json.dumps([last_backend(), bool(np.isfinite(out).all()), type(sweep._cache).__name__]))"
+    )
+    assert found == ["numba", True, "NullCache"]
+
+
 MEMORY = """
 import json, re, numpy as np
 {setup}
