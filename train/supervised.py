@@ -26,7 +26,7 @@ from ..errors import CheckpointError, FlashcocosError, InputError
 from ..files import atomic_path
 from ..kernels import corr_warp
 from .checkpoint import save_model
-from .data.avatars import AvatarPairs
+from .data.avatars import AvatarOptions, AvatarPairs
 from .networks import CoCosNet
 
 CHECKPOINT, MODEL = "checkpoint.pt", "model.safetensors"
@@ -206,6 +206,32 @@ class SupervisedTrainer:
             self.step = state["step"]
         except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path} cannot be resumed ({error}): delete it to start again") from error
+
+
+def train_avatars(
+    folder: str | os.PathLike[str],
+    config: SupervisedConfig | None = None,
+    *,
+    preset: str = "avatars-128",
+    pairs: int = 20_000,
+    cache: str | os.PathLike[str] | None = None,
+    save_minutes: float = 10.0,
+    device: str = "cpu",
+) -> Path:
+    """Train `preset` on the first `pairs` training pairs of the avatars data set; goes on where `folder` left off.
+
+    Four of five pairs are retrieved, the others pseudo exemplars; all have a target. Renders what `cache` (the user's
+    cache folder by default) lacks. Returns the model file in `folder`.
+    Raises `InputError` for bad options, `BackendError` without the extra `avatars`, `CheckpointError` for a checkpoint
+    of another model, `TrainingError` for a loss that is not finite.
+    """
+    model_config = ModelConfig.preset(preset)
+    options = AvatarOptions(size=model_config.image_size, retrieved=0.8, pseudo=0.2)
+    data = AvatarPairs("train", options, count=pairs, folder=cache)
+    SupervisedTrainer(model_config, data, config or SupervisedConfig(), folder, device=device).run(
+        save_minutes=save_minutes
+    )
+    return Path(folder) / MODEL
 
 
 def loss_terms(model: CoCosNet, batch: Batch, config: SupervisedConfig) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from flashcocos.config import ModelConfig
 from flashcocos.errors import CheckpointError, InputError
 from flashcocos.train import supervised
 from flashcocos.train.checkpoint import load_model, read_metadata
+from flashcocos.train.data.avatars import AvatarOptions
 from flashcocos.train.networks import CoCosNet
 from flashcocos.train.supervised import (
     SupervisedConfig,
@@ -90,6 +91,20 @@ def test_run_learns_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixt
     again = trainer(tmp_path, dataclasses.replace(CONFIG, steps=31))
     again.run()
     assert again.step == 31
+
+
+def test_train_avatars_takes_pairs_with_targets_of_the_presets_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(split: str, options: AvatarOptions, *, count: int, folder: Path) -> FakePairs:
+        assert (split, options.size, count, folder) == ("train", 64, 3, tmp_path / "cache")
+        assert options.retrieved + options.pseudo == 1
+        return FakePairs(count)
+
+    monkeypatch.setattr(supervised, "AvatarPairs", fake)
+    config = SupervisedConfig(steps=1, batch=1)
+    path = supervised.train_avatars(tmp_path, config, preset="tiny", pairs=3, cache=tmp_path / "cache")
+    assert load_model(path).config == ModelConfig.preset("tiny")
 
 
 def test_ctrl_c_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
