@@ -108,21 +108,12 @@ def warp_arrays(
 ) -> ArrayWarp:
     """`corr_warp` for arrays with everything one pass yields: the warp, the lse and, with `match`, the matches.
 
-    Shapes, options and errors as in `corr_warp`; values may have V = 0 when only the match is wanted. Float32
-    arithmetic and results. Memory beside inputs and results: two copies of one item's theta and phi at the most, and
-    the tiles: 24 MiB for numpy, under 2 MiB a thread (at V = 3) for numba.
+    Shapes, options and errors as in `corr_warp`. Float32 arithmetic and results. Memory beside inputs and results:
+    two copies of one item's theta and phi at the most, and the tiles: 24 MiB for numpy, under 2 MiB a thread (at
+    V = 3) for numba.
     """
     _check((theta, phi, values), ("theta", "phi", "values"), patch, temperature, np.ndarray)
-    for name, array in (("theta", theta), ("phi", phi), ("values", values)):
-        if array.dtype not in (np.float32, np.float16):
-            raise InputError(f"{name}: expected float32 or float16, got {array.dtype}; convert with .astype('float32')")
-    implementation = _array_implementation(backend)
-    single = [np.ascontiguousarray(array, dtype=np.float32) for array in (theta, phi, values)]
-    out, lse, found = implementation.warp_forward(*single, patch, float(temperature), match=match)
-    _ran.name = implementation.__name__.rpartition("cpu_")[2]
-    grid = theta.shape[2:]
-    shaped = CorrMatch(*(field.reshape(-1, *grid) for field in found)) if match else None
-    return ArrayWarp(out.reshape(*out.shape[:2], *grid), lse.reshape(-1, *grid), shaped)
+    return _run_arrays(theta, phi, values, patch, temperature, match, backend)
 
 
 def corr_match(theta: Any, phi: Any, *, patch: int = 3, temperature: float = 0.01, backend: str = "auto") -> CorrMatch:
@@ -135,7 +126,7 @@ def corr_match(theta: Any, phi: Any, *, patch: int = 3, temperature: float = 0.0
         return _match_tensors(theta, phi, patch, temperature, backend)
     _check((theta, phi), ("theta", "phi"), patch, temperature, np.ndarray)
     nothing = np.empty((phi.shape[0], 0, *phi.shape[2:]), phi.dtype)
-    found = warp_arrays(theta, phi, nothing, patch=patch, temperature=temperature, match=True, backend=backend).match
+    found = _run_arrays(theta, phi, nothing, patch, temperature, True, backend).match
     assert found is not None
     return found
 
@@ -157,7 +148,10 @@ def corr_row(
     if backend not in ("auto", "numpy"):
         raise InputError(f"backend for corr_row: expected 'auto' or 'numpy', got {backend!r}")
     tensors = _is_tensor(theta)
-    _check((theta, phi), ("theta", "phi"), patch, temperature, type(theta) if tensors else np.ndarray)
+    if tensors:
+        _check_tensors((theta, phi), ("theta", "phi"), patch, temperature)
+    else:
+        _check((theta, phi), ("theta", "phi"), patch, temperature, np.ndarray)
     (height, width), (y, x) = theta.shape[2:], position
     if not (0 <= y < height and 0 <= x < width):
         raise InputError(f"position: expected 0 <= y < {height} and 0 <= x < {width}, got {position}")
@@ -237,6 +231,27 @@ def _match_tensors(theta: torch.Tensor, phi: torch.Tensor, patch: int, temperatu
     return CorrMatch(*(sys.modules["torch"].from_numpy(field) for field in vars(found).values()))
 
 
+def _run_arrays(
+    theta: npt.NDArray[Any],
+    phi: npt.NDArray[Any],
+    values: npt.NDArray[Any],
+    patch: int,
+    temperature: float,
+    match: bool,
+    backend: str,
+) -> ArrayWarp:
+    for name, array in (("theta", theta), ("phi", phi), ("values", values)):
+        if array.dtype not in (np.float32, np.float16):
+            raise InputError(f"{name}: expected float32 or float16, got {array.dtype}; convert with .astype('float32')")
+    implementation = _array_implementation(backend)
+    single = [np.ascontiguousarray(array, dtype=np.float32) for array in (theta, phi, values)]
+    out, lse, found = implementation.warp_forward(*single, patch, float(temperature), match=match)
+    _ran.name = implementation.__name__.rpartition("cpu_")[2]
+    grid = theta.shape[2:]
+    shaped = CorrMatch(*(field.reshape(-1, *grid) for field in found)) if match else None
+    return ArrayWarp(out.reshape(*out.shape[:2], *grid), lse.reshape(-1, *grid), shaped)
+
+
 def _array_implementation(backend: str) -> Any:
     if backend not in ARRAY_BACKENDS:
         raise InputError(f"backend for arrays: expected one of {', '.join(ARRAY_BACKENDS)}, got {backend!r}")
@@ -251,12 +266,15 @@ def _check(inputs: Sequence[Any], names: Sequence[str], patch: int, temperature:
     """Raise `InputError` unless theta, phi and, if given, values fit together and the options are in range."""
     for name, value in zip(names, inputs, strict=True):
         if not isinstance(value, kind):
-            raise InputError(f"{name}: expected a {kind.__name__} like theta, got {type(value).__name__}")
+            expected = (
+                f"a {kind.__name__} like theta" if isinstance(inputs[0], kind) else "a numpy array or torch tensor"
+            )
+            raise InputError(f"{name}: expected {expected}, got {type(value).__name__}")
         if value.ndim != 4:
             raise InputError(
                 f"{name}: expected 4 axes (batch, channels, height, width), got shape {tuple(value.shape)}"
             )
-        if 0 in value.shape and not (name == "values" and value.shape[1] == 0 and 0 not in value.shape[2:]):
+        if 0 in value.shape:
             raise InputError(f"{name}: expected no empty axis, got shape {tuple(value.shape)}")
     theta, phi = inputs[:2]
     for name, value in zip(names, inputs, strict=True):

@@ -196,7 +196,7 @@ def diagonal_sum(typing: Any, array: Any, slots: Any, offset: Any, step: Any) ->
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, slots, offset, step = arguments
-        patch, sums = len(signature.args[1]), []
+        patch, sums = len(signature.args[1]), list[Any]()
         for i in range(patch):
             index = builder.add(builder.extract_value(slots, i), offset)
             for j in range(patch):
