@@ -216,6 +216,7 @@ def test_memory_of_the_backward():
     setup = (
         "import torch\nfrom flashcocos.kernels import corr_warp, cpu_torch\n"
         "cpu_torch.BUDGET = 8 << 20\n"
+        "torch.set_num_threads(1)\n"  # small tiles, and perhaps a busy machine: threads would wait for each other
         "def run(*x):\n"
         "    leaves = [torch.from_numpy(y).requires_grad_() for y in x]\n"
         "    corr_warp(*leaves, backend='cpu').sum().backward()\n"
