@@ -230,12 +230,16 @@ def upstream_state(model: nn.Module, states: Mapping[str, StateDict]) -> dict[st
 
 
 def load_upstream_state(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Load upstream's state dicts by network name ("Corr" and "G", or "D") into `model`, strictly."""
-    model.load_state_dict(upstream_state(model, {name: StateDict(state, name) for name, state in states.items()}))
+    """Load upstream's state dicts by network name ("Corr" and "G", or "D") into `model`, strictly.
+
+    A model made on the "meta" device takes the tensors over.
+    """
+    tensors = upstream_state(model, {name: StateDict(state, name) for name, state in states.items()})
+    model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
 
 
 def upstream_key(name: str) -> tuple[str, str]:
-    """File ("Corr", "G" or "D") and upstream's key of our `name`; the parts of a spectral norm and of SPADE stay ours."""
+    """File ("Corr", "G" or "D") and upstream's key of our parameter `name`, up to what folding and joining change."""
     root = next(prefix for prefix in _ROOTS if name.startswith(prefix))
     network, key = _ROOTS[root][0], _ROOTS[root][1] + name[len(root) :]
     for pattern, replacement in _PARTS.items():

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from operator_log import OperatorLog
 
 from flashcocos.train.networks.layers import (
     SelfAttention,
@@ -17,23 +16,6 @@ from flashcocos.train.networks.layers import (
     positional_norm,
     subsample,
 )
-
-
-class OperatorLog(TorchDispatchMode):
-    """Names of the operators that ran, and the largest tensor that any of them gave."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.names.add(func.overloadpacket.__name__)
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.numel())
-        return result
 
 
 def test_positional_norm_matches_its_formula() -> None:

@@ -169,8 +169,8 @@ def test_discriminator_maps() -> None:
     assert sum(p.numel() for p in full.parameters()) / 1e6 == pytest.approx(6.862 - 2 * 0.430455, abs=5e-4)
     maps = Discriminator(config, ndf=4)(torch.rand(2, 12, 64, 96), torch.rand(2, 3, 64, 96))
     assert [[tuple(m.shape[1:]) for m in scale] for scale in maps] == [
-        [(4, 33, 49), (8, 17, 25), (16, 9, 13), (32, 10, 14), (1, 11, 15)],
-        [(4, 17, 25), (8, 9, 13), (16, 5, 7), (32, 6, 8), (1, 7, 9)],
+        [(4, 32, 48), (8, 16, 24), (16, 8, 12), (32, 7, 11), (1, 6, 10)],
+        [(4, 16, 24), (8, 8, 12), (16, 4, 6), (32, 3, 5), (1, 2, 4)],
     ]
 
 

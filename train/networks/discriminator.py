@@ -18,16 +18,16 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int, ndf: int, attention: bool) -> None:
         super().__init__()
-        self.first = nn.Conv2d(in_channels, ndf, 4, stride=2, padding=2)
+        self.first = nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1)
         self.middle = nn.ModuleList(
             [
-                SpectralConv2d(ndf, 2 * ndf, 4, stride=2, padding=2, bias=False),
-                SpectralConv2d(2 * ndf, 4 * ndf, 4, stride=2, padding=2, bias=False),
-                SpectralConv2d(4 * ndf, 8 * ndf, 4, stride=1, padding=2, bias=False),
+                SpectralConv2d(ndf, 2 * ndf, 4, stride=2, padding=1, bias=False),
+                SpectralConv2d(2 * ndf, 4 * ndf, 4, stride=2, padding=1, bias=False),
+                SpectralConv2d(4 * ndf, 8 * ndf, 4, stride=1, padding=1, bias=False),
             ]
         )
         self.attention = SelfAttention(4 * ndf) if attention else nn.Identity()
-        self.last = nn.Conv2d(8 * ndf, 1, 4, padding=2)
+        self.last = nn.Conv2d(8 * ndf, 1, 4, padding=1)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = [F.leaky_relu(self.first(x), LEAKY_SLOPE)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,8 +18,6 @@ BGR_MEAN = (0.40760392, 0.45795686, 0.48501961)
 class Vgg19(nn.Module):
     """Feature maps by name: "r<stage><convolution>", taken behind the ReLU, e.g. "r42"."""
 
-    mean: Tensor
-
     def __init__(self) -> None:
         super().__init__()
         channels = 3
@@ -28,11 +25,10 @@ class Vgg19(nn.Module):
             for index in range(1, count + 1):
                 self.add_module(f"conv{stage}_{index}", nn.Conv2d(channels, width, 3, padding=1))
                 channels = width
-        self.register_buffer("mean", torch.tensor(BGR_MEAN).reshape(1, 3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """RGB image (B, 3, H, W) in [-1, 1] -> the named maps; nothing deeper than the last of them is computed."""
-        x = ((image.flip(1) + 1) / 2 - self.mean) * 255
+        x = ((image.flip(1) + 1) / 2 - image.new_tensor(BGR_MEAN).reshape(1, 3, 1, 1)) * 255
         features: dict[str, Tensor] = {}
         for stage, (_, count) in enumerate(STAGES, 1):
             for index in range(1, count + 1):

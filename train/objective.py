@@ -1,0 +1,115 @@
+"""One generator pass and one discriminator pass with every term of CoCosNet's objective.
+
+Source: arXiv 2004.05571 section 3.3; the terms are in `losses`. The warp and its cycles run through
+`flashcocos.kernels.corr_warp`, so no pass forms a matrix of all pairs of positions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import corr_warp
+from . import losses
+from .losses import LossWeights
+from .networks import CoCosNet, Discriminator, Vgg19
+from .networks.layers import subsample
+
+
+class Batch(NamedTuple):
+    """Training samples. Labels as `CoCosNet` takes them; images (B, 3, H, W) in [-1, 1]."""
+
+    label: Tensor
+    image: Tensor  # the true image of the label
+    exemplar: Tensor
+    exemplar_label: Tensor
+    self_reference: Tensor  # (B,) float: 1 where the exemplar is the image itself (or a distorted copy), else 0
+
+
+class GeneratorPass(NamedTuple):
+    """Weighted terms by name, whose sum is the generator's loss, and the images."""
+
+    terms: dict[str, Tensor]
+    image: Tensor  # (B, 3, H, W)
+    warped_image: Tensor  # (B, 3, H, W)
+
+
+def generator_pass(
+    model: CoCosNet, discriminator: Discriminator, vgg: Vgg19, weights: LossWeights, batch: Batch
+) -> GeneratorPass:
+    """Translate `batch` and weigh each term of the generator's objective."""
+    label, exemplar_label = model.label_planes(batch.label), model.label_planes(batch.exemplar_label)
+    terms = {}
+    features = model.correspondence.label_adaptor(label)
+    theta = model.correspondence.query(features, label)
+    phi, values = model.encode_exemplar(batch.exemplar, exemplar_label)
+    if weights.domain:
+        terms["domain"] = losses.domain_alignment(features, model.correspondence.image_adaptor(batch.image))
+    carried = torch.cat([values, subsample(exemplar_label, 4)], 1) if weights.warp_mask else values
+    everything = _warp(model, theta, phi, carried)
+    warped, warped_label = everything[:, : values.shape[1]], everything[:, values.shape[1] :]
+    if weights.warp_mask:
+        terms["warp_mask"] = losses.warp_mask(warped_label, subsample(label, 4), subsample(exemplar_label, 4))
+    if weights.warp_cycle:
+        terms["warp_cycle"] = losses.warp_cycle(_warp(model, phi, theta, warped), values)
+    if weights.warp_two_cycle:
+        true_values = model.warp_values(batch.image)
+        there = _warp(model, phi, theta, true_values)
+        terms["warp_two_cycle"] = losses.warp_cycle(_warp(model, theta, phi, there), true_values)
+    image, warped_image = model.synthesise(warped, label)
+    pairs = losses.pseudo_weights(batch.self_reference, weights.upstream_batch_scale)
+    if weights.warp_self:
+        terms["warp_self"] = losses.warp_self(warped_image, batch.image, pairs)
+    terms |= _vgg_terms(vgg, weights, image, batch, pairs)
+    terms |= _discriminator_terms(discriminator, weights, label, image, batch.image)
+    return GeneratorPass({name: getattr(weights, name) * term for name, term in terms.items()}, image, warped_image)
+
+
+def discriminator_pass(
+    discriminator: Discriminator, weights: LossWeights, label: Tensor, fake: Tensor, real: Tensor
+) -> dict[str, Tensor]:
+    """Weighted terms of the discriminator's objective for label planes, detached fakes and true images."""
+    scores = [maps[-1] for maps in discriminator(torch.cat([label, label]), torch.cat([fake.detach(), real]))]
+    fake_scores, real_scores = zip(*(score.chunk(2) for score in scores), strict=True)
+    fake_term, real_term = losses.adversarial_discriminator(fake_scores, real_scores)
+    return {"fake": weights.adversarial * fake_term, "real": weights.adversarial * real_term}
+
+
+def _warp(model: CoCosNet, theta: Tensor, phi: Tensor, values: Tensor) -> Tensor:
+    warped: Tensor = corr_warp(theta, phi, values, patch=model.config.patch, temperature=model.config.temperature)
+    return warped
+
+
+def _vgg_terms(vgg: Vgg19, weights: LossWeights, image: Tensor, batch: Batch, pairs: Tensor) -> dict[str, Tensor]:
+    if not (weights.pseudo_features or weights.perceptual or weights.contextual):
+        return {}
+    names = tuple(losses.FEATURE_WEIGHTS)
+    fake = vgg(image, names)
+    with torch.no_grad():
+        real, exemplar = vgg(batch.image, names), vgg(batch.exemplar, names)
+    terms = {}
+    if weights.pseudo_features:
+        terms["pseudo_features"] = losses.pseudo_features(fake, real, pairs)
+    if weights.perceptual:
+        terms["perceptual"] = losses.perceptual(fake[weights.perceptual_layer], real[weights.perceptual_layer])
+    if weights.contextual:
+        terms["contextual"] = losses.contextual(fake, exemplar)
+    return terms
+
+
+def _discriminator_terms(
+    discriminator: Discriminator, weights: LossWeights, label: Tensor, image: Tensor, real: Tensor
+) -> dict[str, Tensor]:
+    if not (weights.adversarial or weights.discriminator_features):
+        return {}
+    terms = {}
+    maps = discriminator(torch.cat([label, label]), torch.cat([image, real]))
+    halves = [[part.chunk(2) for part in scale] for scale in maps]
+    fake_maps, real_maps = ([[part[side] for part in scale] for scale in halves] for side in (0, 1))
+    if weights.adversarial:
+        terms["adversarial"] = losses.adversarial([scale[-1] for scale in fake_maps])
+    if weights.discriminator_features:
+        terms["discriminator_features"] = losses.discriminator_features(fake_maps, real_maps)
+    return terms
