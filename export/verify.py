@@ -98,16 +98,21 @@ class Report:
         lines = [self.title]
         lines += [f"{_word(c.ok)}  {c.name}{f': {c.detail}' if c.detail else ''}" for c in self.checks]
         if self.comparisons:
-            lines.append(
-                "      size     batch  scope       output        max abs error  PSNR dB  bound (of the range; PSNR)"
+            heading = (
+                "size",
+                "batch",
+                "scope",
+                "output",
+                "max abs error",
+                "of range",
+                "PSNR dB",
+                "bounds of the last two",
             )
+            lines.append(_row("    ", *heading))
         for c in self.comparisons:
-            size = f"{c.size[0]}x{c.size[1]}"
-            bound = f"{'' if math.isinf(c.bound.error) else f'error {c.bound.error:g}, '}{c.bound.psnr:g} dB"
-            lines.append(
-                f"{_word(c.ok)}  {size:<8} {c.batch:<6} {c.scope:<11} {c.output:<13} {c.max_abs_error:<14.2e} "
-                f"{c.psnr:<8.1f} {bound}"
-            )
+            size, bounds = f"{c.size[0]}x{c.size[1]}", f"{c.bound.error:g}, {c.bound.psnr:g} dB"
+            numbers = (f"{c.max_abs_error:.2e}", f"{c.error:.1e}", f"{c.psnr:.1f}")
+            lines.append(_row(_word(c.ok), size, str(c.batch), c.scope, c.output, *numbers, bounds))
         return "\n".join([*lines, "verified" if self.ok else "NOT verified"])
 
 
@@ -297,6 +302,11 @@ def compare(
 
 def _finite(outputs: Arrays) -> bool:
     return all(bool(np.isfinite(array).all()) for array in outputs.values())
+
+
+def _row(word: str, *cells: str) -> str:
+    widths = (8, 6, 11, 13, 14, 9, 8, 0)
+    return f"{word}  {' '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))}"
 
 
 def _word(ok: bool) -> str:
