@@ -248,6 +248,8 @@ def test_the_file_is_named_after_what_decides_the_pairs(tmp_path: Path, monkeypa
     monkeypatch.setattr(avatars, "package_versions", lambda: {"resvg": "another"})
     names.add(prepare_pairs("train", options, count=1, folder=tmp_path, workers=1).name)
     assert len(names) == 5
+    assert AvatarOptions(retrieved=1, pseudo=0) == AvatarOptions(retrieved=1.0, pseudo=0.0)
+    assert repr(AvatarOptions(retrieved=1, pseudo=0)) == repr(AvatarOptions(retrieved=1.0, pseudo=0.0))
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ class AvatarOptions:
     across: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("retrieved", "pseudo", "across"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 name the same file of pairs
         shares = (self.retrieved, self.pseudo, self.across)
         if any(not 0 <= share <= 1 for share in shares) or self.retrieved + self.pseudo > 1 + 1e-9:
             raise InputError(
