@@ -167,7 +167,7 @@ def _run_demo(options: argparse.Namespace) -> int:
         summary = translate_folder(
             translator, None, None, None, options.output, pairs=PAIRS, save={"grid"}, progress=progress
         )
-    print(f"{summary.done} of {summary.done + len(summary.failed)} pictures translated; *_grid.png shows each as")
+    print(f"{summary.done} of {summary.done + len(summary.failed)} pictures translated; *.grid.png shows each as")
     print(f"input | exemplar | warped exemplar | result: {options.output}")
     return 1 if summary.failed else 0
 

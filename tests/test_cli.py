@@ -90,3 +90,18 @@ def test_bad_size_is_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) 
         main(["prepare", "ade20k", "x", "-o", "y", f"--size={text}"])
     assert stop.value.code == 2
     assert "expected SIDE or HEIGHTxWIDTH" in capsys.readouterr().err
+
+
+def test_the_demo_translates_what_ships(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from flashcocos.preprocess import load_image
+
+    assert main(["demo", "-o", str(tmp_path)]) == 0
+    assert "6 of 6 pictures translated" in capsys.readouterr().out
+    grids = sorted(tmp_path.glob("*.grid.png"))
+    assert len(grids) == 6
+    for path in grids:
+        grid = load_image(path)
+        assert grid.shape == (3, 128, 4 * 128)
+        exemplar, result = grid[:, :, 128:256], grid[:, :, 384:]
+        # the corners are background in every picture of the set, and take its colour from the exemplar
+        assert abs(exemplar[:, :8, :8].mean() - result[:, :8, :8].mean()) < 0.2
