@@ -203,7 +203,9 @@ def write_bundle(path: str | os.PathLike[str], manifest: Manifest, files: Mappin
     if path.suffix == ".zip":
         with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             for name, data in content.items():
-                archive.writestr(name, data)
+                entry = zipfile.ZipInfo(name)  # without today's date, so that equal content gives equal bytes
+                entry.external_attr = 0o644 << 16
+                archive.writestr(entry, data)
         return path
     if path.exists() and not (path / MANIFEST).is_file() and (path.is_file() or any(path.iterdir())):
         raise InputError(f"{path} exists and is not a model bundle; choose another output or remove it")

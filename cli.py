@@ -296,7 +296,7 @@ def _run_export(options: argparse.Namespace) -> int:
     if options.single:
         from .export.single import export_single
 
-        print(export_single(options.model, options.output))
+        print(export_single(options.model, options.output, precision=options.precision, license=options.license))
     else:
         from .export.bundle_writer import export_bundle
 
