@@ -1,14 +1,9 @@
-"""Where the Triton kernels run in this folder: on the GPU if there is one, else in Triton's interpreter on the CPU."""
+"""Where the Triton kernels run in this folder: on the GPU if there is one, else Triton's interpreter (tests/conftest.py)."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so it is set before any test module loads
 
 
 @pytest.fixture(scope="session")
@@ -18,5 +13,5 @@ def device() -> str:
         return "cuda"
     from flashcocos.kernels import triton_warp
 
-    assert triton_warp.INTERPRETED, "triton was imported before tests/kernels/conftest.py could set TRITON_INTERPRET"
+    assert triton_warp.INTERPRETED, "triton was imported before tests/conftest.py could set TRITON_INTERPRET"
     return "cpu"
