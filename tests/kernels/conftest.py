@@ -1,4 +1,4 @@
-"""Where the Triton kernels run in this folder: on a GPU if there is one, else in the interpreter (tests/conftest.py)."""
+"""Where the Triton kernels run in this folder: on a GPU if there is one, else in the interpreter."""
 
 from __future__ import annotations
 
