@@ -107,7 +107,8 @@ def main() -> None:
                 f"{case:15} {row['median_ms']:8.0f} ms  ({row['min_ms']:.0f} to {row['max_ms']:.0f})  "
                 f"peak {row['peak_mib']:6.0f} MiB  {row['psnr_db']:.1f} dB"
             )
-    print(write_results(options.name, f"python -m flashcocos.benchmarks.translation {' '.join(sys.argv[1:])}", rows))
+    words = " ".join(Path(word).name for word in sys.argv[1:])  # a folder of this machine tells nobody anything
+    print(write_results(options.name, f"python -m flashcocos.benchmarks.translation {words}", rows))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
