@@ -32,6 +32,9 @@ from .harness import run_isolated, write_results
 
 CHANNELS, BLOCK = 256, 2048
 MAX_ERROR = 1e-4
+PAUSE = (
+    0.08  # seconds before each run: the threads of BLAS spin for a while after a product, on the cores the next needs
+)
 
 
 def inputs(size: int, values: int, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -97,6 +100,7 @@ def measure(size: int, values: int, backend: str, kind: str, repeats: int) -> di
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             run()
             if turn:  # the first warms up
@@ -110,6 +114,7 @@ def measure(size: int, values: int, backend: str, kind: str, repeats: int) -> di
         "backend": backend,
         "inputs": kind,
         "repeats": repeats,
+        "threads": os.environ.get("NUMBA_NUM_THREADS", "all"),
         "milliseconds": {name: milliseconds(seconds) for name, seconds in times.items()},
         "ratio": round(fastest["warp"] / fastest["product"], 3),
         "ratio_fresh": round(fastest["warp"] / fastest["fresh"], 3),
@@ -128,11 +133,14 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["numba", "numpy"], choices=["numba", "numpy"])
     parser.add_argument("--inputs", nargs="+", default=["noise", "shifted"], choices=["noise", "shifted"])
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--threads", type=int, help="threads of both numba and BLAS; default: one a core")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure(**json.loads(options.case))))
         return
+    if options.threads:  # the cases inherit it
+        os.environ |= dict.fromkeys(("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(options.threads))
     rows = []
     print("size  V   backend  inputs   warp ms   product ms  ratio (fresh)  extra MiB  error")
     for size in options.sizes:

@@ -547,16 +547,18 @@ def _warp_item(
     starts = range(0, wq, plan.block)
     queries = np.zeros((hq, starts[-1] + rows, channels), np.float32)
     keys = np.zeros((hk, columns // COLUMNS, channels, COLUMNS), np.float32)
-    mean, reciprocal = _pack(pool, pack_queries, theta, queries, patch)
-    query_factors = np.stack([mean, reciprocal * (LOG2_E / temperature)]).astype(np.float32)
-    mean, reciprocal = _pack(pool, pack_keys, phi, keys, patch)
-    key_factors = np.zeros((3, hk, columns), np.float32)
-    key_factors[:2, :, :wk] = mean * (patch * patch * channels), reciprocal
-    key_factors[2, :, wk:] = LOWEST
+    query_statistics = _pack(pool, pack_queries, theta, queries, patch)
+    key_statistics = _pack(pool, pack_keys, phi, keys, patch)
     carried = np.zeros((shape.carried, hk, columns), np.float32)
     carried[: len(values), :, :wk] = values
     if not few:
         carried = carried.reshape(-1, COLUMNS, hk * columns).transpose(0, 2, 1)
+    mean, reciprocal = query_statistics()
+    query_factors = np.stack([mean, reciprocal * (LOG2_E / temperature)]).astype(np.float32)
+    mean, reciprocal = key_statistics()
+    key_factors = np.zeros((3, hk, columns), np.float32)
+    key_factors[:2, :, :wk] = mean * (patch * patch * channels), reciprocal
+    key_factors[2, :, wk:] = LOWEST
     flat = (np.ascontiguousarray(array).ravel() for array in (queries, keys, query_factors, key_factors, carried))
     inputs = Inputs(next(flat), queries[0].size, *flat)
     slots = tuple(range(0, patch * shape.group * rows * shape.line, shape.group * rows * shape.line))
@@ -568,13 +570,18 @@ def _warp_item(
 
 def _pack(
     pool: ThreadPoolExecutor, kernel: Any, features: Array, packed: Array, patch: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Bring one map into the layout of `kernel`; return its patch means and reciprocal norms, (H, W)."""
-    (channels, height, _), step = features.shape, 8
-    sums, squares = np.zeros((2, *features.shape[1:]))
+) -> Callable[[], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+    """Begin to bring one map into the layout of `kernel`; the result waits, and returns its patch statistics."""
+    (channels, height, width), step = features.shape, 8
+    sums, squares = np.zeros((2, height, width))
+    jobs = [
+        pool.submit(kernel, features, packed, sums, squares, start, min(start + step, height), patch // 2)
+        for start in range(0, height, step)
+    ]
 
-    def pack(start: int) -> None:
-        kernel(features, packed, sums, squares, start, min(start + step, height), patch // 2)
+    def finish() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        for job in jobs:
+            job.result()
+        return statistics_of_sums(sums, squares, patch, channels)
 
-    list(pool.map(pack, range(0, height, step)))
-    return statistics_of_sums(sums, squares, patch, channels)
+    return finish
