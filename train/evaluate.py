@@ -78,7 +78,7 @@ def evaluate(
                 raise InputError(f"pairs {start} to {start + len(items) - 1}: every pair needs a target to be scored")
             batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
             label, exemplar_label = (model.label_planes(batch[name]) for name in ("label", "exemplar_label"))
-            exemplar, target = batch["exemplar"], batch["target"]
+            exemplar, target = batch["exemplar"], batch["image"]
             image, warped_image, warped_label = translate(model, label, exemplar, exemplar_label, backend=backend)
             trivial = trivial_answer(label, exemplar, exemplar_label)
             sums.add(label, target, image, warped_image, trivial, warped_label)

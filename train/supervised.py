@@ -166,14 +166,14 @@ class SupervisedTrainer:
         batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
         generator = _generator(config.seed + 1, step)
         mirrored = torch.rand(config.batch, generator=generator) < config.mirror
-        for name in ("label", "exemplar_label", "exemplar", "target"):
+        for name in ("label", "exemplar_label", "exemplar", "image"):
             batch[name][mirrored] = batch[name][mirrored].flip(-1)
         for row in torch.nonzero(torch.rand(config.batch, generator=generator) < config.recolour).flatten():
             colours = torch.randperm(3, generator=generator)
-            for name in ("exemplar", "target"):
+            for name in ("exemplar", "image"):
                 batch[name][row] = batch[name][row, colours]
         if step < config.half_steps:
-            for name in ("exemplar", "target"):
+            for name in ("exemplar", "image"):
                 batch[name] = F.avg_pool2d(batch[name], 2)
             for name in ("label", "exemplar_label"):
                 batch[name] = batch[name][:, ::2, ::2].contiguous()
@@ -236,7 +236,7 @@ def train_avatars(
 
 def loss_terms(model: CoCosNet, batch: Batch, config: SupervisedConfig) -> dict[str, Tensor]:
     """The weighted terms of the loss, scalars, by name."""
-    label, target = model.label_planes(batch["label"]), batch["target"]
+    label, target = model.label_planes(batch["label"]), batch["image"]
     exemplar_label = model.label_planes(batch["exemplar_label"])
     image, warped_image, warped_label = translate(model, label, batch["exemplar"], exemplar_label)
     likelihood = F.avg_pool2d(label, 4) * (warped_label.clamp_min(0) + 1e-4).log()

@@ -216,15 +216,15 @@ def test_items_and_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for index, pair in enumerate(rendered):
         item = pairs[index]
         assert np.array_equal(item["label"], pair.label)
-        assert item["exemplar"].shape == item["target"].shape == (3, 32, 32)
+        assert item["exemplar"].shape == item["image"].shape == (3, 32, 32)
         assert np.array_equal(np.rint((item["exemplar"] + 1) * 127.5).transpose(1, 2, 0), pair.exemplar)
         assert item["has_target"] == (pair.kind != "free")
-        assert item["self_ref"] == (pair.kind == "pseudo")
+        assert item["self_reference"] == (pair.kind == "pseudo")
     with pytest.raises(IndexError):
         pairs[5]
     monkeypatch.setattr(avatars, "render_pair", None)  # nothing may be rendered twice
     again = pickle.loads(pickle.dumps(pairs))
-    assert np.array_equal(again[4]["target"], pairs[4]["target"])
+    assert np.array_equal(again[4]["image"], pairs[4]["image"])
     assert AvatarPairs("train", options, count=3, folder=tmp_path).path == pairs.path
 
 
@@ -236,7 +236,7 @@ def test_more_processes_and_a_longer_set_give_the_same_pairs(tmp_path: Path, mon
     second = AvatarPairs("train", options, count=3, folder=tmp_path / "two", workers=2)
     assert first.path.name == second.path.name
     for index in range(3):
-        assert np.array_equal(first[index]["target"], second[index]["target"])
+        assert np.array_equal(first[index]["image"], second[index]["image"])
 
 
 def test_the_file_is_named_after_what_decides_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

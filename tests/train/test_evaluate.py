@@ -35,7 +35,7 @@ class FlatPairs:
         image = np.full((3, 64, 64), -0.5, dtype=np.float32)
         image[:, :, 32:] = 0.5 + index / 100
         return {
-            "label": label, "exemplar_label": label, "exemplar": image, "target": image, "has_target": self.has_target,
+            "label": label, "exemplar_label": label, "exemplar": image, "image": image, "has_target": self.has_target,
         }  # fmt: skip
 
 

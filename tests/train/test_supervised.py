@@ -47,9 +47,9 @@ class FakePairs:
             "label": label,
             "exemplar_label": exemplar_label,
             "exemplar": colours[exemplar_label].transpose(2, 0, 1),
-            "target": colours[label].transpose(2, 0, 1),
+            "image": colours[label].transpose(2, 0, 1),
             "has_target": True,
-            "self_ref": False,
+            "self_reference": np.float32(0),
         }
 
 
@@ -148,8 +148,8 @@ def test_an_epoch_shows_every_pair_once(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, mirror=0.0, recolour=0.0)
     running = trainer(tmp_path, config, FakePairs(6))
     for epoch in range(2):
-        shown = torch.cat([running.batch(3 * epoch + step)["target"] for step in range(3)])
-        expected = torch.stack([torch.as_tensor(FakePairs()[index]["target"]) for index in range(6)])
+        shown = torch.cat([running.batch(3 * epoch + step)["image"] for step in range(3)])
+        expected = torch.stack([torch.as_tensor(FakePairs()[index]["image"]) for index in range(6)])
         assert (torch.cdist(shown.flatten(1), expected.flatten(1)) < 1e-3).sum(0).tolist() == [1] * 6
 
 
@@ -158,22 +158,22 @@ def test_mirroring_and_recolouring_keep_a_pair_together(tmp_path: Path) -> None:
     batch = trainer(tmp_path, config).batch(0)
     plain = trainer(tmp_path, dataclasses.replace(config, mirror=0.0, recolour=0.0)).batch(0)
     assert torch.equal(batch["label"], plain["label"].flip(-1))
-    assert torch.equal(batch["target"].sort(1).values, plain["target"].flip(-1).sort(1).values)
-    assert not torch.equal(batch["target"], plain["target"].flip(-1))
+    assert torch.equal(batch["image"].sort(1).values, plain["image"].flip(-1).sort(1).values)
+    assert not torch.equal(batch["image"], plain["image"].flip(-1))
     for row in range(5):
         colours = {}
-        for kind, label in (("exemplar", "exemplar_label"), ("target", "label")):
+        for kind, label in (("exemplar", "exemplar_label"), ("image", "label")):
             for name in batch[label][row].unique().tolist():
                 colours[kind, name] = batch[kind][row][:, batch[label][row] == name].mean(1)
         for name in range(4):
-            torch.testing.assert_close(colours["exemplar", name], colours["target", name])
+            torch.testing.assert_close(colours["exemplar", name], colours["image", name])
 
 
 def test_half_steps_see_half_the_size(tmp_path: Path) -> None:
     running = trainer(tmp_path, dataclasses.replace(CONFIG, half_steps=1), FakePairs(5, size=128))
     small, large = running.batch(0), running.batch(1)
     assert small["label"].shape == (2, 64, 64)
-    assert small["target"].shape == (2, 3, 64, 64)
+    assert small["image"].shape == (2, 3, 64, 64)
     assert large["exemplar"].shape == (2, 3, 128, 128)
 
 
@@ -188,7 +188,7 @@ def test_a_perfect_warp_and_image_cost_nothing() -> None:
         model.generator.last.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 30.0]))
         plane = torch.zeros(1, 64, 64, dtype=torch.uint8)
         image = torch.full((1, 3, 64, 64), 0.25)
-        batch = {"label": plane, "exemplar_label": plane, "exemplar": image, "target": image}
+        batch = {"label": plane, "exemplar_label": plane, "exemplar": image, "image": image}
         terms = loss_terms(model, batch, SupervisedConfig())
         assert all(abs(float(term)) < 1e-4 for term in terms.values()), terms
         batch["exemplar_label"] = plane + 1

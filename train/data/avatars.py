@@ -28,6 +28,7 @@ import numpy as np
 
 from ...errors import InputError
 from ...progress import Progress
+from . import Item
 from .avatars_draw import Structure, package_versions, random_structure, render_image, render_label
 from .avatars_paint import CLASSES, DEFAULT_LOOK, Look, random_look
 
@@ -225,10 +226,8 @@ def prepare_pairs(
 
 
 class AvatarPairs:
-    """The pairs of a split as a map-style data set (torch's `DataLoader` takes it as it is).
+    """The pairs of a split as a map-style data set, its items as the package says; the image of a free pair is blank.
 
-    An item is a dict: label and exemplar_label uint8 (H, W); exemplar and target float32 (3, H, W) in [-1, 1];
-    has_target bool; self_ref bool, true where the exemplar is a warp of the target.
     Renders what is missing on construction, as `prepare_pairs` does and with its arguments and errors.
     """
 
@@ -249,19 +248,22 @@ class AvatarPairs:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Item:
         pair = self.pair(index)
         return {
             "label": pair.label.copy(),  # writable, as torch wants it
             "exemplar": _to_float(pair.exemplar),
             "exemplar_label": pair.exemplar_label.copy(),
-            "target": _to_float(pair.target),
+            "image": _to_float(pair.target),
+            "self_reference": np.float32(pair.kind == "pseudo"),
             "has_target": pair.kind != "free",
-            "self_ref": pair.kind == "pseudo",
         }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing to do: the pairs are the same in every epoch."""
 
     def pair(self, index: int) -> Pair:
         """Pair number `index` as uint8 arrays; `IndexError` outside the data set, `InputError` for a damaged file."""
