@@ -2,6 +2,7 @@
 
 from .cocosnet import CoCosNet, Translation
 from .discriminator import Discriminator
+from .initialisation import initialise
 from .vgg import Vgg19
 
-__all__ = ["CoCosNet", "Discriminator", "Translation", "Vgg19"]
+__all__ = ["CoCosNet", "Discriminator", "Translation", "Vgg19", "initialise"]
