@@ -1,0 +1,249 @@
+"""Photographs with labels and exemplars: the four published data sets, and a folder of one's own.
+
+A retrieval list says which exemplars suit a photograph: lines of `name,easy,...,hard`, as the published `*_ref.txt` are
+and `flashcocos pairs` writes them. Training draws the hard exemplar, the easy one, or the photograph itself; a test
+takes the easy one. Source of the shares, sizes and flips: the options that the published networks were trained with
+(arXiv 2004.05571, section 4, and its public README).
+
+    published  the layouts of `preprocess.layouts`, whose raw label files are prepared as they are read;
+               ade20k: exemplars come from `training/`, for the samples of `validation/` too
+               celebahq, celebahqedge, deepfashion: `train.txt` and `val.txt` name the samples
+    one's own  images/NAME.<any> with labels/NAME.png or .npz, as `flashcocos prepare` writes them
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...config import ModelConfig
+from ...errors import InputError
+from ...preprocess.images import SUFFIXES, PathLike, load_image
+from ...preprocess.labels import load_label
+from ...preprocess.layouts import ROLES, find_layout, read_list
+from ...preprocess.prepare import load_raw
+from . import Item
+
+_LISTS = {"train": "train.txt", "test": "val.txt"}
+_FOLDERS = {"ade20k": {"train": "training", "test": "validation"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotoOptions:
+    """What decides the items of a photo data set in training; a test has its size and nothing random.
+
+    size: side of the items. load_size: side that pictures are resized to before a square of `size` is cut out.
+    retrieved: share of the items whose exemplar is of the list, hard: share (of all) whose exemplar is the hard one;
+    the others show the photograph itself. flip: whether half of the pictures are mirrored, exemplars independently.
+    """
+
+    size: int = 256
+    load_size: int = 286
+    retrieved: float = 0.7
+    hard: float = 0.2
+    flip: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hard <= self.retrieved <= 1:
+            raise InputError(
+                f"photo pairs: expected 0 <= hard <= retrieved <= 1, got hard {self.hard}, retrieved {self.retrieved}"
+            )
+        if not 1 <= self.size <= self.load_size:
+            raise InputError(
+                f"photo pairs: expected 1 <= size <= load_size, got size {self.size}, load_size {self.load_size}"
+            )
+
+    @classmethod
+    def for_model(cls, config: ModelConfig, **changes: Any) -> PhotoOptions:
+        """The published options of `config.task` at the model's size, fields replaced by `changes`.
+
+        DeepFashion is never flipped and shows another photograph of the same person, or itself, but no retrieved one.
+        """
+        fields: dict[str, Any] = {"size": config.image_size, "load_size": round(config.image_size * 286 / 256)}
+        if config.task == "deepfashion":
+            fields.update(retrieved=0.0, hard=0.0, flip=False)
+        return cls(**{**fields, **changes})
+
+
+class PhotoPairs:
+    """A data set of photographs, its items as the package says: `image` is the photograph that the label belongs to.
+
+    config: of the model, for its task and the form of its labels. folder: the data set, in a layout of the module.
+    pairs: the retrieval list. samples: a list that names the photographs to show, by default `train.txt` or `val.txt`
+        where the folder has it, else every line of `pairs`.
+    same: lines of `name,another,...`, photographs of one person, as the published `deepfashion_self_pair.txt`: the
+        first is shown where the photograph itself would be, and counts as it (`self_reference`, `has_target`).
+    labels: folder of prepared labels, named as `flashcocos prepare` names them; by default raw label files are
+        prepared for the published tasks, and `labels/` is read for others.
+    Names in lists may have Windows separators, and need no suffix. Raises `InputError` naming the list and the
+    photograph or line that is missing; label files are looked for when they are read.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        folder: PathLike,
+        pairs: PathLike | None,
+        *,
+        split: str = "train",
+        samples: PathLike | None = None,
+        same: PathLike | None = None,
+        labels: PathLike | None = None,
+        options: PhotoOptions | None = None,
+    ) -> None:
+        if split not in _LISTS:
+            raise InputError(f"split: expected one of {', '.join(_LISTS)}, got {split!r}")
+        self.config, self.options, self._training = config, options or PhotoOptions.for_model(config), split == "train"
+        root = Path(folder)
+        if not root.is_dir():
+            raise InputError(f"{root}: not a folder")
+        published = config.task in ROLES
+        if published:
+            self._base = find_layout(config.task, root).images
+        else:
+            self._base = root / "images" if (root / "images").is_dir() else root
+        self._labels = Path(labels) if labels is not None else None if published else root / "labels"
+        # a raw label may lie beside its photograph, and then the photograph is the JPEG
+        suffixes = (".jpg", ".jpeg") if published else SUFFIXES
+        photos = find_photos(self._base / self._part(split), suffixes)
+        exemplars = find_photos(self._base / self._part("train"), suffixes)
+        retrieval = _Names(pairs, exemplars, self._base.name)
+        shown = samples if samples is not None else root / _LISTS[split] if (root / _LISTS[split]).is_file() else None
+        names = retrieval.lines if shown is None else {key_of(line[0], self._base.name) for line in read_list(shown)}
+        source = pairs if shown is None else shown
+        if not names:
+            raise InputError(f"{source or root}: names no samples; give a list of `name,exemplar,...` lines as `pairs`")
+        own, together = _Names(shown, photos, self._base.name), _Names(same, exemplars, self._base.name)
+        self._samples: list[_Sample] = []
+        for name in sorted(names):
+            photo = own.photo(name, source)
+            retrieved = retrieval.line(name) if self.options.retrieved or not self._training else []
+            itself = together.line(name)[0] if name in together.lines else photo
+            self._samples.append(_Sample(photo, itself, retrieved))
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that exemplars, crops and flips follow from."""
+        self._epoch = epoch
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < len(self._samples):
+            raise IndexError(f"item {index} of {len(self._samples)}")
+        sample = self._samples[index]
+        rng = random.Random(f"{self.options.seed}/{self._epoch}/{index}")
+        exemplar = self._choose(sample, rng)
+        itself = exemplar in (sample.photo, sample.itself)
+        label, image = self._load(sample.photo, rng)
+        exemplar_label, exemplar_image = self._load(exemplar, rng)
+        return {
+            "label": label,
+            "exemplar_label": exemplar_label,
+            "image": image,
+            "exemplar": exemplar_image,
+            "self_reference": np.float32(itself),
+            "has_target": itself,
+        }
+
+    def photo(self, index: int) -> Path:
+        """The file of sample `index`, as a name for it."""
+        return self._samples[index].photo
+
+    def _part(self, split: str) -> str:
+        """The folder below that of all photographs where those of a split lie."""
+        part = _FOLDERS.get(self.config.task, {}).get(split, "")
+        return part if (self._base / part).is_dir() else ""
+
+    def _choose(self, sample: _Sample, rng: random.Random) -> Path:
+        if not self._training:
+            return sample.retrieved[0]
+        draw = rng.random()
+        if draw < self.options.hard:
+            return sample.retrieved[-1]
+        return sample.retrieved[0] if draw < self.options.retrieved else sample.itself
+
+    def _load(self, photo: Path, rng: random.Random) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+        """Label and picture of one file, cut and mirrored alike."""
+        size = self.options.size
+        side = self.options.load_size if self._training else size
+        image, label = load_image(photo, (side, side)), self._label(photo, side)
+        if self._training:
+            top, left = rng.randint(0, side - size), rng.randint(0, side - size)
+            step = -1 if self.options.flip and rng.random() < 0.5 else 1
+            label, image = (x[..., top : top + size, left : left + size][..., ::step] for x in (label, image))
+        return np.ascontiguousarray(label), np.ascontiguousarray(image)
+
+    def _label(self, photo: Path, side: int) -> npt.NDArray[Any]:
+        if self._labels is None:
+            label = load_raw(self.config.task, photo, (side, side))
+            return label if label.ndim == 2 else label.astype(np.float32) / 255
+        file = (self._labels / photo.relative_to(self._base)).with_suffix(
+            ".png" if self.config.label_kind == "classes" else ".npz"
+        )
+        if not file.is_file():
+            raise InputError(f"{photo}: lacks its label {file}; `flashcocos prepare` writes it")
+        return load_label(self.config, file, (side, side))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """A photograph, what stands for it as its own exemplar, and its easy and its hard exemplar."""
+
+    photo: Path
+    itself: Path
+    retrieved: list[Path]
+
+
+class _Names:
+    """The lines of a list by their first name, and the photographs that names mean."""
+
+    def __init__(self, path: PathLike | None, photos: dict[str, list[Path]], folder: str) -> None:
+        self.path, self.photos = path, photos
+        listed = [] if path is None else read_list(path)
+        keys = [[key_of(name, folder) for name in line] for line in listed]
+        self.lines: dict[str, list[str]] = {first: rest for first, *rest in keys}
+
+    def line(self, name: str) -> list[Path]:
+        """The first and the last photograph that follow `name`."""
+        if not self.lines.get(name):
+            raise InputError(f"{self.path or 'no retrieval list'}: no line with an exemplar for {name}")
+        others = self.lines[name]
+        return [self.photo(other, self.path) for other in (others[0], others[-1])]
+
+    def photo(self, name: str, source: PathLike | None) -> Path:
+        """The photograph `name`, which `source` asks for."""
+        found = self.photos.get(name, [])
+        if len(found) != 1:
+            there = f"several photographs have that name: {', '.join(map(str, found))}" if found else "not found"
+            raise InputError(f"{name}, listed in {source}: {there}")
+        return found[0]
+
+
+def find_photos(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, list[Path]]:
+    """The pictures below `folder` by key: path below it, without suffix, with forward slashes; sorted."""
+    photos: dict[str, list[Path]] = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if name.lower().endswith(suffixes) and not name.startswith("."):  # macOS leaves ._copies beside files
+                file = Path(place, name)
+                photos.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
+    return {key: sorted(photos[key]) for key in sorted(photos)}
+
+
+def key_of(name: str, folder: str) -> str:
+    """The key that `name` of a list means: without its suffix, and without the name of the folder of photographs."""
+    path = PurePosixPath(name)
+    if path.suffix.lower() in SUFFIXES:
+        path = path.with_suffix("")
+    if len(path.parts) > 1 and path.parts[0] == folder:
+        path = path.relative_to(folder)
+    return path.as_posix()
