@@ -34,12 +34,21 @@ class GeneratorPass(NamedTuple):
     terms: dict[str, Tensor]
     image: Tensor  # (B, 3, H, W)
     warped_image: Tensor  # (B, 3, H, W)
+    carried: Tensor | None  # (B, K, H/4, W/4): `carry`, warped as the exemplar is
 
 
 def generator_pass(
-    model: CoCosNet, discriminator: Discriminator, vgg: Vgg19, weights: LossWeights, batch: Batch
+    model: CoCosNet,
+    discriminator: Discriminator | None,
+    vgg: Vgg19 | None,
+    weights: LossWeights,
+    batch: Batch,
+    carry: Tensor | None = None,
 ) -> GeneratorPass:
-    """Translate `batch` and weigh each term of the generator's objective."""
+    """Translate `batch` and weigh each term of the generator's objective.
+
+    discriminator, vgg: None where no term needs them. carry: planes (B, K, H/4, W/4) to warp along with the exemplar.
+    """
     label, exemplar_label = model.label_planes(batch.label), model.label_planes(batch.exemplar_label)
     terms = {}
     features = model.correspondence.label_adaptor(label)
@@ -47,11 +56,14 @@ def generator_pass(
     phi, values = model.encode_exemplar(batch.exemplar, exemplar_label)
     if weights.domain:
         terms["domain"] = losses.domain_alignment(features, model.correspondence.image_adaptor(batch.image))
-    carried = torch.cat([values, subsample(exemplar_label, 4)], 1) if weights.warp_mask else values
-    everything = _warp(model, theta, phi, carried)
-    warped, warped_label = everything[:, : values.shape[1]], everything[:, values.shape[1] :]
+    planes = [values]
     if weights.warp_mask:
-        terms["warp_mask"] = losses.warp_mask(warped_label, subsample(label, 4), subsample(exemplar_label, 4))
+        planes.append(subsample(exemplar_label, 4))
+    if carry is not None:
+        planes.append(carry)
+    warped, *others = _warp(model, theta, phi, torch.cat(planes, 1)).split([part.shape[1] for part in planes], 1)
+    if weights.warp_mask:
+        terms["warp_mask"] = losses.warp_mask(others[0], subsample(label, 4), subsample(exemplar_label, 4))
     if weights.warp_cycle:
         terms["warp_cycle"] = losses.warp_cycle(_warp(model, phi, theta, warped), values)
     if weights.warp_two_cycle:
@@ -64,7 +76,8 @@ def generator_pass(
         terms["warp_self"] = losses.warp_self(warped_image, batch.image, pairs)
     terms |= _vgg_terms(vgg, weights, image, batch, pairs)
     terms |= _discriminator_terms(discriminator, weights, label, image, batch.image)
-    return GeneratorPass({name: getattr(weights, name) * term for name, term in terms.items()}, image, warped_image)
+    weighted = {name: getattr(weights, name) * term for name, term in terms.items()}
+    return GeneratorPass(weighted, image, warped_image, None if carry is None else others[-1])
 
 
 def discriminator_pass(
@@ -82,9 +95,12 @@ def _warp(model: CoCosNet, theta: Tensor, phi: Tensor, values: Tensor) -> Tensor
     return warped
 
 
-def _vgg_terms(vgg: Vgg19, weights: LossWeights, image: Tensor, batch: Batch, pairs: Tensor) -> dict[str, Tensor]:
+def _vgg_terms(
+    vgg: Vgg19 | None, weights: LossWeights, image: Tensor, batch: Batch, pairs: Tensor
+) -> dict[str, Tensor]:
     if not (weights.pseudo_features or weights.perceptual or weights.contextual):
         return {}
+    assert vgg is not None
     names = tuple(losses.FEATURE_WEIGHTS)
     fake = vgg(image, names)
     with torch.no_grad():
@@ -100,10 +116,11 @@ def _vgg_terms(vgg: Vgg19, weights: LossWeights, image: Tensor, batch: Batch, pa
 
 
 def _discriminator_terms(
-    discriminator: Discriminator, weights: LossWeights, label: Tensor, image: Tensor, real: Tensor
+    discriminator: Discriminator | None, weights: LossWeights, label: Tensor, image: Tensor, real: Tensor
 ) -> dict[str, Tensor]:
     if not (weights.adversarial or weights.discriminator_features):
         return {}
+    assert discriminator is not None
     terms = {}
     maps = discriminator(torch.cat([label, label]), torch.cat([image, real]))
     halves = [[part.chunk(2) for part in scale] for scale in maps]
