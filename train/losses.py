@@ -117,7 +117,9 @@ def contextual(fake: Mapping[str, Tensor], exemplar: Mapping[str, Tensor]) -> Te
         x, y = fake[name], exemplar[name].detach()
         if name == "r32":
             x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-        total = total + weight * contextual_distance(x, y).mean()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):  # a 16-bit similarity would drown the contrasts near 1
+            total = total + weight * contextual_distance(x.to(wide), y.to(wide)).mean()
     return total
 
 
