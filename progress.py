@@ -12,11 +12,14 @@ class Progress:
     """`with Progress("translate", total) as progress: progress.advance()`; rate and time left included.
 
     total: expected units, or 0 if unknown. unit: what one step is ("image", "B" for bytes, shown in MiB).
+    start: units that an earlier run has done.
     """
 
-    def __init__(self, title: str, total: int = 0, *, unit: str = "it", stream: TextIO | None = None) -> None:
+    def __init__(
+        self, title: str, total: int = 0, *, unit: str = "it", start: int = 0, stream: TextIO | None = None
+    ) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0
+        self.done = self._done_before = start
         self._stream = sys.stderr if stream is None else stream
         self._visible = self._stream.isatty()
         self._start = time.monotonic()
@@ -42,12 +45,12 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._visible and self.done:
+        if self._visible and self.done > self._done_before:
             self._stream.write("\n")
 
     def _line(self, elapsed: float) -> str:
         scale, unit = (2**20, "MiB") if self.unit == "B" else (1, self.unit)
-        rate = self.done / scale / max(elapsed, 1e-9)
+        rate = (self.done - self._done_before) / scale / max(elapsed, 1e-9)
         if not self.total:
             return f"{self.title}: {self.done / scale:.0f} {unit}, {rate:.2f} {unit}/s"
         filled = 24 * self.done // self.total
