@@ -1,38 +1,31 @@
-"""How good a model is on pairs whose exact target is known, and a sheet of pictures to look at.
+"""How good a model is: behind `flashcocos evaluate`.
 
-The measure to beat is the trivial answer: each class of the label painted with the exemplar's mean colour of that
-class, by the exemplar's true label; a class that the exemplar lacks gets its mean colour.
+On pairs with an exact target, as the avatars are, the measure to beat is the trivial answer
+(`metrics.trivial_answer`). Photographs have no target: see `photo_measures`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
-
 from ..errors import InputError
-from ..files import atomic_path
+from ..preprocess.images import PathLike, to_uint8
 from ..progress import Progress
-from .networks import CoCosNet
-from .supervised import translate
-
-_BATCH = 8
+from .data import Item, PairData
+from .metrics import ExactSums, correspondence_accuracy, trivial_answer
+from .photo_measures import METRICS, PhotoMeasures, check_networks, open_measures
+from .sheet import Sheet
+from .sources import Source, open_source, torch_device
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
-    """Means over the pairs. PSNR in dB for a range of 1; l1 for images in [0, 1].
+class ExactScores:
+    """Means over the pairs, pictures as 8 bits a colour. PSNR in dB; l1 and colour errors for colours in [0, 1].
 
-    psnr, psnr_warped, psnr_trivial: of the image, of the warped exemplar, of the trivial answer.
-    correspondence: share of positions whose warped exemplar label is the label's own class, both at a quarter size.
+    psnr, psnr_warped, psnr_trivial: of the image, of the warped exemplar, of the trivial answer. ssim: of the image.
+    correspondence: share of positions whose best match in the exemplar is of the same class.
     psnr_by_class: over all pixels of the class; colour_error_by_class: L1 of its mean colour. Only classes that occur.
     """
 
@@ -40,125 +33,108 @@ class Scores:
     psnr: float
     psnr_warped: float
     psnr_trivial: float
+    ssim: float
     l1: float
     correspondence: float
     psnr_by_class: dict[str, float]
     colour_error_by_class: dict[str, float]
 
-    def to_json(self) -> str:
-        """These scores as a JSON object."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
+def evaluate_exact(
+    source: Source, pairs: PairData, class_names: Sequence[str], *, count: int | None = None, sheet: Sheet | None = None
+) -> ExactScores:
+    """Score the first `count` pairs (all by default) against their targets; `sheet` gets the pictures.
 
-def evaluate(
-    model: CoCosNet,
-    pairs: Any,
-    class_names: Sequence[str],
-    *,
-    count: int | None = None,
-    sheet: str | os.PathLike[str] | None = None,
-    palette: np.ndarray | None = None,
-    sheet_pairs: int = 24,
-    backend: str = "auto",
-) -> Scores:
-    """Translate the first `count` pairs (all by default) with `model` in evaluation mode and compare with the targets.
-
-    pairs: a map-style data set as `train.data.avatars.AvatarPairs`, every pair with a target.
-    sheet: where to write mask | exemplar | warped | image | target of the first `sheet_pairs` pairs, as a picture;
-    palette: uint8 (classes, 3), the colours of the mask. Raises `InputError` for a pair without target.
+    Raises `InputError` for a pair without target, for labels that are planes, and for a count out of range.
     """
-    count = len(pairs) if count is None else count
-    if not 1 <= count <= len(pairs):
-        raise InputError(f"count: expected 1 to {len(pairs)} pairs, got {count}")
-    sums, rows = _Sums(len(class_names)), list[np.ndarray]()
-    with Progress("evaluate", count, unit="pair") as progress, torch.inference_mode():
-        for start in range(0, count, _BATCH):
-            items = [pairs[index] for index in range(start, min(start + _BATCH, count))]
-            if not all(item["has_target"] for item in items):
-                raise InputError(f"pairs {start} to {start + len(items) - 1}: every pair needs a target to be scored")
-            batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
-            label, exemplar_label = (model.label_planes(batch[name]) for name in ("label", "exemplar_label"))
-            exemplar, target = batch["exemplar"], batch["image"]
-            image, warped_image, warped_label = translate(model, label, exemplar, exemplar_label, backend=backend)
-            trivial = trivial_answer(label, exemplar, exemplar_label)
-            sums.add(label, target, image, warped_image, trivial, warped_label)
-            if sheet is not None and len(rows) < sheet_pairs:
-                mask = _mask_picture(batch["label"], len(class_names), palette)
-                pictures = [mask, *(_picture(x) for x in (exemplar, warped_image, image, target))]
-                rows += [np.concatenate(row, axis=1) for row in zip(*pictures, strict=True)]
-            progress.advance(len(items))
-    if sheet is not None:
-        with atomic_path(sheet) as temporary:
-            Image.fromarray(_tile(rows[:sheet_pairs])).save(temporary)
-    return sums.scores(class_names)
-
-
-def trivial_answer(label: Tensor, exemplar: Tensor, exemplar_label: Tensor) -> Tensor:
-    """(B, 3, H, W): label planes painted with the mean colours of the exemplar's classes."""
-    area = exemplar_label.sum((2, 3))[..., None]  # (B, nc, 1)
-    means = torch.einsum("bnhw,bchw->bnc", exemplar_label, exemplar) / area.clamp_min(1)
-    means = torch.where(area > 0, means, exemplar.mean((2, 3))[:, None])
-    return torch.einsum("bnhw,bnc->bchw", label, means)
-
-
-def psnr(image: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in [-1, 1], (B,), in dB; 100 for equal pictures."""
-    return _decibel((image - target).square().mean((1, 2, 3)) / 4)
-
-
-class _Sums:
-    def __init__(self, classes: int) -> None:
-        self.means: list[Tensor] = []  # (B, 5) each
-        self.area, self.error = torch.zeros(2, classes, dtype=torch.float64)
-        self.colour, self.present = torch.zeros(2, classes, dtype=torch.float64)
-
-    def add(
-        self, label: Tensor, target: Tensor, image: Tensor, warped_image: Tensor, trivial: Tensor, warped_label: Tensor
-    ) -> None:
-        right = warped_label.argmax(1) == F.avg_pool2d(label, 4).argmax(1)
-        columns = [psnr(x, target) for x in (image, warped_image, trivial)]
-        columns += [(image - target).abs().mean((1, 2, 3)) / 2, right.float().mean((1, 2))]
-        self.means.append(torch.stack(columns, 1))
-        area = label.sum((2, 3))  # (B, nc)
-        self.area += area.sum(0)
-        self.error += torch.einsum("bnhw,bhw->n", label, (image - target).square().mean(1) / 4)
-        shift = torch.einsum("bnhw,bchw->bnc", label, (image - target) / 2) / area.clamp_min(1)[..., None]
-        self.colour += shift.abs().mean(2).sum(0)
-        self.present += (area > 0).sum(0)
-
-    def scores(self, names: Sequence[str]) -> Scores:
-        means = torch.cat(self.means)
-        own, warped, trivial, l1, right = (round(value, 4) for value in means.mean(0).tolist())
-        by_class = _decibel(self.error / self.area.clamp_min(1)).tolist()
-        colour = (self.colour / self.present.clamp_min(1)).tolist()
-        found = [place for place in range(len(names)) if self.area[place] > 0]
-        return Scores(
-            pairs=len(means),
-            psnr=own,
-            psnr_warped=warped,
-            psnr_trivial=trivial,
-            l1=l1,
-            correspondence=right,
-            psnr_by_class={names[place]: round(by_class[place], 2) for place in found},
-            colour_error_by_class={names[place]: round(colour[place], 4) for place in found},
+    config, classes = source.config, len(class_names)
+    if (config.label_kind, config.label_channels) != ("classes", classes):
+        raise InputError(
+            f"a model for {config.task} takes labels of {config.label_channels} {config.label_kind}; "
+            f"the pairs have {classes} classes"
         )
+    sums = ExactSums(classes)
+    for index, item in _items(pairs, count):
+        if not item["has_target"]:
+            raise InputError(f"pair {index} has no exact target to be scored against")
+        drawing, target, exemplar = source.draw(item), to_uint8(item["image"]), to_uint8(item["exemplar"])
+        label, exemplar_label = item["label"], item["exemplar_label"]
+        trivial = trivial_answer(label, exemplar, exemplar_label, classes)
+        found = correspondence_accuracy(label, exemplar_label, drawing.matches, classes)
+        sums.add(label, target, drawing.image, drawing.warped, trivial, found)
+        if sheet is not None:
+            sheet.add(item, drawing)
+    by_class = sums.psnr_by_class(class_names), sums.colour_error_by_class(class_names)
+    return ExactScores(len(sums.rows), **sums.means(), psnr_by_class=by_class[0], colour_error_by_class=by_class[1])
 
 
-def _decibel(error: Tensor) -> Tensor:
-    return -10 * error.clamp_min(1e-10).log10()
+def evaluate_photos(
+    source: Source, pairs: PairData, measures: PhotoMeasures, *, count: int | None = None, sheet: Sheet | None = None
+) -> dict[str, Any]:
+    """Score the first `count` pairs of photographs (all by default); `sheet` gets the pictures."""
+    for _, item in _items(pairs, count):
+        drawing = source.draw(item)
+        measures.add(item, drawing)
+        if sheet is not None:
+            sheet.add(item, drawing)
+    return measures.scores()
 
 
-def _picture(image: Tensor) -> np.ndarray:
-    return ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+def evaluate_model(
+    model: PathLike,
+    data: PathLike,
+    *,
+    split: str = "test",
+    count: int | None = None,
+    task: str | None = None,
+    pairs: PathLike | None = None,
+    labels: PathLike | None = None,
+    metrics: Collection[str] = METRICS,
+    vgg: PathLike | None = None,
+    inception: PathLike | None = None,
+    sheet: PathLike | None = None,
+    device: str = "auto",
+    warp: str = "auto",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Score the bundle or model file `model`; a JSON object of what was scored and the scores.
+
+    data: "avatars", rendered where the cache lacks them, or the folder of a photo data set with its retrieval list
+    `pairs` and, if they are prepared, its `labels`; task: whose layout that folder has, by default the model's own.
+    metrics, vgg, inception: for photographs, see `photo_measures`. sheet: where to write a picture of the first pairs.
+    device, warp, threads: as for the runtime's `Translator`.
+    """
+    exact = str(data) == "avatars"
+    if not exact:
+        check_networks(metrics, vgg, inception)
+        if split != "test":
+            raise InputError(f"split {split!r}: a folder of photographs is scored as a test; its list says which")
+    source = open_source(model, device=device, warp=warp, threads=threads)
+    drawn = None if sheet is None else Sheet(source.config)
+    if exact:
+        from .data.avatars import AvatarOptions, AvatarPairs
+        from .data.avatars_paint import CLASSES
+
+        options = AvatarOptions(size=source.config.image_size, retrieved=1.0, pseudo=0.0)
+        exact_pairs = AvatarPairs(split, options, count=count)
+        scores = dataclasses.asdict(evaluate_exact(source, exact_pairs, CLASSES, sheet=drawn))
+    else:
+        from .data.photos import PhotoPairs
+
+        config = dataclasses.replace(source.config, task=task or source.config.task)
+        photos = PhotoPairs(config, data, pairs, split="test", labels=labels)
+        measures = open_measures(metrics, vgg, inception, torch_device(device) if vgg or inception else "cpu")
+        scores = evaluate_photos(source, photos, measures, count=count, sheet=drawn)
+    if sheet is not None and drawn is not None:
+        drawn.write(sheet)
+    return {"model": str(model), "data": str(data), "split": split, **scores}
 
 
-def _mask_picture(label: Tensor, classes: int, palette: np.ndarray | None) -> np.ndarray:
-    if palette is None:
-        palette = np.linspace(0, 255, classes).round().astype(np.uint8)[:, None].repeat(3, 1)
-    return palette[label.cpu().numpy()]
-
-
-def _tile(rows: list[np.ndarray]) -> np.ndarray:
-    columns = 3 if len(rows) % 3 == 0 else 1
-    height = len(rows) // columns
-    return np.concatenate([np.concatenate(rows[i * height : (i + 1) * height]) for i in range(columns)], axis=1)
+def _items(pairs: PairData, count: int | None) -> Iterator[tuple[int, Item]]:
+    total = len(pairs) if count is None else count
+    if not 1 <= total <= len(pairs):
+        raise InputError(f"count: expected 1 to {len(pairs)} pairs, got {count}")
+    with Progress("evaluate", total, unit="pair") as progress:
+        for index in range(total):
+            yield index, pairs[index]
+            progress.advance()
