@@ -7,12 +7,9 @@ import torch
 import torch.nn.functional as F
 from operator_log import OperatorLog
 
-from flashcocos.config import ModelConfig
 from flashcocos.errors import InputError
 from flashcocos.train import losses
 from flashcocos.train.losses import WEIGHTS, LossWeights
-from flashcocos.train.networks import CoCosNet, Discriminator, Vgg19
-from flashcocos.train.objective import Batch, discriminator_pass, generator_pass
 
 
 @pytest.fixture(autouse=True)
@@ -101,32 +98,3 @@ def test_presets() -> None:
     assert LossWeights.preset("deepfashion").warp_self == 100
     with pytest.raises(InputError, match="no loss weights for task 'cats'; available: ade20k"):
         LossWeights.preset("cats")
-
-
-def test_both_passes_train_every_parameter() -> None:
-    config = ModelConfig.preset("tiny")
-    model, discriminator = CoCosNet(config, spectral_norm=True), Discriminator(config, ndf=4)
-    weights = LossWeights(warp_cycle=1.0, warp_two_cycle=1.0, warp_self=1.0, warp_mask=1.0)
-    label, image = torch.randint(0, 12, (2, 64, 64)), torch.rand(2, 3, 64, 64) * 2 - 1
-    batch = Batch(label, image, image.flip(0), label.flip(0), torch.tensor([0.0, 1.0]))
-    result = generator_pass(model, discriminator, Vgg19().requires_grad_(False), weights, batch)
-    assert len(result.terms) == 10
-    sum(result.terms.values()).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
-    discriminator.zero_grad()
-    terms = discriminator_pass(discriminator, weights, model.label_planes(label), result.image, image)
-    sum(terms.values()).backward()
-    assert [name for name, p in discriminator.named_parameters() if p.grad is None] == []
-
-
-def test_a_weight_of_zero_computes_nothing() -> None:
-    config = ModelConfig.preset("tiny")
-    off = dict.fromkeys(
-        ("domain", "adversarial", "discriminator_features", "pseudo_features", "perceptual", "contextual"), 0.0
-    )
-    weights = LossWeights(**off, warp_self=1.0)
-    label, image = torch.randint(0, 12, (1, 64, 64)), torch.rand(1, 3, 64, 64)
-    batch = Batch(label, image, image, label, torch.ones(1))
-    vgg, discriminator = Vgg19(), Discriminator(config, ndf=4)
-    vgg.forward = discriminator.forward = None  # type: ignore[assignment]
-    assert list(generator_pass(CoCosNet(config), discriminator, vgg, weights, batch).terms) == ["warp_self"]
