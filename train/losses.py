@@ -30,7 +30,8 @@ class LossWeights:
 
     perceptual_layer: the VGG19 map that the perceptual term compares, "r42" or "r52".
     upstream_batch_scale: the terms over pseudo pairs divide by the number of pairs and then, as the public code does,
-        once more by the batch, which was 4 on each of its GPUs; False leaves the second division out.
+        once more by the samples in the pass; False leaves the second division out. With it these terms weigh as they
+        did for the published models, which had 4 samples on each GPU, only at 4 samples a pass.
     """
 
     domain: float = 10.0
@@ -82,7 +83,8 @@ def adversarial_discriminator(fake_scores: Sequence[Tensor], real_scores: Sequen
 def discriminator_features(fake: Sequence[Sequence[Tensor]], real: Sequence[Sequence[Tensor]]) -> Tensor:
     """L1 between the discriminator's maps of fakes and of true images, summed over layers, averaged over scales.
 
-    As `Discriminator` gives them; the last map of each scale, the score, does not count. pix2pixHD, arXiv 1711.11585.
+    As `Discriminator` gives them; the last map of each scale, the score, does not count. A term of the public code:
+    L_FM of pix2pixHD, arXiv 1711.11585 section 3.2.
     """
     terms = [
         F.l1_loss(fake_map, real_map.detach())
@@ -138,19 +140,23 @@ def contextual_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def warp_cycle(cycled: Tensor, values: Tensor) -> Tensor:
-    """L_reg: L1 between the exemplar's values (B, V, h, w) and what is left of them, warped there and back."""
+    """L_reg: L1 between values (B, V, h, w) and what is left of them, warped there and back.
+
+    The exemplar's values, warped to the label and back; the public code's "two cycle" adds the true image's, warped to
+    the exemplar and back.
+    """
     return F.l1_loss(cycled, values)
 
 
 def warp_self(warped_image: Tensor, image: Tensor, weights: Tensor) -> Tensor:
-    """L1 between the warped exemplar and the true image, over the pseudo pairs (`pseudo_weights`)."""
+    """L1 between the warped exemplar and the true image, over the pseudo pairs; a term of the public code."""
     return _weighted_l1(warped_image, image, weights)
 
 
 def warp_mask(warped: Tensor, label: Tensor, exemplar_label: Tensor) -> Tensor:
     """Negative log-likelihood of the label under the warped exemplar label; all one-hot planes (B, nc, h, w).
 
-    Class 0 ("unknown") does not count, nor does a class that the sample's exemplar lacks.
+    A term of the public code. Class 0 ("unknown") does not count, nor does a class that the sample's exemplar lacks.
     """
     counted = label * exemplar_label.amax((2, 3), keepdim=True)
     counted[:, 0] = 0

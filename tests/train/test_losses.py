@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ def seed() -> None:
 
 
 def plain_contextual(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """arXiv 1803.02077 equations 2 to 4, forward direction, with the matrix in full."""
+    """arXiv 1803.02077 section 3, forward direction, with the matrix in full."""
     centre = y.mean(1, keepdim=True)
     x, y = (F.normalize((t - centre).flatten(2), dim=1) for t in (x, y))
     distance = 1 - torch.einsum("bci,bcj->bij", x, y)
@@ -94,7 +96,18 @@ def test_warp_mask_counts_known_classes_of_the_exemplar() -> None:
 
 
 def test_presets() -> None:
-    assert set(WEIGHTS) == {"ade20k", "celebahq", "celebahqedge", "deepfashion"}
-    assert LossWeights.preset("deepfashion").warp_self == 100
+    """The options of upstream's training commands; those that all four share are the defaults."""
+    shared = {"domain": 10, "adversarial": 10, "discriminator_features": 10, "contextual": 10, "warp_two_cycle": 0}
+    tasks = {
+        "ade20k": (1, 0.01, "r52", 0, 0, 100),
+        "celebahq": (10, 0.001, "r42", 0.1, 0, 100),
+        "celebahqedge": (10, 0.001, "r42", 1, 0, 0),
+        "deepfashion": (10, 0.001, "r42", 0, 100, 0),
+    }
+    names = ("pseudo_features", "perceptual", "perceptual_layer", "warp_cycle", "warp_self", "warp_mask")
+    assert set(WEIGHTS) == set(tasks)
+    for task, values in tasks.items():
+        expected = {**shared, **dict(zip(names, values, strict=True)), "upstream_batch_scale": True}
+        assert dataclasses.asdict(LossWeights.preset(task)) == expected
     with pytest.raises(InputError, match="no loss weights for task 'cats'; available: ade20k"):
         LossWeights.preset("cats")
