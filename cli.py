@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(command)
     _add_export(command)
     _add_verify(command)
+    _add_pairs(command)
+    _add_evaluate(command)
     return parser
 
 
@@ -325,6 +327,98 @@ def _run_verify(options: argparse.Namespace) -> int:
     report = verify(options.bundle, options.checkpoint, **chosen)
     print(report.table())
     return 0 if report.ok else 1
+
+
+def _add_pairs(command: Command) -> None:
+    sub = command(
+        "pairs",
+        _run_pairs,
+        "List, for each picture of a folder, the others most alike, as exemplars to train and to score with.",
+        "flashcocos pairs data/images -o pairs.txt --vgg vgg19-dcbb9e9d.pth",
+    )
+    sub.add_argument("folder", metavar="FOLDER", help="pictures, searched through")
+    sub.add_argument("-o", "--output", required=True, metavar="FILE", help="list to write; features are kept beside it")
+    sub.add_argument("--vgg", metavar="PATH", help="compare by VGG19, its weights from this file")
+    sub.add_argument("--model", metavar="PATH", help="or by the features of a trained model, .safetensors")
+    sub.add_argument("--exemplars", metavar="FOLDER", help="retrieve from these pictures (default: FOLDER itself)")
+    sub.add_argument("-k", "--count", type=int, default=10, metavar="K", help="exemplars a picture (default: 10)")
+    sub.add_argument("--batch", type=int, default=8, metavar="N", help="pictures that run together (default: 8)")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
+
+
+def _run_pairs(options: argparse.Namespace) -> int:
+    from .train.pairs import open_extractor, write_pairs
+
+    summary = write_pairs(
+        options.folder,
+        options.output,
+        open_extractor(options.vgg, options.model, options.device),
+        exemplars=options.exemplars,
+        count=options.count,
+        batch=options.batch,
+    )
+    for name, reason in summary.failed:
+        print(reason if reason.startswith(name) else f"{name}: {reason}", file=sys.stderr)
+    print(f"{summary.written} listed, {len(summary.failed)} left out: {options.output}")
+    return 1 if summary.failed else 0
+
+
+def _add_evaluate(command: Command) -> None:
+    sub = command(
+        "evaluate",
+        _run_evaluate,
+        "Score a model on the avatars' exact targets, or on a folder of photographs.",
+        "flashcocos evaluate model.zip --data avatars -o scores.json --sheet sheet.png",
+    )
+    sub.add_argument("model", metavar="MODEL", help="model bundle, or model file .safetensors to score through PyTorch")
+    sub.add_argument("--data", required=True, metavar="DATA", help='"avatars", or the folder of a photo data set')
+    sub.add_argument("--count", type=int, metavar="N", help="score the first N pairs only")
+    sub.add_argument(
+        "--split", choices=("train", "validation", "test"), default="test", help="of the avatars (default: test)"
+    )
+    sub.add_argument("--pairs", metavar="LIST", help="photographs: list of name,exemplar (see `flashcocos pairs`)")
+    sub.add_argument("--labels", metavar="FOLDER", help="photographs: labels that `flashcocos prepare` wrote")
+    sub.add_argument("--task", help="photographs: whose layout the folder has (default: the model's task)")
+    sub.add_argument(
+        "--metrics", default="fid,swd,semantic,style", metavar="LIST", help="photographs: which (default: %(default)s)"
+    )
+    sub.add_argument("--vgg", metavar="PATH", help="weights of VGG19, for semantic and style")
+    sub.add_argument("--inception-weights", metavar="PATH", help="Inception network as TorchScript, for fid")
+    sub.add_argument("-o", "--output", metavar="FILE", help="write the scores as JSON")
+    sub.add_argument("--sheet", metavar="FILE", help="write a picture of the first 24 pairs")
+    _add_engine(sub)
+
+
+def _run_evaluate(options: argparse.Namespace) -> int:
+    import json
+
+    from .files import atomic_path
+    from .train.evaluate import evaluate_model
+
+    scores = evaluate_model(
+        options.model,
+        options.data,
+        split=options.split,
+        count=options.count,
+        task=options.task,
+        pairs=options.pairs,
+        labels=options.labels,
+        metrics=[name for name in options.metrics.split(",") if name],
+        vgg=options.vgg,
+        inception=options.inception_weights,
+        sheet=options.sheet,
+        device=options.device,
+        warp=options.warp,
+        threads=options.threads,
+    )
+    text = json.dumps(scores, indent=2)
+    print(text)
+    if options.output:
+        with atomic_path(options.output) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    for path in filter(None, (options.output, options.sheet)):
+        print(path)
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .networks import Vgg19
 
 METRICS = ("fid", "swd", "semantic", "style")
-_VGG = (
+VGG_FILES = (
     "the weights of VGG19 (--vgg PATH): torchvision's vgg19-dcbb9e9d.pth, at https://download.pytorch.org/models, or "
     "upstream's vgg19_conv.pth"
 )
@@ -102,7 +102,7 @@ def check_networks(names: Collection[str], vgg: object, inception: object) -> No
     """Raise `InputError` for an unknown measure, for none, and for one whose network is None."""
     if unknown := sorted(set(names) - set(METRICS)) or not names:
         raise InputError(f"measures {unknown or ''}: expected some of {', '.join(METRICS)}")
-    for needed, network, what in (({"fid"}, inception, _INCEPTION), ({"semantic", "style"}, vgg, _VGG)):
+    for needed, network, what in (({"fid"}, inception, _INCEPTION), ({"semantic", "style"}, vgg, VGG_FILES)):
         if network is None and (lacking := sorted(needed & set(names))):
             left = ",".join(name for name in METRICS if name in names and name not in needed) or "swd"
             raise InputError(f"{' and '.join(lacking)}: needs {what}; or leave it out: --metrics {left}")
