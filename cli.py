@@ -1,7 +1,7 @@
 """The command line: `flashcocos COMMAND`. Only argparse is imported until a command runs, so that `--help` is instant.
 
 Each command is a parser and a `_run_...` function that calls one function of the package. Exit codes: 0 done, 1 an
-error or at least one file that failed, 2 wrong usage, 130 interrupted.
+error or at least one file that failed, 2 wrong usage, 128 + N stopped by signal N (130: Ctrl-C).
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from . import __version__
 from .errors import FlashcocosError
 
 # the extra that brings a package which a command may find missing
-_EXTRAS = {"torch": "export", "safetensors": "export", "onnx": "export", "onnxscript": "export", "onnxruntime": "cpu"}
+_EXTRAS = {
+    "torch": "export",
+    "safetensors": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "cpu",
+    "tomli": "train",
+}
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -69,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(command)
     _add_download(command)
     _add_convert(command)
+    _add_train(command)
     _add_export(command)
     _add_verify(command)
     _add_pairs(command)
@@ -274,6 +282,38 @@ def _run_convert(options: argparse.Namespace) -> int:
     )
     print(options.output)
     return 0
+
+
+def _add_train(command: Command) -> None:
+    sub = command(
+        "train",
+        _run_train,
+        "Train a model, or go on with a training that was stopped; under torchrun, on several GPUs.",
+        "flashcocos train avatars-128 --set run.batch=16 -o avatars",
+    )
+    sub.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="settings: a .toml file, or a preset: avatars-128, ade20k, celebahq, celebahqedge, deepfashion",
+    )
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, as in schedule.steps=500"
+    )
+    sub.add_argument(
+        "-o", "--output", metavar="FOLDER", help="model, checkpoint and logs (default: training/ and CONFIG's name)"
+    )
+
+
+def _run_train(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .train.settings import read_settings
+    from .train.trainer import MODEL, train
+
+    folder = Path(options.output or Path("training", Path(options.config).stem))
+    stopped = train(read_settings(options.config, options.set), folder)
+    print(folder / MODEL)
+    return 128 + stopped if stopped else 0  # as a shell reports a signal
 
 
 def _add_export(command: Command) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from flashcocos.cli import main
 
-COMMANDS = ("translate", "demo", "info", "prepare", "download", "convert", "export", "verify")
+COMMANDS = ("translate", "demo", "info", "prepare", "download", "convert", "train", "export", "verify")
 HEAVY = ("torch", "triton", "onnx", "onnxruntime", "numba", "numpy", "PIL", "cv2", "skimage")
 
 

@@ -1,0 +1,80 @@
+"""A tiny data set of flat colours, and settings of tiny trainings on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashcocos.train.data import Item
+from flashcocos.train.settings import Settings
+
+SUPERVISED = {"image": 1.0, "class_colour": 0.5, "warp": 0.5, "label": 0.1}
+# terms that are plain means over the samples: micro-batches and processes make no difference but rounding
+PLAIN = {"image": 1.0, "warp": 0.5, "label": 0.1}
+
+
+class FlatPairs:
+    """Blocks of flat colour: the target has the exemplar's colours, in its own blocks."""
+
+    def __init__(self, count: int = 5, size: int = 64) -> None:
+        self.count, self.size = count, size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> Item:
+        rng = np.random.default_rng(index)
+        colours = rng.uniform(-0.9, 0.9, (12, 3)).astype(np.float32)
+        blocks = rng.integers(0, 4, (2, 4, 4), dtype=np.uint8)
+        label, exemplar_label = blocks.repeat(self.size // 4, 1).repeat(self.size // 4, 2)
+        return {
+            "label": label,
+            "exemplar_label": exemplar_label,
+            "exemplar": colours[exemplar_label].transpose(2, 0, 1),
+            "image": colours[label].transpose(2, 0, 1),
+            "has_target": True,
+            "self_reference": np.float32(index % 2),
+        }
+
+
+_SUPERVISED: dict[str, Any] = {
+    "init": "matched",
+    "model": {"preset": "tiny", "warp_skip": True, "position_waves": 2},
+    "supervised": SUPERVISED,
+    "data": {"kind": "avatars"},
+    "optimiser": {"rate": 1e-3, "two_rates": False, "beta1": 0.9, "eps": 1e-8, "spectral_norm": False},
+    "schedule": {"steps": 6},
+    "run": {"batch": 2, "micro_batch": 0, "ema": 0.99, "workers": 0, "device": "cpu"},
+}
+_ADVERSARIAL: dict[str, Any] = {
+    **_SUPERVISED,
+    "init": "upstream",
+    "perceptual": "none",
+    "model": {"preset": "tiny", "attention": True},
+    "loss": {"preset": "celebahq"},
+    "supervised": {},
+    "optimiser": {"discriminator_width": 4},
+}
+
+
+def settings(**changes: dict[str, Any] | str) -> Settings:
+    """A supervised training of 6 steps of 2 samples; `changes` are added to the sections, or replace strings."""
+    return _changed(_SUPERVISED, changes)
+
+
+def adversarial(**changes: dict[str, Any] | str) -> Settings:
+    """As `settings`, of the published objective less the pretrained features, with upstream's optimisers."""
+    return _changed(_ADVERSARIAL, changes)
+
+
+def _changed(tables: dict[str, Any], changes: dict[str, Any]) -> Settings:
+    merged = {
+        name: {**tables.get(name, {}), **change} if isinstance(change, dict) else change
+        for name, change in changes.items()
+    }
+    return Settings.from_tables({**tables, **merged})

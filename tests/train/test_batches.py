@@ -1,0 +1,117 @@
+"""Batches: their order, shares for processes and micro-batches, and augmentation that keeps a sample together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from flat_pairs import FlatPairs, settings
+
+from flashcocos.errors import InputError
+from flashcocos.train import data as data_package
+from flashcocos.train.batches import Batch, Steps, open_data
+from flashcocos.train.data import avatars, photos
+
+
+def whole(pieces: list[Batch]) -> Batch:
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def test_an_epoch_shows_every_sample_once_and_is_told_to_the_data() -> None:
+    data = FlatPairs(6)
+    steps = Steps(data, settings(schedule={"steps": 0, "epochs": 2}))
+    assert len(steps) == 6
+    expected = torch.stack([torch.as_tensor(FlatPairs()[index]["image"]) for index in range(6)])
+    orders = []
+    for epoch in range(2):
+        shown = torch.cat([whole(steps[3 * epoch + step])["image"] for step in range(3)])
+        matches = torch.cdist(shown.flatten(1), expected.flatten(1)) < 1e-3
+        assert matches.sum(0).tolist() == [1] * 6
+        assert data.epoch == epoch
+        orders.append(matches.int().argmax(1).tolist())
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize(("world", "micro_batch", "pieces"), [(1, 0, 1), (1, 2, 2), (2, 0, 1), (2, 1, 2), (4, 1, 1)])
+def test_processes_and_micro_batches_share_a_batch(world: int, micro_batch: int, pieces: int) -> None:
+    augmented = {"data": {"mirror": 0.5, "recolour": 0.5}}
+    expected = Steps(FlatPairs(9), settings(run={"batch": 4}, **augmented))[1][0]
+    shares = []
+    for rank in range(world):
+        own = Steps(FlatPairs(9), settings(run={"batch": 4, "micro_batch": micro_batch}, **augmented), rank, world)
+        assert len(own) == 6
+        assert len(own[1]) == pieces
+        shares += own[1]
+    together = whole(shares)
+    assert all(torch.equal(together[name], expected[name]) for name in expected)
+
+
+def test_mirroring_and_recolouring_keep_a_sample_together() -> None:
+    batch = Steps(FlatPairs(), settings(run={"batch": 5}, data={"mirror": 1.0, "recolour": 1.0}))[0][0]
+    plain = Steps(FlatPairs(), settings(run={"batch": 5}))[0][0]
+    assert torch.equal(batch["label"], plain["label"].flip(-1))
+    assert torch.equal(batch["image"].sort(1).values, plain["image"].flip(-1).sort(1).values)
+    assert not torch.equal(batch["image"], plain["image"].flip(-1))
+    for row in range(5):
+        colours = {}
+        for kind, label in (("exemplar", "exemplar_label"), ("image", "label")):
+            for name in batch[label][row].unique().tolist():
+                colours[kind, name] = batch[kind][row][:, batch[label][row] == name].mean(1)
+        for name in range(4):
+            torch.testing.assert_close(colours["exemplar", name], colours["image", name])
+
+
+def test_half_steps_see_half_the_size() -> None:
+    steps = Steps(FlatPairs(5, size=128), settings(schedule={"half_steps": 1}))
+    small, large = steps[0][0], steps[1][0]
+    assert small["label"].shape == (2, 64, 64)
+    assert small["image"].shape == (2, 3, 64, 64)
+    assert large["exemplar"].shape == (2, 3, 128, 128)
+
+
+def test_workers_give_the_same_steps() -> None:
+    alone, helped = (list(Steps(FlatPairs(), settings(run={"workers": n})).loader(2)) for n in (0, 2))
+    assert len(alone) == len(helped) == 4
+    for one, other in zip(alone, helped, strict=True):
+        assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+
+
+def test_batches_that_do_not_fit() -> None:
+    with pytest.raises(InputError, match=r"1 samples do not fill a batch of 2; lower run\.batch"):
+        Steps(FlatPairs(1), settings())
+    with pytest.raises(InputError, match=r"run\.batch: 4 is no multiple of 1 processes times run\.micro_batch 3"):
+        Steps(FlatPairs(), settings(run={"batch": 4, "micro_batch": 3}))
+    with pytest.raises(InputError, match=r"run\.batch: 4 is no multiple of 3 processes"):
+        Steps(FlatPairs(), settings(run={"batch": 4}), 0, 3)
+
+
+def test_avatars_have_targets_and_the_models_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(split: str, options: avatars.AvatarOptions, *, count: int, folder: str) -> FlatPairs:
+        assert (split, options.size, count, folder) == ("train", 64, 3, str(tmp_path))
+        assert (options.retrieved, options.pseudo) == (0.8, 0.2)
+        return FlatPairs(count)
+
+    monkeypatch.setattr(avatars, "AvatarPairs", fake)
+    chosen = {"count": 3, "cache": str(tmp_path), "retrieved": 0.8}
+    assert len(open_data(settings(data=chosen))) == 3
+    with pytest.raises(InputError, match="needs a model of 12 label classes"):
+        open_data(settings(model={"label_channels": 13}))
+
+
+def test_photos_get_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def fake(*positional: object, **named: object) -> data_package.PairData:
+        seen.update(named, positional=positional)
+        return FlatPairs()
+
+    monkeypatch.setattr(photos, "PhotoPairs", fake)
+    chosen = {"kind": "photos", "root": "here", "pairs": "list.txt", "retrieved": 0.5, "hard": 0.25, "load_size": 80}
+    made = settings(data=chosen, run={"seed": 7})
+    open_data(made)
+    assert seen["positional"] == (made.model, "here", "list.txt")
+    assert seen["samples"] is seen["same"] is seen["labels"] is None
+    assert seen["options"] == photos.PhotoOptions(64, 80, 0.5, 0.25, True, 7)
+    with pytest.raises(InputError, match=r"data\.root: expected the folder"):
+        open_data(settings(data={"kind": "photos"}))

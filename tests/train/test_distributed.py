@@ -1,0 +1,106 @@
+"""Processes that train together: the gradients of one process with the whole batch, one model, one signal for all."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from flat_pairs import PLAIN, FlatPairs, adversarial, settings
+
+from flashcocos.train.settings import Settings
+from flashcocos.train.trainer import CHECKPOINT, StepResult, Trainer, process_group
+
+WORLD = 2
+# warp_mask counts pixels within a process, so that it alone of these terms differs by more than rounding
+CASES = {
+    "supervised": (settings(supervised=PLAIN | {"class_colour": 0.0}, run={"batch": 4, "micro_batch": 1}), 1e-3),
+    "adversarial": (adversarial(loss={"preset": "celebahq", "warp_mask": 0.0}, run={"batch": 4}), 1e-3),
+}
+
+
+def first_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What the optimisers are given in the first step, by network and parameter."""
+    found = {}
+    for name, optimiser in trainer.optimisers.items():
+
+        def note(optimiser: torch.optim.Optimizer, *_: object, name: str = name) -> None:
+            for index, parameter in enumerate(optimiser.param_groups[0]["params"]):
+                found[f"{name} {index}"] = parameter.grad.clone()
+
+        optimiser.register_step_pre_hook(note)
+    trainer.train_step(trainer.steps[0])
+    return found
+
+
+def work(rank: int, store: str, folder: Path, names: list[str]) -> None:
+    """One process of `WORLD`, as `torchrun` starts it."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store}
+    with process_group("cpu") as process:
+        assert (process.rank, process.world) == (rank, WORLD)
+        for name in names:
+            trainer = Trainer(CASES[name][0], FlatPairs(5), folder / name, process)
+            torch.save(first_gradients(trainer), folder / f"{name}.{rank}.pt")
+            trainer.save()
+        interrupted(Trainer(settings(), FlatPairs(5), folder / "signal", process))
+
+
+def interrupted(running: Trainer) -> None:
+    """The second process alone gets a signal in its second step; both must stop behind it."""
+    step = running.train_step
+
+    def signalled(pieces: list[dict[str, torch.Tensor]]) -> StepResult:
+        if running.process.rank == 1 and running.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(pieces)
+
+    running.train_step = signalled  # type: ignore[method-assign]
+    assert running.run() == signal.SIGTERM
+    assert running.step == 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes have left what they computed."""
+    path = tmp_path_factory.mktemp("distributed")
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    del store  # its port is free again
+    torch.multiprocessing.spawn(work, (str(port), path, list(CASES)), nprocs=WORLD)
+    return path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_the_gradients_of_one(name: str, folder: Path, tmp_path: Path) -> None:
+    chosen, error = CASES[name]
+    expected = first_gradients(Trainer(chosen, FlatPairs(5), tmp_path))
+    one, other = (torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in range(WORLD))
+    assert one.keys() == other.keys() == expected.keys()
+    for network in {key.split()[0] for key in expected}:
+        keys = [key for key in expected if key.startswith(network)]
+        whole = torch.stack([expected[key].norm() for key in keys]).norm()
+        assert whole > 0
+        for key in keys:
+            assert torch.equal(one[key], other[key]), key
+            assert (one[key] - expected[key]).norm() <= error * expected[key].norm() + 1e-6 * whole, key
+
+
+def test_the_first_process_saves(folder: Path) -> None:
+    step = torch.load(folder / "adversarial" / CHECKPOINT, weights_only=True)["step"]
+    assert step == 1
+
+
+def test_a_signal_to_one_process_stops_all(folder: Path) -> None:
+    assert torch.load(folder / "signal" / CHECKPOINT, weights_only=True)["step"] == 2
+
+
+def test_resume_in_another_number_of_processes(folder: Path) -> None:
+    chosen: Settings = CASES["adversarial"][0]
+    alone = Trainer(chosen, FlatPairs(5), folder / "adversarial")
+    assert alone.step == 1
+    alone.train_step(alone.steps[1])

@@ -1,0 +1,129 @@
+"""What each step of a training computes on: samples, their order, their share for one process, and augmentation.
+
+Everything follows from (seed, step), whatever the number of processes and loading workers, so a resumed training sees
+exactly what an uninterrupted one would, with no state to keep.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import InputError
+from .data import PairData
+from .settings import Settings
+
+Batch = dict[str, Tensor]  # the fields of `data.Item`, stacked
+_PICTURES, _LABELS = ("image", "exemplar"), ("label", "exemplar_label")
+
+
+def open_data(settings: Settings) -> PairData:
+    """The training data that `settings` name; renders avatar pairs that are not there yet."""
+    data, size = settings.data, settings.model.image_size
+    if data.kind == "avatars":
+        from .data.avatars import CLASSES, AvatarOptions, AvatarPairs
+
+        if (settings.model.label_kind, settings.model.label_channels) != ("classes", len(CLASSES)):
+            raise InputError(f"data.kind avatars needs a model of {len(CLASSES)} label classes, as preset avatars-128")
+        # rounded, for the shares name the file of rendered pairs
+        shares = {"retrieved": data.retrieved, "pseudo": round(1 - data.retrieved, 6)}
+        options = AvatarOptions(size=size, **shares)
+        return AvatarPairs("train", options, count=data.count or None, folder=data.cache or None)
+    from .data.photos import PhotoOptions, PhotoPairs
+
+    if not data.root:
+        raise InputError("data.root: expected the folder of the photographs, got ''; give --set data.root=FOLDER")
+    chosen = {"retrieved": data.retrieved, "hard": data.hard, "flip": data.flip, "seed": settings.run.seed}
+    if data.load_size:
+        chosen["load_size"] = data.load_size
+    return PhotoPairs(
+        settings.model,
+        data.root,
+        data.pairs or None,
+        samples=data.samples or None,
+        same=data.same or None,
+        labels=data.labels or None,
+        options=PhotoOptions.for_model(settings.model, **chosen),
+    )
+
+
+class Steps(Dataset[list[Batch]]):
+    """Item `step` is the list of micro-batches that process `rank` of `world` computes on in that step.
+
+    An epoch shows every sample once, but for a last part that fills no batch. Raises `InputError` for fewer samples
+    than a batch and for a batch that its processes and micro-batches do not divide.
+    """
+
+    def __init__(self, data: PairData, settings: Settings, rank: int = 0, world: int = 1) -> None:
+        run = settings.run
+        self.data, self.settings, self.rank, self.share = data, settings, rank, run.batch // world
+        self.micro_batch = run.micro_batch or self.share
+        if run.batch % (world * self.micro_batch):
+            raise InputError(
+                f"run.batch: {run.batch} is no multiple of {world} processes times run.micro_batch {self.micro_batch}"
+            )
+        if len(data) < run.batch:
+            raise InputError(f"{len(data)} samples do not fill a batch of {run.batch}; lower run.batch")
+        self.per_epoch = len(data) // run.batch
+
+    def __len__(self) -> int:
+        return self.settings.schedule.total(self.per_epoch)
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        run, mine = self.settings.run, slice(self.rank * self.share, (self.rank + 1) * self.share)
+        epoch, place = divmod(step, self.per_epoch)
+        order = torch.randperm(len(self.data), generator=_generator(run.seed, epoch))
+        self.data.set_epoch(epoch)
+        items = [self.data[int(index)] for index in order[place * run.batch : (place + 1) * run.batch][mine]]
+        batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
+        self._augment(batch, step, mine)
+        return [
+            {name: tensor[start : start + self.micro_batch] for name, tensor in batch.items()}
+            for start in range(0, self.share, self.micro_batch)
+        ]
+
+    def loader(self, start: int) -> Iterator[list[Batch]]:
+        """The items from step `start` on, prepared ahead by `run.workers` processes."""
+        # each worker is handed whole steps, so a step is the same however many there are
+        return iter(
+            DataLoader(
+                self,
+                batch_size=None,
+                sampler=range(start, len(self)),
+                num_workers=self.settings.run.workers,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_leave_signals_to_the_trainer,
+            )
+        )
+
+    def _augment(self, batch: Batch, step: int, mine: slice) -> None:
+        """Mirror whole samples and permute their colours, then halve them, as the settings ask for."""
+        settings, generator = self.settings, _generator(self.settings.run.seed + 1, step)
+        # drawn for the batch of all processes, of which this one uses its own rows
+        draws = torch.rand(settings.run.batch, 5, generator=generator)[mine]
+        mirrored, recoloured = draws[:, 0] < settings.data.mirror, draws[:, 1] < settings.data.recolour
+        for name in (*_PICTURES, *_LABELS):
+            batch[name][mirrored] = batch[name][mirrored].flip(-1)
+        colours = torch.where(recoloured[:, None], draws[:, 2:].argsort(1), torch.arange(3))
+        for name in _PICTURES:
+            batch[name] = batch[name][torch.arange(len(colours))[:, None], colours]
+        if step < settings.schedule.half_steps:
+            for name in _PICTURES:
+                batch[name] = F.avg_pool2d(batch[name], 2)
+            for name in _LABELS:
+                batch[name] = batch[name][..., ::2, ::2].contiguous()
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    # Ctrl-C reaches every process of the group: the workers go on until the trainer has finished its step
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _generator(seed: int, count: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + count)
