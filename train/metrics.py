@@ -114,12 +114,12 @@ class ExactSums:
 
     def psnr_by_class(self, names: Sequence[str]) -> dict[str, float]:
         """PSNR over all pixels of each class that occurs."""
-        found = np.flatnonzero(self.area)
+        found = np.flatnonzero(self.area).tolist()
         return {names[place]: round(_decibel(self.error[place] / self.area[place]), 2) for place in found}
 
     def colour_error_by_class(self, names: Sequence[str]) -> dict[str, float]:
         """L1 of the mean colour of each class that occurs, colours in [0, 1], averaged over the pictures it is in."""
-        found = np.flatnonzero(self.present)
+        found = np.flatnonzero(self.present).tolist()
         return {names[place]: round(float(self.colour[place] / self.present[place]), 4) for place in found}
 
 
@@ -198,7 +198,7 @@ def _require(module: str, package: str) -> Any:
 
 
 def _unit(image: UInt8Array) -> FloatArray:
-    return image.astype(np.float32) / 255
+    return image.astype(np.float32) / np.float32(255)
 
 
 def _decibel(error: float) -> float:

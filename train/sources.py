@@ -67,8 +67,7 @@ class ModelSource:
 
         device = next(self.model.parameters()).device
         label, exemplar, exemplar_label = (
-            torch.as_tensor(item[name])[None].to(device)  # type: ignore[literal-required]
-            for name in ("label", "exemplar", "exemplar_label")
+            torch.as_tensor(item[name])[None].to(device) for name in ("label", "exemplar", "exemplar_label")
         )
         with torch.inference_mode():
             result = self.model(

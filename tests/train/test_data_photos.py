@@ -95,6 +95,21 @@ def test_ade20k_training_cuts_a_square_out_of_286(shared: Path, tmp_path: Path) 
         assert any(np.array_equal(item["image"], a) and np.array_equal(item["label"], b) for a, b in views)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_ade20k_as_it_is_downloaded_and_flat(flat: bool, tmp_path: Path) -> None:
+    config = ModelConfig.preset("ade20k", image_size=64)
+    for number, part in enumerate(("training", "validation")):
+        name = "." if flat else part
+        for kind, suffix, mode in (("images", ".jpg", "RGB"), ("annotations", ".png", "L")):
+            file = tmp_path / kind / name / f"ADE_{part}_1{suffix}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new(mode, (80, 70), 7 * (number + 1) if mode == "L" else "grey").save(file)
+    (tmp_path / "list.txt").write_text("ADE_validation_1.jpg,ADE_training_1.jpg\n")
+    item = PhotoPairs(config, tmp_path, tmp_path / "list.txt", split="test")[0]
+    assert (item["label"] == 14).all()
+    assert (item["exemplar_label"] == 7).all()
+
+
 def test_prepared_labels_stand_for_raw_ones(shared: Path, tmp_path: Path) -> None:
     root, pairs, *_ = PUBLISHED["celebahq"]
     samples = shared / "samples"

@@ -116,14 +116,13 @@ class PhotoPairs:
         exemplars = find_photos(self._base / self._part("train"), suffixes)
         retrieval = _Names(pairs, exemplars, self._base.name)
         shown = samples if samples is not None else root / _LISTS[split] if (root / _LISTS[split]).is_file() else None
-        names = retrieval.lines if shown is None else {key_of(line[0], self._base.name) for line in read_list(shown)}
-        source = pairs if shown is None else shown
-        if not names:
-            raise InputError(f"{source or root}: names no samples; give a list of `name,exemplar,...` lines as `pairs`")
-        own, together = _Names(shown, photos, self._base.name), _Names(same, exemplars, self._base.name)
+        own = _Names(pairs if shown is None else shown, photos, self._base.name)
+        together = _Names(same, exemplars, self._base.name)
+        if not own.lines:
+            raise InputError(f"{own.path or root}: names no samples; give a list of `name,exemplar,...` as `pairs`")
         self._samples: list[_Sample] = []
-        for name in sorted(names):
-            photo = own.photo(name, source)
+        for name in sorted(own.lines):
+            photo = own.photo(name)
             retrieved = retrieval.line(name) if self.options.retrieved or not self._training else []
             itself = together.line(name)[0] if name in together.lines else photo
             self._samples.append(_Sample(photo, itself, retrieved))
@@ -217,14 +216,14 @@ class _Names:
         if not self.lines.get(name):
             raise InputError(f"{self.path or 'no retrieval list'}: no line with an exemplar for {name}")
         others = self.lines[name]
-        return [self.photo(other, self.path) for other in (others[0], others[-1])]
+        return [self.photo(other) for other in (others[0], others[-1])]
 
-    def photo(self, name: str, source: PathLike | None) -> Path:
-        """The photograph `name`, which `source` asks for."""
+    def photo(self, name: str) -> Path:
+        """The photograph `name`."""
         found = self.photos.get(name, [])
         if len(found) != 1:
             there = f"several photographs have that name: {', '.join(map(str, found))}" if found else "not found"
-            raise InputError(f"{name}, listed in {source}: {there}")
+            raise InputError(f"{name}, listed in {self.path}: {there}")
         return found[0]
 
 
