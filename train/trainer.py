@@ -368,7 +368,7 @@ class Trainer:
         except CheckpointError:
             raise
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]  # load_state_dict lists every key
+            reason = " ".join(str(error).split())[:200]  # it can name every key
             raise CheckpointError(f"{path} cannot be resumed ({reason}): delete it to start again") from error
 
 

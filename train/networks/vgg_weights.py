@@ -113,7 +113,8 @@ def _filled(path: object, network: Vgg19, state: dict[str, Any]) -> Vgg19:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: not VGG19's weights: {error}; {OPTIONS}") from error
+        reason = " ".join(str(error).split())[:200]  # it can name every key
+        raise CheckpointError(f"{path}: not VGG19's weights: {reason}; {OPTIONS}") from error
     if not all(parameter.isfinite().all() for parameter in network.parameters()):
         raise CheckpointError(f"{path}: holds values that are not finite")
     return network.eval().requires_grad_(False)
