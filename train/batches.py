@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,7 @@ def open_data(settings: Settings) -> PairData:
         if (settings.model.label_kind, settings.model.label_channels) != ("classes", len(CLASSES)):
             raise InputError(f"data.kind avatars needs a model of {len(CLASSES)} label classes, as preset avatars-128")
         # rounded, for the shares name the file of rendered pairs
-        shares = {"retrieved": data.retrieved, "pseudo": round(1 - data.retrieved, 6)}
-        options = AvatarOptions(size=size, **shares)
+        options = AvatarOptions(size=size, retrieved=data.retrieved, pseudo=round(1 - data.retrieved, 6))
         return AvatarPairs("train", options, count=data.count or None, folder=data.cache or None)
     from .data.photos import PhotoOptions, PhotoPairs
 
@@ -79,7 +79,7 @@ class Steps(Dataset[list[Batch]]):
         epoch, place = divmod(step, self.per_epoch)
         order = torch.randperm(len(self.data), generator=_generator(run.seed, epoch))
         self.data.set_epoch(epoch)
-        items = [self.data[int(index)] for index in order[place * run.batch : (place + 1) * run.batch][mine]]
+        items: list[Any] = [self.data[int(index)] for index in order[place * run.batch : (place + 1) * run.batch][mine]]
         batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
         self._augment(batch, step, mine)
         return [

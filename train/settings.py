@@ -247,7 +247,9 @@ class Settings:
             base = None
             if section == "loss" and isinstance(table, dict):
                 base = (
-                    LossWeights.preset(_typed("loss.preset", "str", table["preset"])) if "preset" in table else _NO_LOSS
+                    LossWeights.preset(_typed("loss.preset", "str", table["preset"]))
+                    if "preset" in table
+                    else LossWeights(**_OFF)
                 )
                 table = {name: value for name, value in table.items() if name != "preset"}
             fields = _checked(section, kind, table)
@@ -267,7 +269,7 @@ class Settings:
         return "\n".join(lines) + "\n"
 
 
-_NO_LOSS = LossWeights(**{field.name: 0.0 for field in dataclasses.fields(LossWeights) if field.type == "float"})
+_OFF: dict[str, Any] = {field.name: 0.0 for field in dataclasses.fields(LossWeights) if field.type == "float"}
 
 
 def read_settings(source: str | os.PathLike[str], changes: Sequence[str] = ()) -> Settings:

@@ -90,7 +90,7 @@ def test_files_that_are_not_vgg19(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="values that are not finite"):
         load_vgg(path)
     torch.save({f"features.{name}": value for name, value in torchvision_layout()[:8].state_dict().items()}, path)
-    with pytest.raises(CheckpointError, match="3 convolutions below 'features', expected VGG19's 16"):
+    with pytest.raises(CheckpointError, match="4 convolutions below 'features', expected VGG19's 16"):
         load_vgg(path)
 
 

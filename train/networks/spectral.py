@@ -8,6 +8,7 @@ iteration a step (arXiv 1802.05957, algorithm 1, does one an update too) and sta
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,8 @@ def _norms(network: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
     """Each spectral norm with the weight that it divides."""
     for module in network.modules():
         if isinstance(module, SpectralConv2d) and parametrize.is_parametrized(module):
-            parametrization = module.parametrizations.weight
-            yield parametrization[0], parametrization.original
+            parametrized: Any = module.parametrizations
+            yield parametrized.weight[0], parametrized.weight.original
 
 
 def _outside_autocast(norm: nn.Module) -> None:
@@ -47,4 +48,4 @@ def _outside_autocast(norm: nn.Module) -> None:
             result: Tensor = forward(weight)
         return result
 
-    norm.forward = outside  # type: ignore[method-assign]
+    norm.forward = outside
