@@ -33,8 +33,8 @@ class Sheet:
 
     def write(self, path: PathLike) -> None:
         """Write the sheet as a picture, atomically."""
-        columns = min(3, len(self.rows))
-        per_column = -(-len(self.rows) // columns)
+        per_column = -(-len(self.rows) // 3)
+        columns = -(-len(self.rows) // per_column)
         height, width = self.rows[0].shape[:2]
         sheet = Image.new("RGB", (columns * width, _HEADER + per_column * height), "white")
         draw = ImageDraw.Draw(sheet)

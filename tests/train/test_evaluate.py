@@ -86,6 +86,14 @@ def test_scores_of_a_copy_that_is_too_bright_by_a_known_amount(copier: ModelSour
     assert (picture[:16] < 128).any()  # captions
 
 
+def test_a_sheet_has_no_empty_column(copier: ModelSource, tmp_path: Path) -> None:
+    sheet = Sheet(copier.config)
+    for index in range(4):
+        sheet.add(FlatPairs()[index], copier.draw(FlatPairs()[index]))
+    sheet.write(tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size == (2 * 5 * 64, 16 + 2 * 64)
+
+
 def test_what_cannot_be_scored_exactly(copier: ModelSource, tmp_path: Path) -> None:
     assert evaluate_exact(copier, FlatPairs(), NAMES, count=2).pairs == 2
     for count in (0, 10):
