@@ -305,6 +305,7 @@ def _add_train(command: Command) -> None:
 
 
 def _run_train(options: argparse.Namespace) -> int:
+    import os
     from pathlib import Path
 
     from .train.settings import read_settings
@@ -312,7 +313,8 @@ def _run_train(options: argparse.Namespace) -> int:
 
     folder = Path(options.output or Path("training", Path(options.config).stem))
     stopped = train(read_settings(options.config, options.set), folder)
-    print(folder / MODEL)
+    if os.environ.get("RANK", "0") == "0":
+        print(folder / MODEL)
     return 128 + stopped if stopped else 0  # as a shell reports a signal
 
 

@@ -313,10 +313,7 @@ class Trainer:
 
     def _shared(self, module: nn.Module) -> nn.Module:
         """`module`, its gradients averaged over the processes where there are several."""
-        if self.process.world == 1:
-            return module
-        # the buffers are spectral norm's estimates, which every process computes from the same weights
-        return DistributedDataParallel(module, broadcast_buffers=False)
+        return module if self.process.world == 1 else DistributedDataParallel(module)
 
     def _synchronised(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients cross the processes once a step, with the last micro-batch."""
