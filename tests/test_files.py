@@ -74,6 +74,15 @@ def test_progress_on_a_terminal() -> None:
     assert "2/2 image" in stream.getvalue().split("\r")[-1]
 
 
+def test_progress_goes_on_from_an_earlier_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr("time.monotonic", iter([100.0, 104.0]).__next__)
+    with Progress("work", 10, start=7, stream=stream) as progress:
+        progress.advance(2)
+    assert "9/10 it, 0.50 it/s, 0:02 left" in stream.getvalue()
+
+
 def test_progress_elsewhere_is_silent_but_for_notes() -> None:
     stream = io.StringIO()
     with Progress("work", stream=stream) as progress:

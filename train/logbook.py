@@ -28,7 +28,7 @@ class Logbook:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
-            raise BackendError(f"the package {error.name} is missing; pip install 'flashcocos[train]'") from error
+            raise BackendError("the package tensorboard is missing: pip install 'flashcocos[train]'") from error
         self.done, self.total, self.log_steps = start, total, log_steps
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._progress = Progress("train", total, start=start)

@@ -13,6 +13,7 @@ import torch
 from flat_pairs import FlatPairs, adversarial, settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flashcocos.cli import main
 from flashcocos.errors import BackendError, CheckpointError, InputError
 from flashcocos.train import trainer as trainer_module
 from flashcocos.train.checkpoint import load_model, read_metadata, save_model
@@ -313,6 +314,21 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be resumed"):
         make(tmp_path)
+
+
+def test_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    file, folder = tmp_path / "own.toml", tmp_path / "out"
+    file.write_text(settings().to_toml(), encoding="utf-8")
+    monkeypatch.setattr(trainer_module, "open_data", lambda _: FlatPairs())
+    command = ["train", str(file), "--set", "schedule.steps=1", "-o", str(folder)]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines() == [str(folder / MODEL)]
+    monkeypatch.setattr(Trainer, "run", lambda _: signal.SIGINT)
+    assert main(command) == 130
+    assert main([*command, "--set", "run.batch=9"]) == 1
+    assert capsys.readouterr().err.endswith("error: 5 samples do not fill a batch of 9; lower run.batch\n")
 
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
