@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import math
 import operator
 import os
 import pickle
@@ -46,6 +47,7 @@ from .supervised import quarter, supervised_terms
 
 CHECKPOINT, MODEL, SETTINGS = "checkpoint.pt", "model.safetensors", "settings.toml"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ECHO = 2.0  # seconds within which torchrun passes on the Ctrl-C that its processes have had from the terminal
 _PATIENCE = datetime.timedelta(hours=1)  # of the other processes, while the first renders the data set
 
 
@@ -128,15 +130,11 @@ class GeneratorStep(nn.Module):
         weights = self.settings.supervised
         carry = quarter(exemplar_label) if weights.label else None
         result = generator_pass(self.model, *self.frozen, self.settings.loss, samples, carry)
-        terms = supervised_terms(
-            weights,
-            label,
-            samples.image,
-            batch["has_target"],
-            result.image,
-            result.warped_image,
-            result.carried,
-        )
+        image, warped_image = result.image.float(), result.warped_image.float()
+        with torch.autocast(label.device.type, enabled=False):  # sums over a picture leave the range of float16
+            terms = supervised_terms(
+                weights, label, samples.image, batch["has_target"], image, warped_image, result.carried
+            )
         return result._replace(terms=result.terms | terms)
 
 
@@ -189,7 +187,7 @@ class Trainer:
     def run(self) -> int:
         """Train to the end; save every `run.save_minutes`, at the end and on Ctrl-C or SIGTERM.
 
-        The number of the signal that stopped it, or 0. A second one stops at once, and saves nothing.
+        The number of the signal that stopped it, or 0. A second one, a while later, stops at once and saves nothing.
         """
         run, saved, stopped = self.settings.run, time.monotonic(), 0
         with self._logbook() as log, _stop_signals() as received:
@@ -283,7 +281,7 @@ class Trainer:
             means /= self.process.world
         terms = dict(zip(sums, means.tolist(), strict=True))
         for term, value in terms.items():
-            if value - value != 0:  # infinite or not a number
+            if not math.isfinite(value):
                 raise TrainingError(
                     f"step {self.step}: the loss term {term!r} is {value}; lower optimiser.rate"
                     f"{' or use bfloat16' if self.scaler.is_enabled() else ''}, and resume from the checkpoint"
@@ -412,20 +410,26 @@ def recompute_blocks(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM joins; a second one does what it always does."""
+    """A list that the first SIGINT or SIGTERM joins; one that comes `_ECHO` seconds later does what it always does."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # Python takes signals in the main thread only
         return
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    first = 0.0
 
     def restore() -> None:
         for number, handler in usual.items():
             signal.signal(number, handler)
 
     def note(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        restore()
+        nonlocal first
+        if not received:
+            received.append(number)
+            first = time.monotonic()
+        elif time.monotonic() - first > _ECHO:
+            restore()
+            signal.raise_signal(number)
 
     for number in usual:
         signal.signal(number, note)

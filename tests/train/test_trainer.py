@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,16 +222,20 @@ def test_signals_save_after_the_step(
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    running = make(tmp_path)
+    running, sent = make(tmp_path), []
+    monkeypatch.setattr(trainer_module, "_ECHO", 0.2)
 
     def interrupted(_: object) -> StepResult:
-        for _ in range(2):
+        for pause in (0.0, 0.0, 0.3):
+            time.sleep(pause)
+            sent.append(pause)
             os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the second signal did not stop it")
 
     monkeypatch.setattr(running, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         running.run()
+    assert sent == [0.0, 0.0, 0.3]  # the second is torchrun's echo of the first
     assert not (tmp_path / CHECKPOINT).exists()
 
 
