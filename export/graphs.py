@@ -1,6 +1,6 @@
 """The three stages of a bundle as ONNX graphs, by torch's dynamo exporter.
 
-The graphs hold standard operators of one pinned opset and their weights: no random nodes, no loops, no other domains.
+The graphs hold standard operators of one pinned opset and their weights: no random nodes, no other domains.
 Batch, height and width are dynamic; inputs and outputs are those of `stage_tensors`, which the manifest repeats. What
 a graph says of the machine that exported it (stack traces, file names) is removed, so the same weights, exported again
 by the same versions, give the same bytes.
@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import onnx
 import torch
-from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
-from torch import Tensor, nn
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from torch import Tensor
 
 from .. import __version__
 from ..bundle import TensorSpec
@@ -25,51 +25,17 @@ from ..config import SIZE_MULTIPLE, ModelConfig
 from ..errors import BundleError, InputError
 from ..runtime.stages import stage_tensors
 from ..train.networks import CoCosNet
+from .inference import loop_attention, stage_module
 
 OPSET = 20
 IR_VERSION = 10  # that of ONNX 1.16, which ONNX Runtime reads from 1.18 on
 FLOAT16_THRESHOLD = 1024  # values; smaller tensors, such as biases and constants, stay float32
-LOOPS = {"If", "Loop", "Scan"}
 RANDOM = {
     "Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
 }  # fmt: skip
 _DTYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
 # sizes of the traced example; none is 1, which the exporter would take for a constant, and no two are equal
 _EXAMPLE = {"batch": 2, "height": 64, "width": 96, "h": 16, "w": 24}
-
-
-class _Stage(nn.Module):
-    def __init__(self, model: CoCosNet) -> None:
-        super().__init__()
-        self.model = model
-
-    @staticmethod
-    def cast(label: Tensor) -> Tensor:
-        """Class ids as int32, planes as they are: TensorRT refuses an uint8 input that anything but a cast reads."""
-        return label if label.is_floating_point() else label.to(torch.int32)
-
-
-class _Query(_Stage):
-    def forward(self, label: Tensor) -> Tensor:
-        return self.model.encode_query(self.cast(label))
-
-
-class _Exemplar(_Stage):
-    def forward(self, image: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.model.encode_exemplar(image, None if label is None else self.cast(label))
-
-
-class _Synthesis(_Stage):
-    def forward(self, warped: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.synthesise(warped, self.cast(label))
-
-
-_MODULES = {"query": _Query, "exemplar": _Exemplar, "synthesis": _Synthesis}
-
-
-def stage_module(model: CoCosNet, stage: str) -> nn.Module:
-    """The module, in evaluation mode, with the inputs and outputs of `stage_tensors(model.config)[stage]`."""
-    return _MODULES[stage](model).eval()
 
 
 def export_stage(model: CoCosNet, stage: str) -> ModelProto:
@@ -89,8 +55,10 @@ def export_stage(model: CoCosNet, stage: str) -> ModelProto:
         )
     assert program is not None  # with dynamo=True there always is one
     exported = program.model_proto
+    if stage == "synthesis" and model.config.attention:
+        _replace(exported.graph, *loop_attention(exported.graph))
     clean(exported, stage, inputs, outputs)
-    check_graph(exported, stage, inputs, outputs, forbidden=LOOPS | RANDOM)
+    check_graph(exported, stage, inputs, outputs)
     return exported
 
 
@@ -108,13 +76,8 @@ def clean(model: ModelProto, name: str, inputs: Iterable[TensorSpec], outputs: I
         field.extend(value_info(tensor) for tensor in tensors)
 
 
-def check_graph(
-    model: ModelProto, name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], *, forbidden: set[str]
-) -> None:
-    """Raise `BundleError` unless `model` is valid ONNX of `OPSET` alone with exactly these inputs and outputs.
-
-    forbidden: operators that it must not use.
-    """
+def check_graph(model: ModelProto, name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
+    """Raise `BundleError` unless `model` is valid ONNX of `OPSET` alone, not random, with these inputs and outputs."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -122,12 +85,20 @@ def check_graph(
     opsets = sorted((entry.domain, entry.version) for entry in model.opset_import)
     if opsets != [("", OPSET)] or model.functions:
         raise BundleError(f"{name}: expected operators of ONNX opset {OPSET} alone, got the opsets {opsets}")
-    if found := forbidden & {node.op_type for node in model.graph.node}:
-        raise BundleError(f"{name}: the operators {', '.join(sorted(found))} are not allowed in this graph")
+    if found := RANDOM & {node.op_type for node in all_nodes(model.graph)}:
+        raise BundleError(f"{name}: the operators {', '.join(sorted(found))} are random, which no translation may be")
     for what, field, tensors in (("inputs", model.graph.input, inputs), ("outputs", model.graph.output, outputs)):
         expected = [value_info(tensor) for tensor in tensors]
         if list(field) != expected:
             raise BundleError(f"{name}: expected the {what} {_listed(expected)}, got {_listed(field)}")
+
+
+def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes of `graph` and of the graphs in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from all_nodes(attribute.g)
 
 
 def value_info(tensor: TensorSpec) -> ValueInfoProto:
@@ -160,24 +131,27 @@ def store_float16(model: ModelProto) -> None:
     _replace(graph, nodes, stored)
 
 
-def renamed(graph: GraphProto, prefix: str, names: Mapping[str, str]) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
-    """Nodes and initialisers of `graph`, which has no subgraphs; values are renamed by `names`, else get `prefix`."""
+def renamed(graph: GraphProto, prefix: str, names: Mapping[str, str]) -> tuple[list[NodeProto], list[TensorProto]]:
+    """Nodes and initialisers of `graph`; values are renamed by `names`, else get `prefix`, in its subgraphs too."""
     copy = GraphProto()
     copy.CopyFrom(graph)
 
     def rename(value: str) -> str:
         return names.get(value, prefix + value) if value else ""  # an empty name is an omitted optional input
 
-    for node in copy.node:
-        node.name = prefix + node.name
+    for node in all_nodes(copy):
+        node.name = prefix + node.name if node.name else ""  # two of one name are refused, unnamed ones are not
         node.input[:] = [rename(value) for value in node.input]
         node.output[:] = [rename(value) for value in node.output]
+        for attribute in node.attribute:
+            for value in (*attribute.g.input, *attribute.g.output, *attribute.g.initializer):
+                value.name = rename(value.name)
     for tensor in copy.initializer:
         tensor.name = rename(tensor.name)
     return list(copy.node), list(copy.initializer)
 
 
-def _replace(graph: GraphProto, nodes: list[onnx.NodeProto], initializers: list[TensorProto]) -> None:
+def _replace(graph: GraphProto, nodes: list[NodeProto], initializers: list[TensorProto]) -> None:
     # built apart first: the elements of a cleared protobuf field must not be read again
     fresh = helper.make_graph(nodes, graph.name, list(graph.input), list(graph.output), initializers)
     graph.CopyFrom(fresh)

@@ -28,7 +28,7 @@ from ..runtime.stages import check_stages
 from ..train.checkpoint import load_model
 from ..train.networks import CoCosNet
 from ..train.networks.cocosnet import MIN_SIDE
-from .graphs import LOOPS, RANDOM, check_graph
+from .graphs import check_graph
 
 Arrays = dict[str, npt.NDArray[Any]]
 Size = tuple[int, int]
@@ -221,7 +221,7 @@ def _check_stage(bundle: Bundle, stage: str) -> int:
     except onnx.checker.ValidationError as error:
         raise BundleError(f"{stage}: not a valid ONNX model: {error}") from error
     graph = onnx.load_model_from_string(content)
-    check_graph(graph, stage, spec.inputs, spec.outputs, forbidden=LOOPS | RANDOM)
+    check_graph(graph, stage, spec.inputs, spec.outputs)
     halves = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.graph.initializer)
     if halves != (precision == "float16"):
         raise BundleError(f"{stage}: the manifest states {precision} weights, the graph has others")

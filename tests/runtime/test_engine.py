@@ -238,3 +238,12 @@ def test_files_that_are_no_models(tmp_path: Path, content: bytes) -> None:
     bundle.read = lambda name: content  # type: ignore[method-assign]
     with pytest.raises(BundleError, match=r"not a readable ONNX file|cannot load the graph"):
         OnnxRuntimeEngine(bundle, "query")
+
+
+def test_the_largest_graph_is_loaded_first(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(engine, "OnnxRuntimeEngine", lambda bundle, stage, **_: loaded.append(stage))
+    open_engines(bundle, device="cpu")
+    sizes = [len(bundle.read_stage(stage)) for stage in loaded]
+    assert len(loaded) == 3
+    assert sizes == sorted(sizes, reverse=True)

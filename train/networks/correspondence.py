@@ -81,17 +81,18 @@ class Correspondence(nn.Module):
         self.phi = nn.Conv2d(width + 4 * config.position_waves, config.feature_channels, 1)
 
     def query(self, features: Tensor, label: Tensor) -> Tensor:
-        """Label features (B, C, h, w) and the label's planes (B, nc, H, W) -> theta (B, C, h, w)."""
+        """Label features (B, C, h, w) and the label's planes, k h x k w for any whole k -> theta (B, C, h, w)."""
         return self.theta(self._mix(features, label))
 
     def key(self, features: Tensor, label: Tensor | None) -> Tensor:
-        """Exemplar features (B, C, h, w) and its label's planes, used only with mask mixing -> phi (B, C, h, w)."""
+        """Exemplar features (B, C, h, w) and its label's planes likewise, used only with mask mixing -> phi."""
         return self.phi(self._mix(features, label))
 
     def _mix(self, features: Tensor, label: Tensor | None) -> Tensor:
         if self.mask_mixing:
             assert label is not None  # CoCosNet.encode_exemplar has refused its absence
-            features = torch.cat([features, subsample(label, 4)], 1)
+            label = subsample(label, label.shape[2] // features.shape[2])
+            features = torch.cat([features, label], 1)
         features = self.residual(features)
         if not self.position_waves:
             return features

@@ -60,17 +60,17 @@ def positional_norm(x: Tensor) -> Tensor:
 
 
 class Spade(nn.Module):
-    """Positional normalisation, then a scale and a shift predicted at every position from `condition`."""
+    """A scale and a shift of positionally normalised features, predicted at every position from `condition`."""
 
     def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
         super().__init__()
         self.shared = nn.Conv2d(condition_channels, hidden, 3, padding=1, padding_mode="reflect")
         self.scale_shift = nn.Conv2d(hidden, 2 * channels, 3, padding=1, padding_mode="reflect")
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, normal: Tensor, condition: Tensor) -> Tensor:
         hidden = F.relu(self.shared(condition))  # (B, hidden, h, w)
         scale, shift = self.scale_shift(hidden).chunk(2, 1)  # each (B, C, h, w)
-        return positional_norm(x) * (1 + scale) + shift
+        return normal * (1 + scale) + shift
 
 
 class SpadeBlock(nn.Module):
@@ -90,9 +90,18 @@ class SpadeBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x (B, in, h, w), condition (B, condition, h, w) -> (B, out, h, w)."""
-        y = self.conv_0(F.leaky_relu(self.norm_0(x, condition), LEAKY_SLOPE))  # (B, middle, h, w)
-        y = self.conv_1(F.leaky_relu(self.norm_1(y, condition), LEAKY_SLOPE))  # (B, out, h, w)
-        return y + (self.conv_s(self.norm_s(x, condition)) if self.learned_shortcut else x)
+        normal = positional_norm(x)  # once for both that need it
+        y = self.conv_0(F.leaky_relu(self.norm_0(normal, condition), LEAKY_SLOPE))  # (B, middle, h, w)
+        y = self.conv_1(F.leaky_relu(self.norm_1(positional_norm(y), condition), LEAKY_SLOPE))  # (B, out, h, w)
+        return y + (self.conv_s(self.norm_s(normal, condition)) if self.learned_shortcut else x)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(query key^T) value, no matrix formed: (B, N, D), (B, M, D), (B, M, V >= D) -> (B, N, V)."""
+    # zero-padded to the values' width: only with equal widths do the fused kernels run
+    pad = (0, value.shape[-1] - key.shape[-1])
+    query, key, value = (t[:, None].contiguous() for t in (F.pad(query, pad), F.pad(key, pad), value))
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0)[:, 0]
 
 
 class SelfAttention(nn.Module):
@@ -106,15 +115,12 @@ class SelfAttention(nn.Module):
         self.value = SpectralConv2d(channels, self.value_channels, 1, bias=False)
         self.output = SpectralConv2d(self.value_channels, channels, 1, bias=False)
         self.gamma = nn.Parameter(torch.zeros(()))
+        self.attend = fused_attention  # an export puts another in its place
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, h, w) -> the same shape."""
         query = self.query(x).flatten(2).mT  # (B, h w, C / 8)
         key = F.max_pool2d(self.key(x), 2).flatten(2).mT  # (B, h w / 4, C / 8)
         value = F.max_pool2d(self.value(x), 2).flatten(2).mT  # (B, h w / 4, C / 2)
-        # zero-padded to the values' width: only with equal widths do the fused kernels run, which form no matrix
-        pad = (0, value.shape[-1] - key.shape[-1])
-        query, key, value = (t[:, None].contiguous() for t in (F.pad(query, pad), F.pad(key, pad), value))
-        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # (B, 1, h w, C / 2)
-        attended = attended[:, 0].mT.unflatten(2, x.shape[2:])  # (B, C / 2, h, w)
+        attended = self.attend(query, key, value).mT.unflatten(2, x.shape[2:])  # (B, C / 2, h, w)
         return x + self.gamma * self.output(attended)
