@@ -12,8 +12,9 @@ PIP := -m pip --disable-pip-version-check install --quiet --constraint constrain
 demo: $(DEMO)/.ready
 	$(DEMO)/bin/flashcocos demo -o demo_output
 
+# one single-threaded process a core beats one with many threads; a file's tests stay together and share fixtures
 test: lint typecheck
-	$(DEV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(DEV)/.ready
 	$(DEV)/bin/ruff check .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,13 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads it as it is imported, and any module of any test folder may import it
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder that the worker processes of one run share; the first process makes and removes it."""
+    if not hasattr(config, "workerinput"):
+        folder = os.environ["FLASHCOCOS_TEST_FOLDER"] = tempfile.mkdtemp(prefix="flashcocos-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,18 @@
 """Small models with well-conditioned weights, and their exported graphs, made once for all tests of a run.
 
-The exporter takes tens of seconds a model whatever its size, so tests share its graphs.
+The exporter takes tens of seconds a model whatever its size, so tests share its graphs, across processes too.
 """
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
-import tempfile
+import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from onnx import ModelProto
 
 from flashcocos.bundle import STAGES
@@ -47,15 +48,30 @@ def seeded_model(config: ModelConfig, seed: int = 0) -> CoCosNet:
 @functools.cache
 def model_file(config: ModelConfig) -> Path:
     """`seeded_model(config)` as a model file; read only."""
-    folder = Path(tempfile.mkdtemp(prefix="flashcocos-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    save_model(folder / "model.safetensors", seeded_model(config), {"note": "seeded"})
-    return folder / "model.safetensors"
+    return _once(f"{_key(config)}.safetensors", lambda path: save_model(path, seeded_model(config), {"note": "seeded"}))
 
 
 @functools.cache
 def _exported(config: ModelConfig, stage: str) -> ModelProto:
-    return export_stage(load_model(model_file(config)), stage)
+    def export(path: Path) -> None:
+        path.write_bytes(export_stage(load_model(model_file(config)), stage).SerializeToString(deterministic=True))
+
+    model = ModelProto()
+    model.ParseFromString(_once(f"{_key(config)}-{stage}.onnx", export).read_bytes())
+    return model
+
+
+def _key(config: ModelConfig) -> str:
+    return hashlib.sha256(config.to_json().encode()).hexdigest()[:16]
+
+
+def _once(name: str, make: Callable[[Path], object]) -> Path:
+    """The file `name` of the run's folder, made by the first process that asks while the others wait."""
+    path = Path(os.environ["FLASHCOCOS_TEST_FOLDER"]) / name
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            make(path)
+    return path
 
 
 def exported_stage(config: ModelConfig, stage: str) -> ModelProto:
