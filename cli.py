@@ -171,9 +171,9 @@ def _run_demo(options: argparse.Namespace) -> int:
     from .progress import Progress
     from .runtime import Translator
     from .runtime.batch import translate_folder
-    from .runtime.shipped import PAIRS, shipped_bundle
+    from .runtime.shipped import PAIRS
 
-    with Translator(shipped_bundle(), device="cpu") as translator, Progress("translate", unit="image") as progress:
+    with Translator(device="cpu") as translator, Progress("translate", unit="image") as progress:
         summary = translate_folder(
             translator, None, None, None, options.output, pairs=PAIRS, save={"grid"}, progress=progress
         )

@@ -27,6 +27,7 @@ from ..kernels.corr_warp import CorrMatch, last_backend, warp_arrays
 from ..preprocess.images import FloatArray, ImageSource, UInt8Array, load_image, load_rgb, to_uint8
 from ..preprocess.labels import LabelSource, load_label, resize_nearest
 from .engine import Engine, open_engines
+from .shipped import shipped_bundle
 from .stages import check_stages, stage_tensors
 
 MIN_SIDE = 2 * SIZE_MULTIPLE  # of what is translated, in pixels: the generator starts at 1/32 and needs two there
@@ -72,7 +73,7 @@ class Translation:
 class Translator:
     """A model bundle, ready to translate. Safe to share between threads; use as a context manager or call `close`.
 
-    bundle: path of a bundle folder or zip, or an opened `Bundle`.
+    bundle: path of a bundle folder or zip, or an opened `Bundle`; without one, the model that ships with flashcocos.
     backend: "onnxruntime". device: "cpu", "cuda", or "auto" (CUDA where it starts, else the CPU; logged once).
     threads: CPU threads of each graph, None for one per core; the warp's are set by `NUMBA_NUM_THREADS`.
     warp: "numba", "numpy", or "auto" (numba where installed).
@@ -82,14 +83,14 @@ class Translator:
 
     def __init__(
         self,
-        bundle: str | os.PathLike[str] | Bundle,
+        bundle: str | os.PathLike[str] | Bundle | None = None,
         *,
         backend: str = "onnxruntime",
         device: str = "auto",
         threads: int | None = None,
         warp: str = "auto",
     ) -> None:
-        opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+        opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle or shipped_bundle())
         check_stages(opened.manifest)
         self.bundle = opened
         self.config = opened.manifest.config
