@@ -168,6 +168,9 @@ class Trainer:
         resumes = (self.folder / CHECKPOINT).exists()
         self.model = start_model(dataclasses.replace(settings, init="matched") if resumes else settings)
         self.model.to(self.device)
+        if self.device.type == "cuda":
+            # tensor cores want it, and the warp's kernels read theta and phi as they come instead of packing them
+            self.model.to(memory_format=torch.channels_last)
         self.average: CoCosNet | None = None
         if settings.run.ema:
             self.average = CoCosNet(settings.model).to(self.device).requires_grad_(False).eval()
