@@ -77,8 +77,8 @@ class ModelConfig:
         self._require("task", self.task.isidentifier(), "a name of letters, digits and underscores")
         self._require("label_kind", self.label_kind in LABEL_KINDS, f"one of {', '.join(LABEL_KINDS)}")
         self._require("label_channels", 1 <= self.label_channels <= 255, "1 to 255")
-        size_ok = 0 < self.image_size <= 8192 and self.image_size % SIZE_MULTIPLE == 0
-        self._require("image_size", size_ok, f"a multiple of {SIZE_MULTIPLE} up to 8192")
+        size_ok = 2 * SIZE_MULTIPLE <= self.image_size <= 8192 and self.image_size % SIZE_MULTIPLE == 0
+        self._require("image_size", size_ok, f"a multiple of {SIZE_MULTIPLE} from {2 * SIZE_MULTIPLE} to 8192")
         self._require("position_waves", 0 <= self.position_waves <= 6, "0 to 6")
         for name in ("ngf", "nef", "feature_channels", "spade_hidden"):
             self._require(name, 1 <= getattr(self, name) <= 4096, "1 to 4096")
