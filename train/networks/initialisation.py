@@ -24,7 +24,8 @@ def initialise(network: nn.Module, generator: torch.Generator | None = None) -> 
     halved = {module.scale_shift for module in network.modules() if isinstance(module, Spade)}
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            weight = module.parametrizations.weight.original if parametrize.is_parametrized(module) else module.weight
+            normed = parametrize.is_parametrized(module)
+            weight = module.get_parameter("parametrizations.weight.original" if normed else "weight")
             for part in weight.chunk(2 if module in halved else 1):
                 nn.init.xavier_normal_(part, GAIN, generator)
             if module.bias is not None:
