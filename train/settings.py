@@ -259,6 +259,13 @@ class Settings:
                 values[name] = _typed(name, "str", tables[name])
         return cls(**values)
 
+    def described(self) -> dict[str, Any]:
+        """These settings for the provenance of a model: of a path its last part alone, for models are given away."""
+        fields = dataclasses.asdict(self)
+        for section, names in ((fields, ("init", "vgg")), (fields["data"], _PATHS)):
+            section.update({name: Path(section[name]).name for name in names})
+        return fields
+
     def to_toml(self) -> str:
         """These settings as a file, every value written out."""
         lines = [f"{name} = {_toml(getattr(self, name))}" for name in ("init", "perceptual", "vgg")]
@@ -269,6 +276,7 @@ class Settings:
         return "\n".join(lines) + "\n"
 
 
+_PATHS = ("root", "pairs", "samples", "same", "labels", "cache")  # of the section `data`
 _OFF: dict[str, Any] = {field.name: 0.0 for field in dataclasses.fields(LossWeights) if field.type == "float"}
 
 

@@ -242,7 +242,7 @@ class Trainer:
         state |= {"model_config": self.settings.model.to_json(), "step": self.step}
         with atomic_path(self.folder / CHECKPOINT) as temporary:
             torch.save(state, temporary)
-        provenance: dict[str, Any] = {"step": self.step, "training": dataclasses.asdict(self.settings)}
+        provenance: dict[str, Any] = {"step": self.step, "training": self.settings.described()}
         save_model(self.folder / MODEL, self.average or self.model, provenance)
 
     def _step_model(self, pieces: list[Batch]) -> tuple[dict[str, float], list[GeneratorPass]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,14 @@ def test_files_that_are_not_settings(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match=r"bad\.toml: not a readable TOML file"):
         read_settings(tmp_path / "bad.toml")
+
+
+def test_what_a_model_tells_of_its_training_names_no_folder() -> None:
+    changes = ["init=/home/me/start.safetensors", "vgg=/home/me/vgg19.pth", "perceptual=vgg"]
+    changes += ["data.root=/home/me/ADE20K", "data.pairs=/home/me/lists/pairs.txt", "data.cache=/home/me/cache"]
+    settings = read_settings("ade20k", changes)
+    described = settings.described()
+    assert "/home" not in str(described)
+    assert (described["init"], described["vgg"]) == ("start.safetensors", "vgg19.pth")
+    assert described["data"]["root"] == "ADE20K"
+    assert described["schedule"] == dataclasses.asdict(settings.schedule)
