@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from . import __version__
 from .errors import FlashcocosError
@@ -125,9 +126,19 @@ def _add_translate(command: Command) -> None:
 
 
 def _add_engine(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--backend", choices=("onnxruntime", "openvino"), default="onnxruntime", help="what runs the graphs"
+    )
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the graphs run")
+    sub.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic; bfloat16: openvino"
+    )
     sub.add_argument("--warp", choices=("auto", "numpy", "numba"), default="auto", help="which code warps on the CPU")
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads of each graph (default: all cores)")
+
+
+def _engine(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("backend", "device", "precision", "warp", "threads")}
 
 
 def _run_translate(options: argparse.Namespace) -> int:
@@ -137,7 +148,7 @@ def _run_translate(options: argparse.Namespace) -> int:
 
     save = {name for name in options.save.split(",") if name} | ({"grid"} if options.grid else set())
     with (
-        Translator(options.model, device=options.device, threads=options.threads, warp=options.warp) as translator,
+        Translator(options.model, **_engine(options)) as translator,
         Progress("translate", unit="image") as progress,
     ):
         summary = translate_folder(
@@ -449,9 +460,7 @@ def _run_evaluate(options: argparse.Namespace) -> int:
         vgg=options.vgg,
         inception=options.inception_weights,
         sheet=options.sheet,
-        device=options.device,
-        warp=options.warp,
-        threads=options.threads,
+        **_engine(options),
     )
     text = json.dumps(scores, indent=2)
     print(text)

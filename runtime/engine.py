@@ -1,7 +1,8 @@
 """Engines: one graph of a bundle each, numpy arrays in and out, behind one small protocol.
 
-ONNX Runtime is the engine here. It falls back to the CPU on its own in several places (an absent provider, a library
-that does not load, a failing run); all of them are switched off or detected, so that what runs is what was asked for.
+The engine here is ONNX Runtime's; OpenVINO's is in openvino_engine.py. ONNX Runtime falls back to the CPU on its own
+in several places (an absent provider, a library that does not load, a failing run); all of them are switched off or
+detected, so that what runs is what was asked for.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import importlib
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +23,8 @@ from ..errors import BackendError, BundleError, InputError
 from .graph_check import refuse_external_data
 from .stages import signature
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", "openvino")
+ARITHMETIC = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _EXTRAS = {"cpu": "pip install flashcocos[cpu]", "cuda": "pip install flashcocos[gpu]"}
@@ -32,12 +34,13 @@ _log = logging.getLogger("flashcocos.runtime")
 
 @dataclasses.dataclass(frozen=True)
 class EngineInfo:
-    """What runs a graph: backend with version, provider, device, and the precision its weights are stored in."""
+    """What runs a graph: backend with version, provider, device, precision of the stored weights, and arithmetic."""
 
     backend: str
     provider: str
     device: str
     precision: str
+    arithmetic: str
 
 
 class Engine(Protocol):
@@ -72,7 +75,9 @@ class OnnxRuntimeEngine:
         self._name = f"{bundle.path}: stage {stage}"
         self._spec = bundle.manifest.stages[stage]
         self._errors = _onnxruntime_errors()
-        self._info = EngineInfo(f"onnxruntime {runtime.__version__}", provider, device, bundle.manifest.precision)
+        self._info = EngineInfo(
+            f"onnxruntime {runtime.__version__}", provider, device, bundle.manifest.precision, "float32"
+        )
         model = bundle.read_stage(stage)
         refuse_external_data(model, self._name)
         options = runtime.SessionOptions()
@@ -83,7 +88,7 @@ class OnnxRuntimeEngine:
         try:
             session = runtime.InferenceSession(model, options, providers=[provider], enable_fallback=0)
         except self._errors as error:
-            message = f"{self._name}: onnxruntime cannot load the graph on {device}: {_one_line(error)}"
+            message = f"{self._name}: onnxruntime cannot load the graph on {device}: {one_line(error)}"
             # on the CPU only the graph can be at fault
             raise (BundleError if device == "cpu" else BackendError)(message) from error
         session._model_bytes = None  # kept for the fallback that is switched off, and as large as the weights
@@ -92,8 +97,8 @@ class OnnxRuntimeEngine:
                 f"device {device!r}: onnxruntime could not start {provider} and would use "
                 f"{', '.join(session.get_providers())}; check the driver and CUDA libraries, or {_EXTRAS[device]}"
             )
-        self._check_tensors("inputs", self._spec.inputs, session.get_inputs())
-        self._check_tensors("outputs", self._spec.outputs, session.get_outputs())
+        check_tensors(self._name, "inputs", self._spec.inputs, map(_tensor, session.get_inputs()))
+        check_tensors(self._name, "outputs", self._spec.outputs, map(_tensor, session.get_outputs()))
         self._session: Any = session
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -101,14 +106,14 @@ class OnnxRuntimeEngine:
         session = self._session  # held, so that close() in another thread cannot free it under this run
         if session is None:
             raise BackendError(f"{self._name}: the engine is closed")
-        _check_inputs(self._name, self._spec, inputs)
+        check_inputs(self._name, self._spec, inputs)
         names = [tensor.name for tensor in self._spec.outputs]
         try:
             return dict(zip(names, session.run(names, dict(inputs)), strict=True))
         except self._errors as error:
             shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
             raise BackendError(
-                f"{self._name}: failed on {shapes}: {_one_line(error)}; where memory ran out, lower size or batch"
+                f"{self._name}: failed on {shapes}: {one_line(error)}; where memory ran out, lower size or batch"
             ) from error
 
     def describe(self) -> EngineInfo:
@@ -119,38 +124,40 @@ class OnnxRuntimeEngine:
         """Free the session; closing twice does no harm."""
         self._session = None
 
-    def _check_tensors(self, what: str, stated: tuple[TensorSpec, ...], actual: list[Any]) -> None:
-        found = signature(TensorSpec(t.name, _TYPES.get(t.type, t.type), tuple(t.shape)) for t in actual)
-        if found != signature(stated):
-            raise BundleError(
-                f"{self._name}: the manifest states the {what} {signature(stated)}, the graph has {found}; "
-                "export it again"
-            )
-
 
 def open_engines(
-    bundle: Bundle, *, backend: str = "onnxruntime", device: str = "auto", threads: int | None = None
+    bundle: Bundle,
+    *,
+    backend: str = "onnxruntime",
+    device: str = "auto",
+    threads: int | None = None,
+    precision: str = "float32",
 ) -> dict[str, Engine]:
     """An engine for every stage of `bundle`, by name, all on one device.
 
-    device: "cpu", "cuda", or "auto": CUDA where it starts, else the CPU; the choice is logged.
-    Raises as `OnnxRuntimeEngine`, and `InputError` for an unknown backend or device.
+    device: "cpu", "cuda", or "auto": CUDA where it starts, else the CPU; the choice is logged. OpenVINO is for the CPU.
+    precision: of the arithmetic, "float32", or with OpenVINO "bfloat16".
+    Raises as `OnnxRuntimeEngine` and `OpenVinoEngine`, and `InputError` for options unknown or of another backend.
     """
-    if backend not in BACKENDS:
-        raise InputError(f"unknown backend {backend!r}; available: {', '.join(BACKENDS)}")
-    if device not in DEVICES:
-        raise InputError(f"unknown device {device!r}; expected one of {', '.join(DEVICES)}")
+    for name, value, known in (
+        ("backend", backend, BACKENDS),
+        ("device", device, DEVICES),
+        ("precision", precision, ARITHMETIC),
+    ):
+        if value not in known:
+            raise InputError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads: expected a whole number from 1, or None for one per core; got {threads!r}")
+    if backend == "openvino":
+        if device == "cuda":
+            raise InputError("backend 'openvino' is for the CPU, got device 'cuda'; use backend onnxruntime")
+        from .openvino_engine import OpenVinoEngine  # not at the top, for it builds on this module
+
+        return _open_all(bundle, lambda stage: OpenVinoEngine(bundle, stage, threads=threads, precision=precision))
+    if precision != "float32":
+        raise InputError(f"backend 'onnxruntime' computes in float32, got precision {precision!r}; use openvino")
     if device != "auto":
-        # the largest first, for loading a graph takes three times its size for a moment
-        manifest = bundle.manifest
-        sizes = {stage: manifest.files[manifest.stages[stage].file].bytes for stage in STAGES}
-        engines: dict[str, Engine] = {}
-        for stage in sorted(STAGES, key=sizes.__getitem__, reverse=True):
-            engines[stage] = OnnxRuntimeEngine(bundle, stage, device=device, threads=threads)
-        _return_free_memory()
-        return engines
+        return _open_all(bundle, lambda stage: OnnxRuntimeEngine(bundle, stage, device=device, threads=threads))
     if _PROVIDERS["cuda"] in _import_onnxruntime().get_available_providers():
         try:
             chosen = open_engines(bundle, backend=backend, device="cuda", threads=threads)
@@ -166,6 +173,41 @@ def open_engines(
 def available_providers() -> list[str]:
     """The execution providers of the installed onnxruntime; `BackendError` where there is none."""
     return list(_import_onnxruntime().get_available_providers())
+
+
+def check_inputs(name: str, spec: StageSpec, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Raise `InputError` where `inputs` are not those of the stage `spec`, called `name` in messages."""
+    expected = {tensor.name: tensor for tensor in spec.inputs}
+    if set(inputs) != set(expected):
+        raise InputError(f"{name}: takes the inputs {sorted(expected)}, got {sorted(inputs)}")
+    for key, array in inputs.items():
+        tensor = expected[key]
+        fits = len(tensor.shape) == array.ndim and all(
+            isinstance(side, str) or side == size for side, size in zip(tensor.shape, array.shape, strict=True)
+        )
+        if array.dtype != np.dtype(tensor.dtype) or not fits:
+            raise InputError(f"{name}: {key}: expected {tensor.dtype} {tensor.shape}, got {array.dtype} {array.shape}")
+
+
+def check_tensors(name: str, what: str, stated: Iterable[TensorSpec], actual: Iterable[TensorSpec]) -> None:
+    """Raise `BundleError` where a graph's actual inputs or outputs (`what`) are not those that the manifest states."""
+    expected, found = signature(stated), signature(actual)
+    if found != expected:
+        raise BundleError(f"{name}: the manifest states the {what} {expected}, the graph has {found}; export it again")
+
+
+def one_line(message: object) -> str:
+    """The start of a library's error message, which may go over many lines."""
+    return " ".join(str(message).split())[:300]
+
+
+def _open_all(bundle: Bundle, create: Callable[[str], Engine]) -> dict[str, Engine]:
+    # the largest first, for loading a graph takes three times its size for a moment
+    manifest = bundle.manifest
+    sizes = {stage: manifest.files[manifest.stages[stage].file].bytes for stage in STAGES}
+    engines = {stage: create(stage) for stage in sorted(STAGES, key=sizes.__getitem__, reverse=True)}
+    _return_free_memory()
+    return engines
 
 
 def _return_free_memory() -> None:
@@ -191,18 +233,5 @@ def _onnxruntime_errors() -> tuple[type[Exception], ...]:
     return (*(member for member in members if issubclass(member, Exception)), RuntimeError, ValueError, MemoryError)
 
 
-def _check_inputs(name: str, spec: StageSpec, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
-    expected = {tensor.name: tensor for tensor in spec.inputs}
-    if set(inputs) != set(expected):
-        raise InputError(f"{name}: takes the inputs {sorted(expected)}, got {sorted(inputs)}")
-    for key, array in inputs.items():
-        tensor = expected[key]
-        fits = len(tensor.shape) == array.ndim and all(
-            isinstance(side, str) or side == size for side, size in zip(tensor.shape, array.shape, strict=True)
-        )
-        if array.dtype != np.dtype(tensor.dtype) or not fits:
-            raise InputError(f"{name}: {key}: expected {tensor.dtype} {tensor.shape}, got {array.dtype} {array.shape}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _tensor(port: Any) -> TensorSpec:
+    return TensorSpec(port.name, _TYPES.get(port.type, port.type), tuple(port.shape))

@@ -11,6 +11,7 @@ from importlib import metadata
 from ..bundle import Bundle
 from ..errors import BackendError, BundleError
 from .engine import available_providers
+from .openvino_engine import cpu_precisions
 from .stages import check_stages
 
 # what flashcocos can use, and nothing is imported to learn a version
@@ -19,6 +20,7 @@ PACKAGES = (
     "pillow",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "numba",
     "opencv-python-headless",
     "scikit-image",
@@ -40,6 +42,8 @@ def describe_bundle(path: str | os.PathLike[str] | None = None) -> str:
         lines.append(f"providers   {', '.join(available_providers())}")
     except BackendError as error:
         lines.append(f"providers   none: {error}")
+    if _version("openvino"):
+        lines.append(f"arithmetic  {', '.join(cpu_precisions())} with openvino on this CPU")
     if path is not None:
         lines += ["", *_bundle_lines(Bundle(path))]
     return "\n".join(lines)

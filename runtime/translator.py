@@ -74,11 +74,13 @@ class Translator:
     """A model bundle, ready to translate. Safe to share between threads; use as a context manager or call `close`.
 
     bundle: path of a bundle folder or zip, or an opened `Bundle`; without one, the model that ships with flashcocos.
-    backend: "onnxruntime". device: "cpu", "cuda", or "auto" (CUDA where it starts, else the CPU; logged once).
+    backend: "onnxruntime" or "openvino". device: "cpu", "cuda", or "auto" (CUDA where it starts, else the CPU; logged
+        once); OpenVINO is for the CPU.
     threads: CPU threads of each graph, None for one per core; the warp's are set by `NUMBA_NUM_THREADS`.
     warp: "numba", "numpy", or "auto" (numba where installed).
+    precision: that the graphs compute in, "float32", or "bfloat16" with OpenVINO on a CPU that has it.
     Raises `InputError` for a missing bundle or unknown option, `BundleError` for a damaged or hostile bundle, and
-    `BackendError` where the backend or device asked for is not there.
+    `BackendError` where the backend, device or precision asked for is not there.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Translator:
         device: str = "auto",
         threads: int | None = None,
         warp: str = "auto",
+        precision: str = "float32",
     ) -> None:
         opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle or shipped_bundle())
         check_stages(opened.manifest)
@@ -101,7 +104,9 @@ class Translator:
         self._warp = last_backend() or warp
         self._model = opened.manifest.files[opened.manifest.stages["exemplar"].file].sha256
         self._outputs = {stage: outputs for stage, (_, outputs) in stage_tensors(self.config).items()}
-        self._engines: dict[str, Engine] = open_engines(opened, backend=backend, device=device, threads=threads)
+        self._engines: dict[str, Engine] = open_engines(
+            opened, backend=backend, device=device, threads=threads, precision=precision
+        )
 
     def __enter__(self) -> Translator:
         return self
@@ -117,9 +122,15 @@ class Translator:
             engine.close()
 
     def describe(self) -> dict[str, dict[str, str]]:
-        """For every stage, the warp included: backend, provider, device and precision of its weights."""
+        """For every stage, the warp included, the fields of `EngineInfo`."""
         stages = {stage: dataclasses.asdict(engine.describe()) for stage, engine in self._engines.items()}
-        warp = {"backend": self._warp, "provider": "flashcocos", "device": "cpu", "precision": "float32"}
+        warp = {
+            "backend": self._warp,
+            "provider": "flashcocos",
+            "device": "cpu",
+            "precision": "float32",
+            "arithmetic": "float32",
+        }
         return {**stages, "warp": warp}
 
     def encode_exemplar(self, image: ImageSource, label: LabelSource | None = None, size: Size = None) -> Exemplar:

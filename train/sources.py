@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import ModelConfig
+from ..errors import BackendError, InputError
 from ..preprocess.images import UInt8Array, to_uint8
 from .data import Item
 
@@ -79,26 +80,35 @@ class ModelSource:
 
 
 def open_source(
-    path: str | os.PathLike[str], *, device: str = "auto", warp: str = "auto", threads: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "onnxruntime",
+    device: str = "auto",
+    precision: str = "float32",
+    warp: str = "auto",
+    threads: int | None = None,
 ) -> Source:
-    """The model file (.safetensors) or bundle in `path`, ready to draw; device, warp, threads as for `Translator`.
+    """The model file (.safetensors) or bundle in `path`, ready to draw; all options as for `Translator`.
 
-    Raises the errors of `checkpoint.load_model` and of `Translator`; a model file leaves `warp` to its own kernels.
+    Raises the errors of `checkpoint.load_model` and of `Translator`, and `InputError` for a backend or precision that
+    a model file has no use for; it leaves `warp` to its own kernels.
     """
     if Path(path).suffix == ".safetensors":
+        if (backend, precision) != ("onnxruntime", "float32"):
+            raise InputError(f"{path}: PyTorch runs a model file; backend {backend!r} and {precision} need a bundle")
         from .checkpoint import load_model
 
         return ModelSource(load_model(path).to(torch_device(device)))
     from ..runtime import Translator
 
-    return BundleSource(Translator(path, device=device, warp=warp, threads=threads))
+    return BundleSource(
+        Translator(path, backend=backend, device=device, precision=precision, warp=warp, threads=threads)
+    )
 
 
 def torch_device(device: str) -> str:
     """The PyTorch device that "auto", "cpu" or "cuda" means here; `BackendError` where CUDA is asked for in vain."""
     import torch
-
-    from ..errors import BackendError
 
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendError("device cuda: PyTorch sees no GPU; choose cpu, or install a CUDA build of torch")

@@ -19,12 +19,16 @@ from flashcocos.train.checkpoint import load_model
 MAX_DIFFERENCE = 1  # of 255: float32 rounding can tip a pixel over a rounding edge, and no more
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("config", [CLASSES, CHANNELS], ids=["classes", "channels"])
-def test_the_runtime_equals_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig) -> None:
+def test_the_runtime_equals_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig, backend: str
+) -> None:
+    pytest.importorskip(backend, reason=f"needs the extra {backend}")
     monkeypatch.setattr(bundle_writer, "export_stage", lambda model, stage: exported_stage(model.config, stage))
     bundle = bundle_writer.export_bundle(model_file(config), tmp_path / "bundle.zip")
     model = load_model(model_file(config)).eval()
-    with Translator(bundle, device="cpu", warp="numpy") as translator:
+    with Translator(bundle, backend=backend, device="cpu", warp="numpy") as translator:
         for size, exemplar_size in (((64, 64), (64, 64)), ((96, 64), (64, 128))):
             label, exemplar_label = random_label(config, *size, 1), random_label(config, *exemplar_size, 2)
             picture = random_picture(*exemplar_size)

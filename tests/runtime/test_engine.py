@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import helper, numpy_helper
+from hostile_graphs import HOSTILE, external_data_in_branch
+from onnx import numpy_helper
 from tiny_bundle import CLASSES, random_label, write_tiny_bundle
 
 from flashcocos.bundle import Bundle
@@ -57,7 +58,8 @@ def test_a_stage_runs(bundle: Bundle) -> None:
     one_hot = (label[:, None] == np.arange(12)[:, None, None]).reshape(1, 12, 16, 4, 24, 4).mean((3, 5))
     np.testing.assert_allclose(theta, np.einsum("cn,bnhw->bchw", weights, one_hot), atol=1e-5)
     info = query.describe()
-    assert (info.provider, info.device, info.precision) == ("CPUExecutionProvider", "cpu", "float32")
+    assert (info.provider, info.device) == ("CPUExecutionProvider", "cpu")
+    assert (info.precision, info.arithmetic) == ("float32", "float32")
     assert info.backend == f"onnxruntime {onnxruntime.__version__}"
 
 
@@ -99,8 +101,10 @@ def test_closed(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tensorflow"}, "unknown backend 'tensorflow'; available: onnxruntime"),
+        ({"backend": "tensorflow"}, "unknown backend 'tensorflow'; expected one of onnxruntime, openvino"),
         ({"device": "gpu"}, "unknown device 'gpu'; expected one of auto, cpu, cuda"),
+        ({"precision": "half"}, "unknown precision 'half'; expected one of float32, bfloat16"),
+        ({"precision": "bfloat16"}, "backend 'onnxruntime' computes in float32, got precision 'bfloat16'"),
         ({"threads": 0}, "threads: expected a whole number from 1"),
     ],
 )
@@ -151,56 +155,6 @@ def test_absent_onnxruntime_names_the_extra(bundle: Bundle, monkeypatch: pytest.
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(BackendError, match=r"pip install flashcocos\[cpu\].*flashcocos\[gpu\]"):
         open_engines(bundle)
-
-
-def external_data(stage: str, model: onnx.ModelProto) -> None:
-    weights = model.graph.initializer[-1]
-    weights.ClearField("raw_data")
-    weights.data_location = onnx.TensorProto.EXTERNAL
-    weights.external_data.add(key="location", value="secret.bin")
-
-
-def external_data_in_branch(stage: str, model: onnx.ModelProto) -> None:
-    """The place from which onnxruntime 1.18 and 1.32 do read a file, at full optimisation."""
-    tensor = onnx.TensorProto(name="bias", data_type=onnx.TensorProto.FLOAT, dims=[1])
-    external_data(stage, SimpleNamespace(graph=SimpleNamespace(initializer=[tensor])))
-    result = helper.make_tensor_value_info("o", onnx.TensorProto.FLOAT, [1])
-    branch = helper.make_graph([helper.make_node("Identity", ["bias"], ["o"])], "b", [], [result], [tensor])
-    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
-    last = model.graph.node[-1]
-    output, last.output[0] = last.output[0], "before"
-    model.graph.node.append(helper.make_node("If", ["yes"], ["offset"], then_branch=branch, else_branch=branch))
-    model.graph.node.append(helper.make_node("Add", ["before", "offset"], [output]))
-
-
-def rename_output(stage: str, model: onnx.ModelProto) -> None:
-    model.graph.output[0].name = model.graph.node[-1].output[0] = "other"
-
-
-def retype_input(stage: str, model: onnx.ModelProto) -> None:
-    model.graph.input[-1].type.tensor_type.elem_type = onnx.TensorProto.INT32
-    model.graph.node.insert(0, helper.make_node("Cast", ["label"], ["as_uint8"], to=onnx.TensorProto.UINT8))
-    for node in model.graph.node[1:]:
-        node.input[:] = ["as_uint8" if name == "label" else name for name in node.input]
-
-
-def fix_size(stage: str, model: onnx.ModelProto) -> None:
-    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 64
-
-
-def custom_operator(stage: str, model: onnx.ModelProto) -> None:
-    model.opset_import.append(helper.make_opsetid("evil", 1))
-    model.graph.node[-1].domain = "evil"
-
-
-HOSTILE = [
-    (external_data, "lies in another file"),
-    (external_data_in_branch, "lies in another file"),
-    (rename_output, r"the manifest states the outputs .*theta.*the graph has .*other"),
-    (retype_input, r"states the inputs .*uint8.*the graph has .*int32"),
-    (fix_size, r"states the inputs .*None, None, None.*the graph has .*64"),
-    (custom_operator, "cannot load the graph"),
-]
 
 
 @pytest.mark.parametrize(("change", "message"), HOSTILE, ids=[change.__name__ for change, _ in HOSTILE])

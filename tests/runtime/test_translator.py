@@ -251,6 +251,7 @@ def test_describe(classes: Translator) -> None:
     assert described["query"]["provider"] == "CPUExecutionProvider"
     assert described["synthesis"]["device"] == "cpu"
     assert described["exemplar"]["precision"] == "float32"
+    assert {one["arithmetic"] for one in described.values()} == {"float32"}
     assert described["warp"]["backend"] == "numpy"
 
 

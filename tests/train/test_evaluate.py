@@ -137,6 +137,8 @@ def test_which_source_a_path_is(copier: ModelSource, tmp_path: Path) -> None:
     assert isinstance(opened, ModelSource)
     item = FlatPairs()[3]
     assert np.array_equal(opened.draw(item).matches, copier.draw(item).matches)
+    with pytest.raises(InputError, match="PyTorch runs a model file; backend 'openvino' and float32 need a bundle"):
+        open_source(tmp_path / "model.safetensors", backend="openvino")
     assert isinstance(open_source(write_tiny_bundle(tmp_path / "bundle")), BundleSource)
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match="sees no GPU"):
