@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(command)
     _add_pairs(command)
     _add_evaluate(command)
+    _add_bench(command)
     return parser
 
 
@@ -470,6 +471,43 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     for path in filter(None, (options.output, options.sheet)):
         print(path)
     return 0
+
+
+def _add_bench(command: Command) -> None:
+    sub = command(
+        "bench",
+        _run_bench,
+        "Time a bundle on this machine's CPU, with each backend that is installed; prints a table.",
+        "flashcocos bench model.zip --size 256 --size 512 -o bench.jsonl",
+    )
+    sub.add_argument("bundle", nargs="?", metavar="BUNDLE", help="model bundle (default: the one that ships)")
+    sub.add_argument(
+        "--size", type=int, action="append", default=[], metavar="SIDE", help="in pixels; repeat for several"
+    )
+    sub.add_argument(
+        "--backend", choices=("onnxruntime", "openvino"), action="append", default=[], help="repeat for several"
+    )
+    sub.add_argument("--repeats", type=int, default=5, metavar="N", help="timed translations a case (default: 5)")
+    sub.add_argument("--threads", type=int, metavar="N", help="CPU threads of each graph (default: all cores)")
+    sub.add_argument("-o", "--output", metavar="FILE", help="JSON lines to write; goes on where a run was stopped")
+
+
+def _run_bench(options: argparse.Namespace) -> int:
+    from .benchmarks.bundle import bench, table
+    from .runtime.shipped import shipped_bundle
+
+    rows = bench(
+        options.bundle or shipped_bundle(),
+        sizes=options.size,
+        backends=options.backend,
+        repeats=options.repeats,
+        threads=options.threads,
+        output=options.output,
+    )
+    print(table(rows))
+    if options.output:
+        print(options.output)
+    return 0 if all(row["timed"] for row in rows) else 1
 
 
 if __name__ == "__main__":

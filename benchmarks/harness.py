@@ -18,7 +18,7 @@ from typing import Any
 from ..files import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("numpy", "numba", "onnxruntime", "torch", "triton")
+PACKAGES = ("numpy", "numba", "onnxruntime", "openvino", "torch", "triton")
 
 
 def provenance() -> dict[str, Any]:
