@@ -170,7 +170,7 @@ class Trainer:
         self.model.to(self.device)
         if self.device.type == "cuda":
             # tensor cores want it, and the warp's kernels read theta and phi as they come instead of packing them
-            self.model.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stubs lack it
         self.average: CoCosNet | None = None
         if settings.run.ema:
             self.average = CoCosNet(settings.model).to(self.device).requires_grad_(False).eval()
