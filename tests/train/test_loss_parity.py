@@ -14,8 +14,8 @@ float64, and there upstream's neighbour. The rest is the softmax at temperature 
 their norms by 1e-3. `attn.gamma` is a single number, a sum that cancels: a near tie of celebahq moves it by 3 %, and
 its float64 value is 4e-3 from upstream's.
 The norms say little of terms that hardly move them (celebahq's warp cycle makes 0.02 % of theta's gradient, the
-discriminator's terms 1 to 3 % of the image's). `test_objective` and `test_losses` hold the gradients of the warp's terms
-and of the contextual loss to plain forms, and of the others the values.
+discriminator's terms 1 to 3 % of the image's). `test_objective` and `test_losses` hold the gradients of the warp's
+terms and of the contextual loss to plain forms, and of the others the values.
 With the gradients a task takes 80 to 115 s of one core and 8 to 9 GB, without them 50 s and 2 GB; two tasks do without
 unless FLASHCOCOS_FULL_PARITY=1.
 """
