@@ -497,7 +497,7 @@ def _run_bench(options: argparse.Namespace) -> int:
     from .runtime.shipped import shipped_bundle
 
     rows = bench(
-        options.bundle or shipped_bundle(),
+        shipped_bundle() if options.bundle is None else options.bundle,
         sizes=options.size,
         backends=options.backend,
         repeats=options.repeats,

@@ -93,7 +93,9 @@ class Translator:
         warp: str = "auto",
         precision: str = "float32",
     ) -> None:
-        opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle or shipped_bundle())
+        if bundle is None:  # and not "", which is a mistake and no wish for the shipped model
+            bundle = shipped_bundle()
+        opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         check_stages(opened.manifest)
         self.bundle = opened
         self.config = opened.manifest.config

@@ -183,7 +183,7 @@ def sliced_wasserstein_levels(one: PatchSet, other: PatchSet) -> dict[str, float
     """The sliced Wasserstein distance times 1000 of each level, by its side in pixels, and their "mean".
 
     Patches are drawn apart for each set, so equal sets keep a distance of sampling, smaller the more pictures there
-    are: about 5 for 1 000 pictures, 1.7 for 8 192.
+    are: 11 for 200 pictures.
     """
     first, second = one.descriptors(), other.descriptors()
     levels = {str(side): 1e3 * sliced_wasserstein(first[side], second[side]) for side in first}

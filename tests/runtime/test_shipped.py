@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from flashcocos.config import ModelConfig
+from flashcocos.errors import FlashcocosError
 from flashcocos.preprocess.images import UInt8Array
 from flashcocos.runtime import Translator
 from flashcocos.runtime.shipped import FOLDER, MODEL
@@ -68,6 +69,12 @@ def mean_colour(picture: UInt8Array, label: UInt8Array, ids: int) -> np.ndarray:
 def test_no_bundle_named_is_the_shipped_one(translator: Translator) -> None:
     assert translator.bundle.path == MODEL
     assert translator.config == ModelConfig.preset("avatars-128")
+
+
+def test_an_empty_name_is_not_the_shipped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # an empty path is the folder at hand
+    with pytest.raises(FlashcocosError, match=r"manifest\.json"):
+        Translator("")
 
 
 @pytest.mark.parametrize("change", [jpeg, crop, noise, mirror])
