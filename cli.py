@@ -23,6 +23,7 @@ _EXTRAS = {
     "onnxruntime": "cpu",
     "tomli": "train",
 }
+_COMMAND_EXTRAS = {"train": "train", "pairs": "train", "evaluate": "eval"}  # each brings all that its command needs
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").split(".")[0])
+        extra = extra and _COMMAND_EXTRAS.get(options.command, extra)
         if options.debug or extra is None:
             raise
         print(

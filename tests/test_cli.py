@@ -82,6 +82,11 @@ def test_a_missing_package_names_its_extra(
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["convert", "a.pth", "b.pth", "-o", str(tmp_path / "c.safetensors")]) == 1
     assert "the package torch is missing; pip install 'flashcocos[export]'" in capsys.readouterr().err
+    # what `export` brings is not enough to train with
+    monkeypatch.setitem(sys.modules, "flashcocos.train.trainer", None)
+    monkeypatch.delitem(sys.modules, "flashcocos.train.trainer")
+    assert main(["train", "avatars-128", "-o", str(tmp_path / "training")]) == 1
+    assert "the package torch is missing; pip install 'flashcocos[train]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0", "-32", "axb", "1x2x3", "", "256x"])
