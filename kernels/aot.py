@@ -8,7 +8,7 @@
 What a torch-free runtime launches, in this order, all through the driver API:
     pack        theta, phi (padded = C) and values (padded = V rounded up to 8): float32 (B, C, H, W) -> rows of `dtype`
     statistics  mean and inverse norm of the patches, once for theta and once for phi
-    warp        out (B, V, Hq, Wq) in `dtype` and lse; or `match`: index, probability and entropy
+    warp        out (B, V, Hq, Wq) and lse, float32; or `match`: index, probability and entropy
 Strides and sizes are in elements. Shared memory is dynamic: above 48 KiB the function's limit has to be raised first.
 The cubins have been compiled and inspected, never launched: no GPU was at hand.
 """
@@ -119,7 +119,7 @@ def _jobs(sm: int, dtype: str, values: Sequence[int], patch: int, channels: int)
         width = 1 if count is None else count
         tile = configs.forward_tile(sm, itemsize, width)
         outputs = {"index": "*i64", "probability": "*fp32", "entropy": "*fp32"}
-        carried = {"values": element, "out": element, "lse": "*fp32"}
+        carried = {"values": element, "out": "*fp32", "lse": "*fp32"}
         yield _Job(
             f"match_p{patch}_c{channels}_{dtype}" if match else f"warp_p{patch}_c{channels}_v{count}_{dtype}",
             forward_kernel,

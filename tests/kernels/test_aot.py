@@ -109,8 +109,8 @@ def test_a_description_is_all_that_a_launch_needs(compiled):
     assert names[:14] == ["theta", "phi", "values", "mu", "a", "nu", "b", "out", "lse", *sizes]
     assert names[14:] == list(aot.HIDDEN)[: len(names) - 14]
     types = {argument["name"]: argument["type"] for argument in warp["arguments"]}
-    assert types["theta"] == types["out"] == "*fp16"
-    assert types["lse"] == "*fp32"
+    assert types["theta"] == types["values"] == "*fp16"
+    assert types["out"] == types["lse"] == "*fp32"
     assert types["scale"] == "fp32"
     tile = configs.forward_tile(80, 2, 48)
     assert warp["entry"] == "forward_kernel"
