@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import __version__
-from .errors import FlashcocosError
+from .errors import FlashcocosError, InputError
 
 # the extra that brings a package which a command may find missing
 _EXTRAS = {
@@ -480,9 +480,15 @@ def _add_bench(command: Command) -> None:
         "bench",
         _run_bench,
         "Time a bundle on this machine's CPU, with each backend that is installed; prints a table.",
-        "flashcocos bench model.zip --size 256 --size 512 -o bench.jsonl",
+        "flashcocos bench model.zip --quick\n"
+        "  flashcocos bench model.zip --profile --size 512\n"
+        "  flashcocos bench model.zip --size 256 --size 512 -o bench.jsonl",
     )
     sub.add_argument("bundle", nargs="?", metavar="BUNDLE", help="model bundle (default: the one that ships)")
+    sub.add_argument("--quick", action="store_true", help="within two minutes, and a batch of 4 with it")
+    sub.add_argument(
+        "--profile", action="store_true", help="instead: the time of each stage and kind of operator in ONNX Runtime"
+    )
     sub.add_argument(
         "--size", type=int, action="append", default=[], metavar="SIDE", help="in pixels; repeat for several"
     )
@@ -491,25 +497,38 @@ def _add_bench(command: Command) -> None:
     )
     sub.add_argument("--repeats", type=int, default=5, metavar="N", help="timed translations a case (default: 5)")
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads of each graph (default: all cores)")
-    sub.add_argument("-o", "--output", metavar="FILE", help="JSON lines to write; goes on where a run was stopped")
+    sub.add_argument("-o", "--output", metavar="FILE", help="rows to write, .jsonl; goes on where a run was stopped")
+    sub.add_argument("--fresh", action="store_true", help="begin the output anew")
 
 
 def _run_bench(options: argparse.Namespace) -> int:
-    from .benchmarks.bundle import bench, table
     from .runtime.shipped import shipped_bundle
 
+    bundle = shipped_bundle() if options.bundle is None else options.bundle
+    if options.profile:
+        if clashing := [name for name in ("quick", "backend", "output") if getattr(options, name)]:
+            raise InputError(f"--profile runs ONNX Runtime and prints; leave --{clashing[0]} out")
+        from .benchmarks.profile import profile, report
+
+        for size in options.size or [None]:
+            print(report(profile(bundle, size=size, repeats=options.repeats, threads=options.threads)))
+        return 0
+    from .benchmarks.bundle import bench, table
+
     rows = bench(
-        shipped_bundle() if options.bundle is None else options.bundle,
+        bundle,
         sizes=options.size,
         backends=options.backend,
         repeats=options.repeats,
         threads=options.threads,
+        quick=options.quick,
         output=options.output,
+        fresh=options.fresh,
     )
     print(table(rows))
     if options.output:
         print(options.output)
-    return 0 if all(row["timed"] for row in rows) else 1
+    return 0 if all(row["status"] == "timed" for row in rows) else 1
 
 
 if __name__ == "__main__":

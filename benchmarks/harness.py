@@ -1,57 +1,90 @@
-"""What every benchmark shares: provenance of a run, a case in a process of its own, and results written as JSON.
-
-A case runs in a fresh interpreter: its peak memory is its own, and no cache is warm that a user's would not be.
-"""
+"""What every benchmark shares: where and with what a number was measured, memory, percentiles, a script's results."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..files import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("numpy", "numba", "onnxruntime", "openvino", "torch", "triton")
+PACKAGES = ("numpy", "numba", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "triton")
+QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 def provenance() -> dict[str, Any]:
-    """Where and with what a number was measured: git revision, versions, processor, cores."""
+    """Where and with what a number was measured: git revision, versions, processor, cores, and the GPU if any."""
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {
-        "revision": _git("rev-parse", "--short=12", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+    # what a run writes itself is no change of what it measures
+    changes = _git("status", "--porcelain", "--", "..", ":(exclude,top)benchmarks/results", ":(exclude,top)README.md")
+    found = {
+        "revision": _git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else ""),
         "python": platform.python_version(),
         "versions": versions,
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(_meminfo("MemTotal") / 2**30, 1),
     }
+    gpu = _nvidia_smi("name", "driver_version", "power.limit", "clocks.max.sm")
+    return {**found, "gpu": gpu} if gpu else found
+
+
+def conditions() -> dict[str, Any]:
+    """What changes from one case to the next: time, load, and the clocks of CPU and GPU where they can be read."""
+    found: dict[str, Any] = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    if hasattr(os, "getloadavg"):
+        found["load_average"] = round(os.getloadavg()[0], 2)
+    clocks = re.findall(r"^cpu MHz\s*: ([\d.]+)", _text("/proc/cpuinfo"), re.MULTILINE)
+    if clocks:
+        found["cpu_mhz"] = round(max(map(float, clocks)))
+    if gpu := _nvidia_smi("clocks.sm", "clocks.mem", "temperature.gpu"):
+        found["gpu_clocks"] = gpu
+    return found
 
 
 def peak_rss() -> int:
     """Largest resident memory of this process so far, in bytes."""
+    if peak := process_memory("VmHWM"):  # getrusage counts what the parent had at the fork
+        return peak
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_isolated(module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run `python -m module arguments` and return the JSON object that it prints as its last line."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{done.stderr.strip()}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def process_memory(field: str) -> int:
+    """A field of /proc/self/status in bytes, as VmRSS, which is resident, or VmHWM, its peak; 0 where there is none."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", _text("/proc/self/status"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def free_memory(device: str = "cpu") -> int | None:
+    """Bytes that `device`, "cpu" or "cuda", could still give; None where the system does not tell."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    return _meminfo("MemAvailable") or None
+
+
+def percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
+    """p5, median, p95 and p99; of few runs they lie between the runs' own times."""
+    return {name: round(float(np.quantile(milliseconds, share)), 3) for name, share in QUANTILES.items()}
 
 
 def write_results(name: str, command: str, rows: list[dict[str, Any]]) -> Path:
@@ -71,15 +104,34 @@ def _git(*arguments: str) -> str:
         return "unknown"
 
 
-def _processor() -> str:
+def _nvidia_smi(*fields: str) -> str:
+    """Fields of the first GPU, separated by commas; nothing without one."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _processor() -> str:
+    names = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE))
+    if not names:
         return platform.processor()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    names = {key.strip(): value.strip() for key, value in fields.items()}
     model = (
         f"{names.get('model name', platform.machine())} (family {names.get('cpu family')}, model {names.get('model')})"
     )
     vector = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in names.get("flags", "").split()]
     return f"{model} {' '.join(vector)}"
+
+
+def _meminfo(field: str) -> int:
+    """A field of /proc/meminfo in bytes; 0 where there is none."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,32 +1,52 @@
-"""Write the tables of the README from the results that the benchmarks wrote, and from nothing else.
-
-python -m flashcocos.benchmarks.tables          # rewrites README.md between its markers
-"""
+"""The README's results from the results files, and from nothing else; `report` also draws the plots."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..files import atomic_path
 from .harness import RESULTS
+from .registry import GROUPS
+from .runner import Row, read_rows
 
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- results: written by python -m flashcocos.benchmarks.tables -->", "<!-- /results -->"
+BEGIN, END = "<!-- results: written by python -m flashcocos.benchmarks report -->", "<!-- /results -->"
+METHODS = {
+    "eager": "eager PyTorch, as published",
+    "eager-fused": "eager PyTorch, full matrix in the warp alone",
+    "eager-tiled": "flashcocos's networks in PyTorch",
+    "compiled": "torch.compile, as published",
+    "naive": "one naive ONNX graph, ONNX Runtime",
+    "naive-openvino": "one naive ONNX graph, OpenVINO",
+    "runtime": "runtime",
+}
+NOT_SHOWN = """**What this does not show.**
 
-Results = dict[str, Any]
+- Weights are seeded noise where a full-size network runs: agreement is that of two programs on the same weights, and
+  says nothing of how good a picture is.
+- Inputs are in memory already; reading, decoding and writing files is not in any time.
+- Processes have the machine to themselves. Other processors, with AVX-512 or more cores, rank the rows differently.
+- Peak memory is that of a whole fresh process, the interpreter and its packages included.
+- The published form is flashcocos's own code of the published computation, not the authors' program.
+- The largest batch that a given GPU trains with is not predicted, and no row has run on a GPU unless it names one."""
 
 
-def main() -> None:
-    """Rewrite the README in place."""
-    sections = [section(_load(name)) for name, section in SECTIONS.items()]
-    text = insert(README.read_text(), "\n\n".join(sections))
-    with atomic_path(README) as temporary:
-        temporary.write_text(text)
-    print(README)
+def report(readme: Path = README, results: Path = RESULTS) -> int:
+    """Rewrite `readme` between its markers and draw the plots beside the `results`."""
+    from .plots import draw
+
+    text = insert(readme.read_text(encoding="utf-8"), sections(results))
+    for path in draw(results, results):
+        print(path)
+    with atomic_path(readme) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(readme)
+    return 0
 
 
 def insert(readme: str, tables: str) -> str:
@@ -37,99 +57,252 @@ def insert(readme: str, tables: str) -> str:
     return pattern.sub(lambda _: f"{BEGIN}\n\n{tables}\n\n{END}", readme)
 
 
-def translation(results: Results) -> str:
-    """One translation, end to end: time, memory and agreement."""
-    size = results["rows"][0]["size"]
-    lines = [
-        f"**One translation** at {size} x {size}, a full-size ade20k network, seeded weights, 16 classes in a label:",
-        "",
-        "| | median | peak memory of the process | agreement with eager |",
-        "|---|---|---|---|",
-    ]
-    for row in results["rows"]:
-        agreement = "-" if row["case"] == "eager" else f"{row['psnr_db']:.1f} dB"
-        lines.append(
-            f"| {CASES[row['case']]} | {row['median_ms'] / 1e3:.2f} s | {row['peak_mib']:.0f} MiB | {agreement} |"
-        )
-    return "\n".join([*lines, "", _origin(results)])
+def sections(results: Path = RESULTS) -> str:
+    """Everything between the markers; a group without a results file has no section."""
+    parts = [avatars(_load(results / "avatars-128.json"))]
+    for group in GROUPS:
+        for path in sorted(results.glob(f"{group}*.jsonl")):
+            rows = read_rows(path)
+            if rows and (text := SECTIONS[group](rows)):
+                parts.append(f"{text}\n\n{origin(rows)}")
+    return "\n\n".join([*parts, NOT_SHOWN])
 
 
-def corr_warp(results: Results) -> str:
-    """The warp alone on the CPU against the product it contains."""
-    lines = [
-        "**The warp on the CPU**, C 256, patch 3, 3 values: time over that of the bare theta^T phi product in numpy",
-        "in the same run, and memory beside inputs and result:",
-        "",
-        "| backend | maps | inputs | warp | product | ratio | extra memory | max error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in results["rows"]:
-        if row["values"] != 3:
+def ladder(rows: Sequence[Row]) -> str:
+    """One translation at 256 px, from the published form downwards, with the quality of each step."""
+    size = rows[0]["parameters"]["size"]
+    base = next((row["ms"]["median"] for row in rows if row["status"] == "timed"), None)
+    lines = []
+    for row in rows:
+        if row["status"] != "timed":
+            lines.append([label(row), unmeasured(row), *[""] * 6])
             continue
-        times = row["milliseconds"]
-        lines.append(
-            f"| {row['backend']} | {row['size']} x {row['size']} | {row['inputs']} | {times['warp']['min']:.0f} ms | "
-            f"{times['product']['min']:.0f} ms | {row['ratio']:.2f} | {row['extra_mib']:.0f} MiB | "
-            f"{row['max_error']:.0e} |"
-        )
-    return "\n".join([*lines, "", _origin(results)])
-
-
-def avatars(results: Results) -> str:
-    """The shipped model on the held-out avatars, as `flashcocos evaluate` wrote it."""
-    lines = [
-        f"**The shipped model** on {results['pairs']} held-out pairs of portraits whose exact answer is known.",
-        "The trivial answer paints each class in the exemplar's mean colour of that class.",
-        "",
-        "| | PSNR | SSIM | correspondence |",
-        "|---|---|---|---|",
-        f"| result | {results['psnr']:.2f} dB | {results['ssim']:.3f} | {results['correspondence']:.3f} |",
-        f"| warped exemplar | {results['psnr_warped']:.2f} dB | | |",
-        f"| trivial answer | {results['psnr_trivial']:.2f} dB | | |",
-        "",
-        "| | " + " | ".join(results["psnr_by_class"]) + " |",
-        "|---|" + "---|" * len(results["psnr_by_class"]),
-        "| PSNR, dB | " + " | ".join(f"{value:.1f}" for value in results["psnr_by_class"].values()) + " |",
-        "| colour error | " + " | ".join(f"{value:.3f}" for value in results["colour_error_by_class"].values()) + " |",
-    ]
-    return "\n".join(lines)
-
-
-CASES = {
-    "eager": "eager PyTorch, as published, full matrix",
-    "runtime": "runtime, exemplar encoded each time",
-    "runtime-cached": "runtime, exemplar encoded once",
-}
-SECTIONS = {
-    "avatars-128": avatars,
-    "translation": translation,
-    "translation_512": translation,
-    "corr_warp": corr_warp,
-}
-
-_COMMANDS = {
-    "avatars-128": "flashcocos evaluate runtime/shipped/avatars-128.zip --data avatars -o FILE",
-    "translation": "python -m flashcocos.benchmarks.translation",
-    "translation_512": "python -m flashcocos.benchmarks.translation --size 512 --name translation_512",
-    "corr_warp": "python -m flashcocos.benchmarks.corr_warp",
-}
-
-
-def _load(name: str) -> Results:
-    path = RESULTS / f"{name}.json"
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; run {_COMMANDS[name]} first") from error
-
-
-def _origin(results: Results) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        lines.append([label(row), duration(row), spread(row), f"{base / row['ms']['median']:.2f}", memory(row)])
+        lines[-1] += agreement(row)
+    head = ["", "median", "p5 to p95", "times as fast", "peak memory", "largest error", "PSNR", "SSIM"]
     return (
-        f"{results['processor']}, {results['cores']} cores; Python {results['python']}, {versions}; "
-        f"revision {results['revision']}: `{results['command']}`"
+        f"**The latency ladder**: one translation at {size} x {size}, a full-size ade20k network, quality against the "
+        f"first row:\n\n![time and agreement of each step](benchmarks/results/ladder.png)\n\n{table(head, lines)}"
     )
 
 
-if __name__ == "__main__":
-    main()
+def resolution(rows: Sequence[Row]) -> str:
+    """Time and memory over the size of the picture."""
+    lines = []
+    for row in sorted(rows, key=lambda row: row["parameters"]["size"]):
+        start = [f"{row['parameters']['size']} px", label(row)]
+        if row["status"] == "timed":
+            lines.append([*start, duration(row), memory(row), *agreement(row)[1:2]])
+        else:
+            lines.append([*start, unmeasured(row), "", ""])
+    plot = "![peak memory over resolution](benchmarks/results/memory.png)"
+    head = ["size", "", "time", "peak memory", "PSNR"]
+    return f"**Larger pictures**, the same network:\n\n{plot}\n\n{table(head, lines)}"
+
+
+def warp(rows: Sequence[Row]) -> str:
+    """The warp alone: methods over positions, then everything that is not its plain forward pass."""
+    plain = [row for row in rows if is_plain(row)]
+    methods = list(dict.fromkeys(row["parameters"]["method"] for row in plain))
+    counts = sorted({row["parameters"]["size"] ** 2 for row in plain})
+    cells = {(row["parameters"]["method"], row["parameters"]["size"] ** 2): row for row in plain}
+    lines = [
+        [f"{count:,}".replace(",", " "), *(_cell(cells.get((method, count))) for method in methods)] for count in counts
+    ]
+    text = (
+        "**The warp alone** over N positions, 256 channels, patch 3, 3 values: time, and memory beside inputs and "
+        f"result:\n\n![time of the warp over N](benchmarks/results/warp.png)\n\n{table(['N', *methods], lines)}"
+    )
+    others = [row for row in rows if not is_plain(row)]
+    lines = [[row["measures"], _cell(row), error(row)] for row in others]
+    text += f"\n\n{table(['', 'time, memory', 'largest error'], lines)}" if others else ""
+    lines = [
+        [row["measures"] + f", {row['parameters']['inputs']}", f"{row['ratio']:.2f}", error(row)]
+        for row in rows
+        if "ratio" in row
+    ]
+    head = ["", "ratio", "largest error"]
+    return text + (f"\n\nTime over that of the bare theta^T phi product:\n\n{table(head, lines)}" if lines else "")
+
+
+def training(rows: Sequence[Row]) -> str:
+    """A training step."""
+    return f"**A training step**:\n\n{_plain_table(rows)}"
+
+
+def throughput(rows: Sequence[Row]) -> str:
+    """Pictures a second."""
+    lines = []
+    for row in rows:
+        batch = row["parameters"]["batch"]
+        if row["status"] == "timed":
+            lines.append([str(batch), label(row), f"{1e3 * batch / row['ms']['median']:.3g}", memory(row)])
+        else:
+            lines.append([str(batch), label(row), unmeasured(row), ""])
+    head = ["batch", "", "pictures a second", "peak memory"]
+    return f"**Batches**, {rows[0]['parameters']['size']} px, the same network:\n\n{table(head, lines)}"
+
+
+def startup(rows: Sequence[Row]) -> str:
+    """First pictures, then sizes of installations."""
+    lines = [
+        [row["measures"], seconds(row["parts_ms"]["ready"]), duration(row), f"{row['facts']['peak_mib']:.0f} MiB"]
+        if row["status"] == "timed"
+        else [row["measures"], unmeasured(row), "", ""]
+        for row in rows
+        if "extra" not in row["parameters"]
+    ]
+    text = f"**Start-up**:\n\n{table(['', 'ready', 'first picture', 'peak memory'], lines)}" if lines else ""
+    sizes = [
+        [row["measures"], f"{row['facts']['mib']:.0f} MiB", str(row["facts"]["packages"]), _largest(row)]
+        if row["status"] == "measured"
+        else [row["measures"], unmeasured(row), "", ""]
+        for row in rows
+        if "extra" in row["parameters"]
+    ]
+    head = ["", "size", "packages", "the largest"]
+    return text + (f"\n\n**Installed**, flashcocos itself left out:\n\n{table(head, sizes)}" if sizes else "")
+
+
+def machine(rows: Sequence[Row]) -> str:
+    """The machine's own rates."""
+    lines = [
+        [name.replace("_gb_s", ", GB/s").replace("_gflop_s", " products, GFLOP/s"), f"{value:,.0f}".replace(",", " ")]
+        for row in rows
+        if row["status"] == "measured"
+        for name, value in row["facts"].items()
+    ]
+    text = "**The machine**, copied bytes read and written"
+    return f"{text}:\n\n{table(['', 'rate'], lines)}"
+
+
+def avatars(results: dict[str, Any]) -> str:
+    """The shipped model on the held-out avatars, as `flashcocos evaluate` wrote it."""
+    lines = [
+        ["result", f"{results['psnr']:.2f} dB", f"{results['ssim']:.3f}", f"{results['correspondence']:.3f}"],
+        ["warped exemplar", f"{results['psnr_warped']:.2f} dB", "", ""],
+        ["trivial answer", f"{results['psnr_trivial']:.2f} dB", "", ""],
+    ]
+    by_class = [
+        ["PSNR, dB", *(f"{value:.1f}" for value in results["psnr_by_class"].values())],
+        ["colour error", *(f"{value:.3f}" for value in results["colour_error_by_class"].values())],
+    ]
+    return (
+        f"**The shipped model** on {results['pairs']} held-out pairs of portraits whose exact answer is known.\n"
+        "The trivial answer paints each class in the exemplar's mean colour of that class.\n\n"
+        f"{table(['', 'PSNR', 'SSIM', 'correspondence'], lines)}\n\n{table(['', *results['psnr_by_class']], by_class)}"
+    )
+
+
+SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "machine": machine,
+    "ladder": ladder,
+    "resolution": resolution,
+    "warp": warp,
+    "training": training,
+    "throughput": throughput,
+    "startup": startup,
+}
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [re.sub(r" +\|", " |", f"| {' | '.join(row)} |") for row in (head, *lines)]
+    return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]])
+
+
+def label(row: Row) -> str:
+    """What ran, for people."""
+    chosen = row["parameters"]
+    name = METHODS[chosen["method"]]
+    if chosen["method"] != "runtime":
+        return name + (f", {chosen['dtype']}" if chosen.get("dtype", "float32") != "float32" else "")
+    parts = [] if chosen["bundle"] == "model" else [chosen["bundle"]]
+    parts += ["OpenVINO"] * (chosen["backend"] == "openvino")
+    parts += [chosen["precision"]] * (chosen["precision"] != "float32")
+    parts.append("exemplar encoded once" if chosen["cached"] else "exemplar encoded each time")
+    return ", ".join([name, *parts])
+
+
+def seconds(milliseconds: float) -> str:
+    """1.23 s, or 45.6 ms below one second."""
+    return f"{milliseconds / 1e3:.2f} s" if milliseconds >= 1e3 else f"{milliseconds:.3g} ms"
+
+
+def duration(row: Row) -> str:
+    """The median."""
+    return seconds(row["ms"]["median"])
+
+
+def spread(row: Row) -> str:
+    """p5 to p95, where more than one run tells them."""
+    ms = row["ms"]
+    return f"{seconds(ms['p5'])} to {seconds(ms['p95'])}" if "p5" in ms and row["runs"] > 1 else ""
+
+
+def memory(row: Row) -> str:
+    """Peak of the device where one ran, else of the process."""
+    return f"{row.get('device_peak_mib', row['peak_mib']):.0f} MiB"
+
+
+def agreement(row: Row) -> list[str]:
+    """Largest error of 255, PSNR, SSIM; empty for what others are compared with."""
+    found, forms = row["quality"], {"max_abs": "{:.0f} of 255", "psnr_db": "{:.1f} dB", "ssim": "{:.4f}"}
+    return [form.format(found[name]) if name in found else "" for name, form in forms.items()]
+
+
+def error(row: Row) -> str:
+    """The warp's largest error."""
+    return f"{row['quality']['max_error']:.0e}" if "quality" in row else ""
+
+
+def unmeasured(row: Row) -> str:
+    """Why a row has no time."""
+    if row["status"] == "outside":
+        found = ", ".join(f"{name} {value:.4g}" for name, value in row["quality"].items())
+        return f"too far off ({found}), not timed"
+    return f"{row['status']}: {row['reason']}" if row["status"] == "skipped" else row["status"]
+
+
+def origin(rows: Sequence[Row]) -> str:
+    """Hardware, versions and commands of one results file."""
+    setup = rows[0]["setup"]
+    versions = ", ".join(f"{name} {version}" for name, version in setup["versions"].items())
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
+    place = f"{setup['processor']}, {setup['cores']} cores" + (f", {setup['gpu']}" if "gpu" in setup else "")
+    return f"{place}; Python {setup['python']}, {versions}; revision {setup['revision']}: {commands}"
+
+
+def is_plain(row: Row) -> bool:
+    chosen = row["parameters"]
+    return (chosen["patch"], chosen["values"], chosen["inputs"], chosen["backward"]) == (3, 3, "noise", False)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or row["status"] != "timed":
+        return "" if row is None else unmeasured(row)
+    extra = row.get("device_peak_mib", row.get("extra_mib"))
+    return duration(row) + (f", {extra:.0f} MiB" if extra is not None else "")
+
+
+def _plain_table(rows: Sequence[Row]) -> str:
+    lines = [
+        [row["measures"], duration(row), memory(row)]
+        if row["status"] == "timed"
+        else [row["measures"], unmeasured(row), ""]
+        for row in rows
+    ]
+    return table(["", "time", "peak memory"], lines)
+
+
+def _largest(row: Row) -> str:
+    return ", ".join(f"{name} {size:.0f}" for name, size in row["facts"]["largest"].items())
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        command = "flashcocos evaluate runtime/shipped/avatars-128.zip --data avatars"
+        raise InputError(f"{path}: {error.strerror}; run `{command} -o {path}` first") from error
+    return found

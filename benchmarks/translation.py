@@ -1,154 +1,157 @@
-"""One translation, start to picture: the runtime against the eager PyTorch networks with the full matrix.
+"""One translation, label and exemplar to picture, by everything that can do it.
 
-    python -m flashcocos.benchmarks.translation --checkpoint model.safetensors --bundle model/ --size 256
+    eager            CoCosNet in PyTorch as published: whole matrices in the warp and in the self-attention
+    eager-fused      the same with torch's fused attention in place of the self-attention's matrix
+    eager-tiled      flashcocos's own networks in PyTorch: tiled warp and fused attention, no matrix at all
+    compiled         torch.compile of `eager`; the compilation is in first_ms
+    naive            `eager` as one ONNX graph in ONNX Runtime
+    naive-openvino   the same graph in OpenVINO
+    runtime          Translator on a bundle
 
-Each case runs in a process of its own on the same input, seeded noise of the right kind; both decode nothing and write
-nothing. Reported: median, smallest and largest milliseconds of a translation after one warm-up, and the peak memory of
-the process. The outputs are compared first: a runtime that differs is not timed.
-
-    eager            CoCosNet in PyTorch, label and exemplar in, warp with its N x N matrix (as published)
-    runtime          Translator, exemplar encoded anew each time
-    runtime-cached   Translator, exemplar encoded once
+Inputs are seeded noise of the right kind; files are neither read nor decoded in the timed part. Pictures are compared
+as uint8. On a GPU, PyTorch and ONNX Runtime's CUDA provider run the same cases; that has not been done yet.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config import ModelConfig
-from .harness import peak_rss, run_isolated, write_results
-
-CASES = ("eager", "runtime", "runtime-cached")
-CLASSES = 16  # that a label holds, on which the runtime's time depends: 4 to 21, 11 on average, in 12 of ADE20K's
-MIN_PSNR = 40.0  # dB between the uint8 pictures of eager and runtime; rounding alone gives more than 50
+from ..errors import BackendError
+from .inputs import UInt8Array, differences, inputs, similarity
+from .registry import Case, Material, Outcome, Subject
 
 
-def inputs(config: ModelConfig, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A label, an exemplar (size, size, 3) and its label: blocks of 32 pixels with noise, from a fixed seed."""
-    rng = np.random.default_rng(0)
+def prepare(case: Case, material: Material) -> Subject:
+    """parameters: method, size; of the runtime also bundle, backend, precision, cached, batch; of eager, dtype."""
+    chosen = case.parameters
+    makers: dict[str, Callable[..., tuple[Callable[[], Outcome], dict[str, Any]]]] = {
+        "runtime": _runtime,
+        "naive": _naive,
+        "naive-openvino": _naive_openvino,
+    }
+    run, facts = makers.get(chosen["method"], _eager)(chosen, material)
+    path = Path(material.references) / f"{case.reference or case.name}.npy"
 
-    def label() -> np.ndarray:
-        cells = (size // 32, size // 32)
-        if config.label_kind == "classes":
-            present = rng.choice(config.label_channels, min(CLASSES, config.label_channels), replace=False)
-            blocks = rng.choice(present, cells)
-        else:
-            blocks = rng.integers(0, 256, (config.label_channels, *cells))
-        return np.kron(blocks, np.ones((32, 32), int)).astype(np.uint8)
+    def check(picture: UInt8Array) -> dict[str, float]:
+        if case.reference:
+            return differences(picture, np.load(path))
+        if material.references:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, picture)
+        return {}
 
-    colours = np.kron(rng.integers(0, 200, (size // 32, size // 32, 3)), np.ones((32, 32, 1), int))
-    exemplar = (colours + rng.integers(0, 56, (size, size, 3))).astype(np.uint8)
-    return label(), exemplar, label()
+    def score(picture: UInt8Array) -> dict[str, float]:
+        return similarity(picture, np.load(path)) if case.reference else {}
+
+    return Subject(run, check, score, facts=facts)
 
 
-def eager(checkpoint: str, size: int) -> Callable[[], np.ndarray]:
-    """The networks in PyTorch with the reference warp."""
+def _eager(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], Outcome], dict[str, Any]]:
     import torch
 
-    from ..preprocess import load_image, load_label, to_uint8
+    from ..preprocess import to_uint8
     from ..train.checkpoint import load_model
+    from .naive import Published
 
-    model = load_model(checkpoint).eval()
-    label, exemplar, exemplar_label = inputs(model.config, size)
-    tensors = [
-        torch.from_numpy(load_label(model.config, label)[None]),
-        torch.from_numpy(load_image(exemplar)[None]),
-        torch.from_numpy(load_label(model.config, exemplar_label)[None]) if model.config.mask_mixing else None,
-    ]
+    method, dtype, batch = chosen["method"], getattr(torch, chosen["dtype"]), chosen["batch"]
+    model = load_model(material.model).to(material.device, dtype).eval()
+    tensors = [torch.from_numpy(array).to(material.device) for array in _arrays(model.config, chosen["size"])]
+    tensors = [x.repeat(batch, *[1] * (x.ndim - 1)).to(dtype if x.is_floating_point() else x.dtype) for x in tensors]
+    network: Callable[..., Any] = Published(model, attention=method != "eager-fused")
+    if method == "compiled":
+        network = torch.compile(network, dynamic=False)
+    if method == "eager-tiled":
+        network = lambda *inputs: model(*inputs).image  # noqa: E731
 
     @torch.inference_mode()
-    def run() -> np.ndarray:
-        return to_uint8(model(*tensors, backend="reference").image[0].numpy())
+    def run() -> Outcome:
+        return Outcome(to_uint8(network(*tensors)[0].float().cpu().numpy()))
 
-    return run
+    return run, {}
 
 
-def runtime(bundle: str, size: int, *, cached: bool) -> Callable[[], np.ndarray]:
-    """The torch-free runtime."""
+def _naive(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], Outcome], dict[str, Any]]:
+    import onnxruntime
+
+    from ..preprocess import to_uint8
+
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[material.device]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = material.threads or 0
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(material.naive, options, providers=[provider])
+    if provider not in session.get_providers():
+        raise BackendError(f"onnxruntime could not start {provider}; pip install flashcocos[gpu]")
+    feeds = _feeds(chosen, material, [value.name for value in session.get_inputs()])
+    return lambda: Outcome(to_uint8(session.run(["image"], feeds)[0][0])), {}
+
+
+def _naive_openvino(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], Outcome], dict[str, Any]]:
+    import openvino
+
+    from ..preprocess import to_uint8
+
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if material.threads:
+        options["INFERENCE_NUM_THREADS"] = material.threads
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(material.naive), "CPU", options)
+    feeds = _feeds(chosen, material, [port.get_any_name() for port in compiled.inputs])
+    return lambda: Outcome(to_uint8(compiled(feeds)[0][0])), {}
+
+
+def _runtime(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], Outcome], dict[str, Any]]:
     from ..runtime import Translator
 
-    translator = Translator(bundle, device="cpu")
+    start = time.perf_counter()
+    translator = Translator(
+        material.bundles[chosen["bundle"]],
+        backend=chosen["backend"],
+        precision=chosen["precision"],
+        device=material.device,
+        threads=material.threads,
+    )
+    load = time.perf_counter() - start
+    size, batch = chosen["size"], chosen["batch"]
     label, image, image_label = inputs(translator.config, size)
+    mixed = image_label if translator.config.mask_mixing else None
+    labels: Any = label if batch == 1 else [np.roll(label, 32 * item, axis=-1) for item in range(batch)]
 
-    def encode() -> Any:
-        mixing = translator.config.mask_mixing
-        return translator.encode_exemplar(image, image_label if mixing else None, size=size)
-
-    kept = encode() if cached else None
-    return lambda: translator.translate(label, kept or encode(), size=size).image
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="model.safetensors")
-    parser.add_argument("--bundle", required=True, help="the bundle exported from it")
-    parser.add_argument("--size", type=int, default=256, help="side in pixels")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--name", default="translation", help="of the results file")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    parser.add_argument("--picture", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.case:
-        print(json.dumps(measure(options)))
-        return
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for case in CASES:
-            picture = str(Path(folder) / "eager.npy")
-            row = run_isolated(__spec__.name, [*sys.argv[1:], "--case", case, "--picture", picture])
-            rows.append(row)
-            print(
-                f"{case:15} {row['median_ms']:8.0f} ms  ({row['min_ms']:.0f} to {row['max_ms']:.0f})  "
-                f"peak {row['peak_mib']:6.0f} MiB  {row['psnr_db']:.1f} dB"
-            )
-    words = " ".join(Path(word).name for word in sys.argv[1:])  # a folder of this machine tells nobody anything
-    print(write_results(options.name, f"python -m flashcocos.benchmarks.translation {words}", rows))
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Time one case in this process."""
-    if options.case == "eager":
-        run = eager(options.checkpoint, options.size)
-    else:
-        run = runtime(options.bundle, options.size, cached=options.case == "runtime-cached")
-    picture = run()
-    if options.case == "eager":
-        np.save(options.picture, picture)
-    quality = psnr(picture, np.load(options.picture))
-    if quality < MIN_PSNR:
-        raise SystemExit(f"{options.case} differs from eager: {quality:.1f} dB, expected at least {MIN_PSNR}")
-    times = []
-    for _ in range(options.repeats):
+    def encode() -> tuple[Any, float]:
         start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1e3)
-    return {
-        "case": options.case,
-        "size": options.size,
-        "median_ms": statistics.median(times),
-        "min_ms": min(times),
-        "max_ms": max(times),
-        "repeats": options.repeats,
-        "psnr_db": quality,
-        "peak_mib": peak_rss() / 2**20,
-    }
+        exemplar = translator.encode_exemplar(image, mixed, size)
+        return exemplar, 1e3 * (time.perf_counter() - start)
+
+    kept, encoding = encode() if chosen["cached"] else (None, 0.0)
+
+    def run() -> Outcome:
+        exemplar, took = (kept, 0.0) if kept is not None else encode()
+        if batch == 1:
+            result = translator.translate(labels, exemplar, size)
+        else:
+            result = translator.translate(labels, exemplar, size, batch_size=batch)[0]
+        parts = {stage: share * batch for stage, share in result.timings.items()}
+        return Outcome(result.image, {**({} if kept is not None else {"exemplar": took}), **parts})
+
+    facts = {"load_ms": round(1e3 * load, 1), "warp": translator.describe()["warp"]["backend"]}
+    return run, facts | ({"exemplar_ms": round(encoding, 1)} if kept is not None else {})
 
 
-def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB, at most 99."""
-    error = float(np.mean((actual.astype(float) - expected.astype(float)) ** 2))
-    return 10 * np.log10(255**2 / error) if error > 255**2 * 10**-9.9 else 99.0
+def _feeds(chosen: Mapping[str, Any], material: Material, names: list[str]) -> dict[str, np.ndarray]:
+    """Inputs of the single graph, by their names."""
+    return dict(zip(names, _arrays(ModelConfig.from_json(material.config), chosen["size"]), strict=True))
 
 
-if __name__ == "__main__":
-    main()
+def _arrays(config: ModelConfig, size: int) -> list[np.ndarray]:
+    """label, exemplar and, for models that mix it in, the exemplar's label, batched, as the networks take them."""
+    from ..preprocess import load_image, load_label
+
+    label, image, image_label = inputs(config, size)
+    arrays = [load_label(config, label)[None], load_image(image)[None]]
+    return [*arrays, load_label(config, image_label)[None]] if config.mask_mixing else arrays

@@ -1,0 +1,124 @@
+"""`python -m flashcocos.benchmarks COMMAND`; the scheme is told in the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import FlashcocosError, InputError
+from . import __doc__ as scheme
+from .harness import RESULTS
+from .registry import GROUPS, all_cases, select
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 where every case has its row, 1 for an error or a case that failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flashcocos.benchmarks",
+        description=scheme,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    model = commands.add_parser("model", help="fill a folder with what the cases run on")
+    model.add_argument("-o", "--output", required=True, metavar="FOLDER", help="a model.safetensors there is kept")
+    model.add_argument("--preset", default="ade20k", help="of the random model that is made where there is none")
+    for name, summary in (("list", "show the cases"), ("run", "run cases and keep their rows")):
+        sub = commands.add_parser(name, help=summary)
+        sub.add_argument("--group", action="append", default=[], choices=GROUPS, help="repeat for several")
+        sub.add_argument("--only", action="append", default=[], metavar="PATTERN", help="names, as in 'warp/numba-*'")
+        sub.add_argument("--all", action="store_true", help="also the cases that are not published")
+        sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        sub.add_argument(
+            "--bundle", action="append", default=[], metavar="NAME=PATH", help="a further bundle, a step of the ladder"
+        )
+    run = commands.choices["run"]
+    run.add_argument("--model", metavar="FOLDER", help="what `model` has filled")
+    run.add_argument("--threads", type=int, metavar="N", help="CPU threads of everything (default: one a core)")
+    run.add_argument("--fresh", action="store_true", help="begin the results files anew")
+    run.add_argument("-o", "--output", default=str(RESULTS), metavar="FOLDER", help="default: benchmarks/results")
+    commands.add_parser("report", help="write the README's results and the plots from the results files")
+    options = parser.parse_args(arguments)
+    try:
+        return _COMMANDS[options.command](options)
+    except (FlashcocosError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _model(options: argparse.Namespace) -> int:
+    from ..config import ModelConfig
+    from ..export.bundle_writer import export_bundle
+    from .naive import export_naive, seeded_model
+
+    folder = Path(options.output)
+    file = folder / "model.safetensors"
+    steps = (
+        (file, lambda: seeded_model(ModelConfig.preset(options.preset), file)),
+        (folder / "bundle", lambda: export_bundle(file, folder / "bundle")),
+        (folder / "naive.onnx", lambda: export_naive(file, folder / "naive.onnx")),
+    )
+    for path, make in steps:
+        if not path.exists():
+            make()
+        print(path)
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    cases = select(all_cases(options.device, list(_bundles(options))), options.group, options.only, every=options.all)
+    for group, summary in GROUPS.items():
+        if chosen := [case for case in cases if case.group == group]:
+            print(f"{group}: {summary}")
+            for case in chosen:
+                print(f"  {case.name:36} {case.measures}")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ..config import ModelConfig
+    from .runner import open_material, run_cases
+
+    bundles = _bundles(options)
+    material = open_material(options.model, bundles, device=options.device, threads=options.threads)
+    config = ModelConfig.from_json(material.config) if material.config else None
+    cases = all_cases(options.device, list(bundles), config)
+    chosen = select(cases, options.group, options.only, every=options.all)
+    # a folder of this machine tells nobody anything
+    words = [Path(word).name if os.sep in word and "=" not in word else word for word in sys.argv[1:]]
+    words = [f"{word.partition('=')[0]}={Path(word).name}" if "=" in word else word for word in words]
+    command = shlex.join(["python", "-m", "flashcocos.benchmarks", *words])
+    rows = run_cases(chosen, material, options.output, known=cases, command=command, fresh=options.fresh)
+    failed = [row["case"] for row in rows if row["status"] == "failed"]
+    if failed:
+        print(f"{len(failed)} failed, and run again with the same command: {', '.join(failed)}", file=sys.stderr)
+    print(options.output)
+    return 1 if failed else 0
+
+
+def _bundles(options: argparse.Namespace) -> dict[str, str]:
+    found = {}
+    for word in options.bundle:
+        name, _, path = word.partition("=")
+        if not path or not name.isidentifier() or name == "model":
+            raise InputError(f"--bundle: expected NAME=PATH with a name other than 'model', got {word!r}")
+        found[name] = path
+    return found
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .tables import report
+
+    return report()
+
+
+_COMMANDS = {"model": _model, "list": _list, "run": _run, "report": _report}
+
+if __name__ == "__main__":
+    sys.exit(main())

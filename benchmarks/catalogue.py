@@ -1,0 +1,288 @@
+"""The cases of every group. Limits keep a run's time predictable; the comments say what they rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..config import ModelConfig
+from .registry import CHANNELS, Case, Gate
+
+EXACT, ROUNDED, ALIKE = 40.0, 30.0, 20.0  # dB: float32 gives more than 70; bfloat16; any bundle of the same model
+TRANSLATION = ".translation:prepare"
+
+
+def ladder_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+    """256 px, step by step; about 15 s a case, and a minute for the compiler."""
+    size = 256
+    yield _eager("ladder/eager-256", "eager", size, config, device, repeats=3)
+    yield _eager("ladder/eager-fused-256", "eager-fused", size, config, device, repeats=3, published=False)
+    yield _eager("ladder/eager-tiled-256", "eager-tiled", size, config, device, repeats=3)
+    yield _eager("ladder/compiled-256", "compiled", size, config, device, repeats=3)
+    if device == "cuda":
+        for method in ("eager", "eager-tiled", "compiled"):
+            yield _eager(f"ladder/{method}-float16-256", method, size, config, device, dtype="float16")
+    yield _naive("ladder/naive-256", "naive", size, config, repeats=3)
+    if device == "cpu":
+        yield _naive("ladder/naive-openvino-256", "naive-openvino", size, config, repeats=3)
+    yield _runtime("ladder/runtime-256", size, cached=False, published=True)
+    yield _runtime("ladder/runtime-cached-256", size, published=True)
+    if device == "cpu":
+        yield _runtime("ladder/openvino-256", size, backend="openvino", published=True)
+        yield _runtime("ladder/openvino-bfloat16-256", size, backend="openvino", precision="bfloat16", published=True)
+    for rung in rungs:
+        yield _runtime(f"ladder/{rung}-256", size, bundle=rung, published=True)
+
+
+def resolution_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+    """512 to 1024 px: a minute to four a run, so one run each; the picture of the fused networks is the measure where
+    no matrix fits. 768 px are not published for the time they take."""
+    for size in (512, 1024, 768):
+        published, own = size != 768, "eager" if size == 512 else "eager-tiled"
+        options: dict[str, Any] = {"repeats": 1, "warmup": False}
+        reference = f"resolution/{own}-{size}"
+        for method in ("eager", "eager-fused", "eager-tiled"):
+            shown = published and (method == own or method == "eager")
+            yield _eager(
+                f"resolution/{method}-{size}",
+                method,
+                size,
+                config,
+                device,
+                reference=reference,
+                published=shown,
+                **options,
+            )
+        yield _naive(
+            f"resolution/naive-{size}", "naive", size, config, reference=reference, published=published, **options
+        )
+        yield _runtime(
+            f"resolution/runtime-{size}", size, cached=False, reference=reference, published=size == 512, **options
+        )
+        yield _runtime(f"resolution/runtime-cached-{size}", size, reference=reference, published=published, **options)
+        for rung in rungs:
+            name = f"resolution/{rung}-{size}"
+            yield _runtime(name, size, bundle=rung, reference=reference, published=size == 512, **options)
+
+
+def throughput_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+    """Batches of 1, 4 and 16 at 256 px: 20 and 75 s a run on two cores for the latter two."""
+    for batch in (1, 4, 16):
+        name = f"throughput/runtime-batch{batch}"
+        few = {"repeats": 1, "warmup": False} if batch > 1 and device == "cpu" else {}
+        yield _runtime(name, 256, batch=batch, published=True, **few)
+        if device == "cuda":
+            yield _eager(f"throughput/eager-tiled-batch{batch}", "eager-tiled", 256, config, device, batch=batch)
+
+
+def _eager(
+    name: str,
+    method: str,
+    size: int,
+    config: ModelConfig,
+    device: str,
+    *,
+    dtype: str = "float32",
+    batch: int = 1,
+    reference: str = "ladder/eager-256",
+    published: bool = True,
+    **options: Any,
+) -> Case:
+    width = 2 if dtype == "float16" else 4
+    warp, attention = (size // 4) ** 4, (size // 2) ** 2 * (size // 4) ** 2 * config.attention
+    held = {"eager": max(warp, attention), "eager-fused": warp, "compiled": max(warp, attention)}.get(method, 0)
+    own = reference == name
+    return Case(
+        name,
+        TRANSLATION,
+        f"{method} PyTorch, {size} px, batch {batch}, {dtype}",
+        {"method": method, "size": size, "dtype": dtype, "batch": batch},
+        None if own else Gate("psnr_db", EXACT if dtype == "float32" else ROUNDED),
+        "" if own else reference,
+        seconds=40.0,
+        memory=2 * held * width * batch,  # logits and weights
+        requires=("torch", "model"),
+        published=published,
+        **options,
+    )
+
+
+def _naive(
+    name: str,
+    method: str,
+    size: int,
+    config: ModelConfig,
+    *,
+    reference: str = "ladder/eager-256",
+    published: bool = True,
+    **options: Any,
+) -> Case:
+    held = max((size // 4) ** 4, (size // 2) ** 2 * (size // 4) ** 2 * config.attention)
+    engine = "openvino" if method == "naive-openvino" else "onnxruntime"
+    return Case(
+        name,
+        TRANSLATION,
+        f"the published form as one ONNX graph in {engine}, {size} px",
+        {"method": method, "size": size},
+        Gate("psnr_db", EXACT),
+        reference,
+        seconds=40.0,
+        memory=4 * held,
+        requires=(engine, "naive"),
+        published=published,
+        **options,
+    )
+
+
+def _runtime(
+    name: str,
+    size: int,
+    *,
+    bundle: str = "model",
+    backend: str = "onnxruntime",
+    precision: str = "float32",
+    cached: bool = True,
+    batch: int = 1,
+    reference: str = "ladder/eager-256",
+    **options: Any,
+) -> Case:
+    bound = ALIKE if bundle != "model" else EXACT if precision == "float32" else ROUNDED
+    parameters = {"method": "runtime", "size": size, "bundle": bundle, "backend": backend, "precision": precision}
+    kept = "its exemplar encoded before" if cached else "with its exemplar"
+    return Case(
+        name,
+        TRANSLATION,
+        f"the runtime on {backend} in {precision}, bundle {bundle}, {size} px, batch {batch}, {kept}",
+        parameters | {"cached": cached, "batch": batch},
+        Gate("psnr_db", bound),
+        reference,
+        seconds=25.0,
+        requires=(backend, "bundle", *(["bfloat16"] if precision == "bfloat16" else [])),
+        **options,
+    )
+
+
+def warp_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+    """N = 32^2 to 256^2 positions, all methods; patch 1 and 3; 3, 48 and 151 values; with the backward pass."""
+    plain, trained = ("numba", "numpy", "cpu", "sdpa", "reference"), ("cpu", "sdpa", "reference")
+    if device == "cuda":
+        plain = trained = ("triton", "sdpa", "reference", "compiled")
+    for size in (32, 64, 128, 256):
+        for method in plain:
+            published = size < 256 or method in ("numba", "triton", "reference", "sdpa")
+            yield _warp(method, size, device=device, published=published)
+    for method in ("numba", "numpy") if device == "cpu" else ():
+        for size in (64, 128):
+            yield _warp(method, size, device=device, inputs="shifted", published=True)
+    for method in trained:
+        for size in (32, 64, 128):
+            yield _warp(method, size, device=device, backward=True, published=size == 64)
+    for values in (48, 151):
+        for method in plain:
+            yield _warp(method, 64, device=device, values=values, published=method in ("numba", "triton"))
+    for method in plain:
+        yield _warp(method, 64, device=device, patch=1, published=method in ("numba", "triton"))
+
+
+def _warp(
+    method: str,
+    size: int,
+    *,
+    device: str,
+    patch: int = 3,
+    values: int = 3,
+    inputs: str = "noise",
+    backward: bool = False,
+    published: bool = False,
+) -> Case:
+    arrays, tensors = ("numba", "numpy"), ("torch", "triton", "cuda")
+    parameters: dict[str, Any] = {"method": method, "size": size, "patch": patch, "values": values}
+    parameters |= {"channels": CHANNELS, "inputs": inputs, "backward": backward}
+    parameters |= {"dtype": "float16" if device == "cuda" else "float32", "product": method in arrays and patch == 3}
+    extras = [f"v{values}"] * (values != 3) + [inputs] * (inputs != "noise") + ["backward"] * backward
+    positions, width = size * size, 2 if device == "cuda" else 4
+    matrices = (0, 2, 3)[backward + 1] if method in ("reference", "sdpa", "compiled") else 0
+    needs = {"numba": ("numba",), "numpy": (), "triton": tensors}.get(method, ("torch",))
+    return Case(
+        "-".join([f"warp/{method}-p{patch}-n{positions}", *extras]),
+        ".warp:prepare",
+        f"the warp by {method}: {size} x {size} maps, patch {patch}, {values} values{', with gradients' * backward}",
+        parameters,
+        Gate("max_error", 2e-2 if device == "cuda" else 1e-3 if backward else 1e-4, at_least=False),
+        repeats=5 if size < 256 else 1,
+        seconds=4.0,
+        limit=300.0,
+        warmup=size < 256,
+        memory=matrices * positions**2 * width,
+        requires=needs,
+        published=published,
+    )
+
+
+def training_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+    """The published objective of ade20k with one sample a step; on two cores half a minute at 256 px."""
+    for size in (256, 512):
+        attention = (size // 2) ** 2 * (size // 4) ** 2
+        for method, held in (("tiled", 0), ("matrix", 3 * max(attention, (size // 4) ** 4))):
+            yield Case(
+                f"training/{method}-{size}",
+                ".training:prepare",
+                f"one step of ade20k's training, {size} px, batch 1, by {method}",
+                {"method": method, "preset": "ade20k", "size": size, "batch": 1, "changes": []},
+                Gate("largest_term", 1e6, at_least=False),
+                repeats=2 if device == "cpu" else 10,
+                warmup=device != "cpu",
+                seconds=20.0,
+                memory=4 * held,  # logits, weights and the gradient of either
+                requires=("torch",),
+                published=size == 256,
+            )
+
+
+def startup_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+    """From the start of a process, files in the system's cache, and what an installation takes on the disk."""
+    shared: dict[str, Any] = {"repeats": 3, "seconds": 30.0, "published": True}
+    light = Gate("mean", 1.0)  # of a picture that is not black
+    for bundle, size in (("shipped", 128), ("model", 256)):
+        yield Case(
+            f"startup/runtime-{bundle}-{size}",
+            ".machine:startup",
+            f"process start to the first picture of the runtime, bundle {bundle}, {size} px",
+            {"method": "runtime", "size": size, "bundle": bundle, "backend": "onnxruntime", "precision": "float32"}
+            | {"cached": False, "batch": 1},
+            light,
+            requires=("onnxruntime", "bundle"),
+            **shared,
+        )
+    yield Case(
+        "startup/eager-256",
+        ".machine:startup",
+        "process start to the first picture of eager PyTorch, 256 px",
+        {"method": "eager", "size": 256, "dtype": "float32", "batch": 1},
+        light,
+        requires=("torch", "model"),
+        **shared,
+    )
+    for extra, needs in (("cpu", ("numba",)), ("train", ("torch", "tensorboard"))):
+        yield Case(
+            f"startup/install-{extra}",
+            ".machine:install_size",
+            f"what pip installs for flashcocos[{extra}]",
+            {"extra": extra},
+            requires=("packaging", *needs),
+            published=True,
+        )
+
+
+def machine_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+    """Seconds."""
+    yield Case(
+        "machine/rates",
+        ".machine:roofline",
+        "copy bandwidth and matrix rate",
+        {"side": 2048 if device == "cpu" else 8192},
+        published=True,
+    )
+
+
+MAKERS = (machine_cases, ladder_cases, resolution_cases, warp_cases, training_cases, throughput_cases, startup_cases)

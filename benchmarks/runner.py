@@ -1,0 +1,251 @@
+"""Run cases, each in a fresh process, and keep their rows as JSON lines, one file a group.
+
+A file that an earlier run began is gone on with: what it holds is not measured again. It is refused where revision,
+versions, machine, threads, model or a case's own parameters are others. Where memory ends a case, its row says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Bundle
+from ..errors import InputError
+from ..files import sha256
+from ..progress import Progress
+from .harness import conditions, provenance
+from .registry import Case, Material
+
+Row = dict[str, Any]
+FINAL = ("timed", "measured", "outside", "out of memory", "timeout", "skipped")  # a failed case is tried again
+_OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|MemoryError|alloc\w* .*memory|memory.* alloc", re.IGNORECASE)
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+_MATERIAL = {
+    "model": "a model file",
+    "naive": "a naive single graph",
+    "bundle": "a bundle",
+}
+
+
+def run_cases(
+    cases: Sequence[Case],
+    material: Material,
+    output: str | os.PathLike[str] | None,
+    *,
+    known: Sequence[Case] = (),
+    command: str = "",
+    fresh: bool = False,
+) -> list[Row]:
+    """The rows of `cases`, in their order, failed ones included; all others are kept in `output`.
+
+    output: a folder for a file of each group, or a file ending in ".jsonl", or None. known: where the cases that others
+    are compared with are found. command: kept in every row. fresh: begin the files anew.
+    Raises `InputError` where material is missing or a file was measured otherwise.
+    """
+    _check_material(cases, material)
+    setup = {**provenance(), "threads": material.threads, "device": material.device}
+    models = _hashes(material, {name for case in cases for name in _used(case)})
+    files = {case.group: _file(output, case.group, material.device) for case in cases}
+    held: dict[str, Row] = {}
+    for path in {path for path in files.values() if path is not None}:
+        if fresh:
+            path.unlink(missing_ok=True)
+        held |= {row["case"]: row for row in read_rows(path, setup)}
+    compared = References({case.name: case for case in (*known, *cases)}, material)
+    rows = []
+    with Progress("bench", len(cases), unit="case") as bar:
+        for case in cases:
+            own = {"parameters": json.loads(json.dumps(case.parameters)), "repeats": case.repeats}
+            own["model"] = {name: models[name] for name in _used(case)}
+            row = held.get(case.name)
+            if row is not None:
+                _check_same(files[case.group], row, own)
+            else:
+                now = conditions()
+                row = {"case": case.name, "measures": case.measures, **own, **_run(case, material, compared)}
+                row |= {"conditions": now, "setup": setup, "command": command}
+                _append(files[case.group], row)
+                bar.write(describe(row))
+            rows.append(row)
+            bar.advance()
+    return rows
+
+
+def open_material(
+    folder: str | os.PathLike[str] | None,
+    bundles: Mapping[str, str],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Material:
+    """What `folder`, filled by `benchmarks model`, and further `bundles` hold; `InputError` without its model."""
+    from ..runtime.shipped import shipped_bundle
+
+    bundles = {"shipped": str(shipped_bundle()), **bundles}
+    if folder is None:
+        return Material(bundles=bundles, device=device, threads=threads)
+    from ..train.checkpoint import read_metadata
+
+    folder = Path(folder)
+    file, bundle, naive = folder / "model.safetensors", folder / "bundle", folder / "naive.onnx"
+    if not file.exists():
+        raise InputError(f"no {file}; `python -m flashcocos.benchmarks model -o {folder}` fills the folder")
+    # pictures of other weights or of other code are not compared with
+    pictures = folder / "references" / f"{sha256(file)[:12]}-{provenance()['revision']}"
+    return Material(
+        model=str(file),
+        config=read_metadata(file)[0].to_json(),
+        naive=str(naive) if naive.exists() else "",
+        bundles={**({"model": str(bundle)} if bundle.exists() else {}), **bundles},
+        references=str(pictures),
+        device=device,
+        threads=threads,
+    )
+
+
+def read_rows(path: Path, setup: Mapping[str, Any] | None = None) -> list[Row]:
+    """The rows of a results file, none where there is no file; `InputError` where it is none or of another `setup`."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        others = [row["setup"] for row in rows if setup is not None and row["setup"] != setup]
+        if any(not isinstance(row["case"], str) or not isinstance(row["status"], str) for row in rows):
+            raise ValueError("a row without case and status")
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a file of benchmark results ({error}); choose another output") from error
+    if setup is not None and others:
+        keys = [key for key in (*setup, *others[0]) if others[0].get(key) != setup.get(key)]
+        raise _refused(path, dict.fromkeys(keys))
+    return rows
+
+
+def isolated(case: Case, material: Material, *, timed: bool = True) -> Row:
+    """The row of `case` from a process of its own; one that ends without a row has the status that its end tells."""
+    task = {"case": dataclasses.asdict(case), "material": dataclasses.asdict(material), "timed": timed}
+    environment = dict(os.environ)
+    if material.threads is not None:
+        environment |= dict.fromkeys(_THREADS, str(material.threads))
+    command = [sys.executable, "-m", f"{__package__}.worker", json.dumps(task)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=case.limit, env=environment)
+    except subprocess.TimeoutExpired:
+        return {"status": "timeout", "reason": f"not done after {case.limit:.0f} s"}
+    if done.returncode == 0:
+        row: Row = json.loads(done.stdout.strip().splitlines()[-1])
+        return row
+    reason = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1][:300]
+    if done.returncode == -9:
+        return {"status": "out of memory", "reason": "ended by the system (SIGKILL), as it does where memory runs out"}
+    return {"status": "out of memory" if _OUT_OF_MEMORY.search(reason) else "failed", "reason": reason}
+
+
+class References:
+    """The pictures that cases are compared with, each made at its first use by the case that the others name."""
+
+    def __init__(self, known: Mapping[str, Case], material: Material) -> None:
+        self._known, self._material = known, material
+        self._failed: dict[str, str] = {}
+
+    def missing(self, name: str) -> str:
+        """Why there is no picture of the case `name`; empty where there is one."""
+        if (Path(self._material.references) / f"{name}.npy").exists():
+            return ""
+        if name not in self._failed:
+            row = isolated(self._known[name], self._material, timed=False)
+            done = row["status"] == "checked"
+            self._failed[name] = "" if done else f"nothing to compare with: {name}: {row['status']}: {row['reason']}"
+        return self._failed[name]
+
+
+def describe(row: Row) -> str:
+    """One line for the terminal."""
+    start = f"{row['case']:40} "
+    if row["status"] == "timed":
+        quality = "  ".join(f"{name} {value:.4g}" for name, value in row["quality"].items())
+        return f"{start}{row['ms']['median']:10.1f} ms  peak {row['peak_mib']:6.0f} MiB  {quality}"
+    return f"{start}{row['status']}: {row.get('reason') or row.get('quality') or row.get('facts')}"
+
+
+def _run(case: Case, material: Material, compared: References) -> Row:
+    for need in case.requires:
+        if need == "cuda" and material.device != "cuda":
+            return {"status": "skipped", "reason": "for an NVIDIA GPU"}
+        if need == "bfloat16" and not _has_bfloat16():
+            return {"status": "skipped", "reason": "OpenVINO computes in float32 alone on this CPU"}
+        if need not in (*_MATERIAL, "cuda", "bfloat16") and importlib.util.find_spec(need) is None:
+            return {"status": "skipped", "reason": f"the package {need} is not installed"}
+    if case.reference and (reason := compared.missing(case.reference)):
+        return {"status": "skipped", "reason": reason}
+    return isolated(case, material)
+
+
+def _has_bfloat16() -> bool:
+    from ..runtime.openvino_engine import cpu_precisions
+
+    return "bfloat16" in cpu_precisions()
+
+
+def _append(path: Path | None, row: Row) -> None:
+    if path is None or row["status"] not in FINAL:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _file(output: str | os.PathLike[str] | None, group: str, device: str) -> Path | None:
+    if output is None:
+        return None
+    path = Path(output)
+    return path if path.suffix == ".jsonl" else path / f"{group}{'' if device == 'cpu' else f'-{device}'}.jsonl"
+
+
+def _check_same(path: Path | None, row: Row, own: Mapping[str, Any]) -> None:
+    if keys := [key for key in own if row.get(key) != own[key]]:
+        raise _refused(path, [f"{key} of {row['case']}" for key in keys])
+
+
+def _refused(path: Path | None, keys: Iterable[str]) -> InputError:
+    return InputError(
+        f"{path} was measured with other {', '.join(keys)}; choose another output, or replace it with --fresh"
+    )
+
+
+def _used(case: Case) -> list[str]:
+    """Names in `_hashes` of the files that the case runs."""
+    names = [need for need in case.requires if need in ("model", "naive")]
+    return names + ([f"bundle {case.parameters.get('bundle', 'model')}"] if "bundle" in case.requires else [])
+
+
+def _check_material(cases: Sequence[Case], material: Material) -> None:
+    for case in cases:
+        for need in case.requires:
+            bundle = case.parameters.get("bundle", "model")
+            held = material.bundles.get(bundle) if need == "bundle" else getattr(material, need, "given")
+            if need in _MATERIAL and not held:
+                raise InputError(
+                    f"{case.name} needs {_MATERIAL[need]}: give --model FOLDER, which "
+                    "`python -m flashcocos.benchmarks model -o FOLDER` fills"
+                )
+
+
+def _hashes(material: Material, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the files that `_used` names; of a bundle, of its manifest, which holds those of its files."""
+    found = {}
+    for name in names:
+        if name.startswith("bundle "):
+            manifest = Bundle(material.bundles[name.removeprefix("bundle ")]).manifest
+            found[name] = hashlib.sha256(manifest.to_json().encode()).hexdigest()
+        else:
+            found[name] = sha256(getattr(material, name))
+    return found

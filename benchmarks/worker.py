@@ -1,0 +1,132 @@
+"""One case in this process, for `runner`: prepared, compared, and only then timed.
+
+    python -m flashcocos.benchmarks.worker '{"case": {...}, "material": {...}, "timed": true}'
+
+prints the row's fields as JSON. Memory is that of a process which did nothing else; the operating system ends this
+process before any other where memory runs out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .harness import free_memory, peak_rss, percentiles, process_memory
+from .registry import Case, Material, Subject
+
+MIB, GIB = 2**20, 2**30
+PAUSE = 0.08  # seconds between run and yardstick: threads of BLAS spin for a while on the cores that the other needs
+
+
+def measure(case: Case, material: Material, *, timed: bool = True) -> dict[str, Any]:
+    """`status` of the case and what was measured; not `timed`: only prepared, run once and checked."""
+    free = free_memory(material.device) if case.memory else None
+    if free is not None and case.memory > free:
+        reason = f"not started: its matrices take {case.memory / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
+        return {"status": "out of memory", "reason": reason, "needed_mib": round(case.memory / MIB)}
+    start = time.perf_counter()
+    subject = _prepare(case, material)
+    row: dict[str, Any] = {"setup_ms": _since(start)}
+    if subject.run is None:
+        return {"status": "measured", **row, "facts": dict(subject.facts)}
+    before, resident = _begin_peak(material.device)
+    elapsed, outcome = _timed(subject.run, material.device)
+    quality = subject.check(outcome.result)
+    if case.gate and not case.gate.passes(quality):
+        return {"status": "outside", **row, "quality": quality}
+    if not timed:
+        return {"status": "checked", **row, "quality": quality}
+    row["first_ms"] = elapsed
+    row |= _repeat(case, subject, material.device, [] if case.warmup else [(elapsed, outcome.parts)])
+    row |= _peak(material.device, before, resident)
+    # last, for it needs memory of its own
+    row |= {"quality": quality | subject.score(outcome.result), "facts": dict(subject.facts)}
+    return {"status": "timed", **row}
+
+
+def _prepare(case: Case, material: Material) -> Subject:
+    module, _, name = case.subject.partition(":")
+    prepare: Callable[[Case, Material], Subject] = getattr(importlib.import_module(module, __package__), name)
+    return prepare(case, material)
+
+
+def _repeat(case: Case, subject: Subject, device: str, runs: list[tuple[float, Any]]) -> dict[str, Any]:
+    """Run until the case's repeats are done or its seconds are over."""
+    assert subject.run is not None
+    yardstick: list[float] = []
+    start = time.monotonic()
+    while len(runs) < case.repeats and (not runs or time.monotonic() - start < case.seconds):
+        if subject.yardstick is not None:
+            time.sleep(PAUSE)
+            yardstick.append(_timed(subject.yardstick, device)[0])
+            time.sleep(PAUSE)
+        elapsed, outcome = _timed(subject.run, device)
+        runs.append((elapsed, outcome.parts))
+    row: dict[str, Any] = {"runs": len(runs), "ms": percentiles([elapsed for elapsed, _ in runs])}
+    if names := list(runs[0][1]):
+        row["parts_ms"] = {name: round(float(np.median([parts[name] for _, parts in runs])), 3) for name in names}
+    if yardstick:
+        row["yardstick_ms"] = percentiles(yardstick)
+        # the fastest of each: what slows a busy machine slows single runs of either
+        row["ratio"] = round(min(elapsed for elapsed, _ in runs) / min(yardstick), 3)
+    return row
+
+
+def _timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+    start = time.perf_counter()
+    outcome = run()
+    if device == "cuda" and (torch := sys.modules.get("torch")):
+        torch.cuda.synchronize()
+    return _since(start), outcome
+
+
+def _since(start: float) -> float:
+    return round(1e3 * (time.perf_counter() - start), 3)
+
+
+def _begin_peak(device: str) -> tuple[int, int]:
+    """Peak and resident bytes so far; the peak starts again from here where the system lets it."""
+    before = peak_rss()
+    if device == "cuda" and (torch := sys.modules.get("torch")):
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return before, 0
+    return before, process_memory("VmRSS")
+
+
+def _peak(device: str, before: int, resident: int) -> dict[str, float]:
+    """Peak of the process, what the runs took beyond the prepared case, and the device's peak."""
+    row = {"peak_mib": round(max(before, peak_rss()) / MIB, 1)}
+    if resident:
+        row["extra_mib"] = round((process_memory("VmHWM") - resident) / MIB, 1)
+    if device == "cuda" and (torch := sys.modules.get("torch")):
+        row["device_peak_mib"] = round(torch.cuda.max_memory_allocated() / MIB, 1)
+    return row
+
+
+def _end_first() -> None:
+    with contextlib.suppress(OSError):  # other systems have no such file, and decide by themselves
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def main() -> None:
+    """Run the case that the command line holds and print its row."""
+    _end_first()
+    task = json.loads(sys.argv[1])
+    row = measure(Case.from_dict(task["case"]), Material(**task["material"]), timed=task["timed"])
+    sys.stdout.flush()
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

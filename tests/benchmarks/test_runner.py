@@ -1,0 +1,176 @@
+"""The harness: compared before it is timed, gone on with after a stop, never mixed; memory that ends is a row."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashcocos.benchmarks import worker
+from flashcocos.benchmarks.registry import Case, Gate, Material, all_cases, select
+from flashcocos.benchmarks.runner import open_material, read_rows, run_cases
+from flashcocos.errors import InputError
+
+NOTHING = Material(threads=1)
+
+
+@pytest.fixture(autouse=True)
+def subjects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of cases find `bench_subjects`."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"))
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def case(name: str, subject: str = "counted", **fields: Any) -> Case:
+    return Case(f"test/{name}", f"bench_subjects:{subject}", "a test", **{"parameters": {}, **fields})
+
+
+def counted(name: str, log: Path, value: float = 1.0, **fields: Any) -> Case:
+    gate = Gate("value", 0.5)
+    return case(name, parameters={"value": value, "log": str(log)}, gate=gate, **{"repeats": 3, **fields})
+
+
+def test_a_case_is_checked_then_timed(log: Path, tmp_path: Path) -> None:
+    (row,) = run_cases([counted("a", log)], NOTHING, tmp_path, command="the command")
+    assert row["status"] == "timed"
+    assert log.read_text() == "test/a\n" * 4  # a warm-up, then the repeats
+    assert row["runs"] == 3
+    assert 0 < row["ms"]["p5"] <= row["ms"]["median"] <= row["ms"]["p95"] <= row["ms"]["p99"]
+    assert row["quality"] == {"value": 1.0, "scored": 1.0}
+    assert (row["parts_ms"], row["facts"], row["ratio"] > 0) == ({"all": 1.0}, {"fact": 1}, True)
+    assert row["peak_mib"] > 5
+    assert {"revision", "versions", "processor", "cores", "threads", "device"} <= set(row["setup"])
+    assert {"time"} <= set(row["conditions"])
+    assert json.loads((tmp_path / "test.jsonl").read_text()) == row
+
+
+def test_without_a_warm_up_the_first_run_is_timed(log: Path) -> None:
+    (row,) = run_cases([counted("a", log, warmup=False, repeats=1)], NOTHING, None)
+    assert (row["runs"], row["ms"]["median"]) == (1, row["first_ms"])
+    assert log.read_text() == "test/a\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least"), [(0.2, True), (0.8, False), (float("nan"), True), (float("nan"), False)]
+)
+def test_what_is_outside_its_bound_is_not_timed(value: float, at_least: bool, log: Path) -> None:
+    chosen = dataclasses.replace(counted("a", log, value), gate=Gate("value", 0.5, at_least))
+    row = worker.measure(chosen, NOTHING)
+    assert row["status"] == "outside"
+    assert "ms" not in row
+    assert np.isnan(value) or row["quality"] == {"value": value}
+    assert log.read_text().count("\n") == 1
+
+
+def test_facts_are_not_timed() -> None:
+    assert worker.measure(case("a", "facts"), NOTHING)["facts"] == {"answer": 42}
+
+
+def test_a_run_that_was_stopped_goes_on(log: Path, tmp_path: Path) -> None:
+    first, second = counted("a", log), counted("b", log)
+    run_cases([first], NOTHING, tmp_path)
+    rows = run_cases([first, second], NOTHING, tmp_path)
+    assert [row["case"] for row in rows] == ["test/a", "test/b"]
+    assert log.read_text().count("test/a") == 4
+    assert rows == read_rows(tmp_path / "test.jsonl")
+    run_cases([first], NOTHING, tmp_path, fresh=True)
+    assert len(read_rows(tmp_path / "test.jsonl")) == 1
+
+
+def test_a_file_of_another_setup_is_refused(log: Path, tmp_path: Path) -> None:
+    run_cases([counted("a", log)], NOTHING, tmp_path)
+    for threads, other, found in (
+        (2, counted("b", log), "other threads; choose another output"),
+        (1, counted("a", log, 0.7), "other parameters of test/a"),
+        (1, counted("a", log, repeats=9), "other repeats of test/a"),
+    ):
+        with pytest.raises(InputError, match=found):
+            run_cases([other], Material(threads=threads), tmp_path)
+    for text in ("no json\n", "{}\n", "[1]\n", '{"case": 1, "status": "timed", "setup": {}}\n'):
+        (tmp_path / "test.jsonl").write_text(text)
+        with pytest.raises(InputError, match="not a file of benchmark results"):
+            run_cases([counted("a", log)], NOTHING, tmp_path)
+
+
+def test_memory_that_does_not_suffice_is_a_row(tmp_path: Path) -> None:
+    large = case("large", memory=2**60)
+    rows = run_cases([case("killed", "killed"), case("hungry", "hungry"), large], NOTHING, tmp_path)
+    assert [row["status"] for row in rows] == ["out of memory"] * 3
+    assert "SIGKILL" in rows[0]["reason"]
+    assert rows[1]["reason"] == "MemoryError: Unable to allocate 16.0 GiB"
+    assert rows[2]["reason"].startswith("not started: its matrices take 1073741824.0 GiB, ")
+    assert rows[2]["needed_mib"] == 2**40
+    assert rows == read_rows(tmp_path / "test.jsonl")
+
+
+def test_a_case_that_takes_too_long_is_a_row() -> None:
+    (row,) = run_cases([case("slow", "slow", limit=1.5)], NOTHING, None)
+    assert (row["status"], row["reason"]) == ("timeout", "not done after 2 s")
+
+
+def test_a_case_that_fails_stops_no_other_and_is_run_again(log: Path, tmp_path: Path) -> None:
+    rows = run_cases([case("broken", "broken"), counted("a", log)], NOTHING, tmp_path)
+    assert [row["status"] for row in rows] == ["failed", "timed"]
+    assert rows[0]["reason"] == "ValueError: no such thing"
+    assert [row["case"] for row in read_rows(tmp_path / "test.jsonl")] == ["test/a"]
+
+
+def test_what_is_not_here_is_skipped_with_the_reason(log: Path) -> None:
+    absent = counted("a", log, requires=("no_such_package",))
+    gpu = counted("b", log, requires=("cuda",))
+    rows = run_cases([absent, gpu], NOTHING, None)
+    assert [row["status"] for row in rows] == ["skipped"] * 2
+    assert rows[0]["reason"] == "the package no_such_package is not installed"
+    assert not log.exists()
+
+
+def test_without_its_reference_a_case_is_skipped(tmp_path: Path) -> None:
+    material = Material(references=str(tmp_path))
+    compared = case("a", reference="test/hungry")
+    (row,) = run_cases([compared], material, None, known=[case("hungry", "hungry")])
+    assert row["status"] == "skipped"
+    assert row["reason"].startswith("nothing to compare with: test/hungry: out of memory: MemoryError")
+
+
+def test_missing_material_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"test/a needs a naive single graph: give --model FOLDER"):
+        run_cases([case("a", requires=("naive",))], NOTHING, None)
+    with pytest.raises(InputError, match=r"test/a needs a bundle"):
+        run_cases([case("a", requires=("bundle",))], NOTHING, None)
+    with pytest.raises(InputError, match=r"no .*model.safetensors; `python -m flashcocos.benchmarks model -o"):
+        open_material(tmp_path, {})
+
+
+def test_selection() -> None:
+    cases = all_cases("cpu", ["int8"])
+    assert len({one.name for one in cases}) == len(cases)
+    published = select(cases)
+    assert 0 < len(published) < len(select(cases, every=True)) == len(cases)
+    assert "ladder/int8-256" in [one.name for one in published]
+    assert {one.group for one in select(cases, ["warp", "startup"])} == {"warp", "startup"}
+    assert all(one.name.startswith("warp/numba-p1") for one in select(cases, ["warp"], ["warp/numba-p1-*"]))
+    with pytest.raises(InputError, match="unknown group 'all'"):
+        select(cases, ["all"])
+    with pytest.raises(InputError, match="no case matches 'wrap"):
+        select(cases, only=["wrap/*"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_case_survives_the_trip_to_its_process(device: str) -> None:
+    for one in all_cases(device, ["int8"]):
+        assert Case.from_dict(json.loads(json.dumps(dataclasses.asdict(one)))) == one
+        assert one.reference == "" or one.reference in {other.name for other in all_cases(device)}
+
+
+def test_a_gpu_has_cases_of_its_own() -> None:
+    names = [one.name for one in select(all_cases("cuda"))]
+    assert "warp/triton-p3-n65536" in names
+    assert not any("numba" in name or "openvino" in name for name in names)
