@@ -63,43 +63,14 @@ class OnnxRuntimeEngine:
     """A stage of `bundle` in an ONNX Runtime session on `device`, "cpu" or "cuda".
 
     threads: intra-op threads on the CPU; None leaves the number to ONNX Runtime (one per core).
-    Raises `BackendError` where onnxruntime or the device is not there, `BundleError` where the graph cannot be loaded,
-    has other inputs or outputs than the manifest states, or refers to files.
+    Raises as `open_session`.
     """
 
     def __init__(self, bundle: Bundle, stage: str, *, device: str = "cpu", threads: int | None = None) -> None:
-        runtime = _import_onnxruntime()
-        provider = _PROVIDERS[device]
-        if provider not in runtime.get_available_providers():
-            raise BackendError(f"device {device!r}: this onnxruntime has no {provider}; {_EXTRAS[device]}")
         self._name = f"{bundle.path}: stage {stage}"
         self._spec = bundle.manifest.stages[stage]
-        self._errors = _onnxruntime_errors()
-        self._info = EngineInfo(
-            f"onnxruntime {runtime.__version__}", provider, device, bundle.manifest.precision, "float32"
-        )
-        model = bundle.read_stage(stage)
-        refuse_external_data(model, self._name)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.enable_cpu_mem_arena = False  # the arena never gives back: 1 GB more at the peak, 2 GB between runs
-        options.log_severity_level = 4  # what goes wrong is raised, not printed
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # never guessed from the bytes
-        try:
-            session = runtime.InferenceSession(model, options, providers=[provider], enable_fallback=0)
-        except self._errors as error:
-            message = f"{self._name}: onnxruntime cannot load the graph on {device}: {one_line(error)}"
-            # on the CPU only the graph can be at fault
-            raise (BundleError if device == "cpu" else BackendError)(message) from error
-        session._model_bytes = None  # kept for the fallback that is switched off, and as large as the weights
-        if provider not in session.get_providers():
-            raise BackendError(
-                f"device {device!r}: onnxruntime could not start {provider} and would use "
-                f"{', '.join(session.get_providers())}; check the driver and CUDA libraries, or {_EXTRAS[device]}"
-            )
-        check_tensors(self._name, "inputs", self._spec.inputs, map(_tensor, session.get_inputs()))
-        check_tensors(self._name, "outputs", self._spec.outputs, map(_tensor, session.get_outputs()))
-        self._session: Any = session
+        self._session, self._info = open_session(bundle, stage, device=device, threads=threads)
+        self._errors = onnxruntime_errors()
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """All outputs by name; see `Engine.run`. A run that fails, say out of memory, raises `BackendError`."""
@@ -123,6 +94,50 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Free the session; closing twice does no harm."""
         self._session = None
+
+
+def open_session(
+    bundle: Bundle,
+    stage: str,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    options: Mapping[str, str] | None = None,
+) -> tuple[Any, EngineInfo]:
+    """ONNX Runtime's session of a stage, and what it runs on. options: of the execution provider.
+
+    Raises `BackendError` where onnxruntime or the device is not there, `BundleError` where the graph cannot be loaded,
+    has other inputs or outputs than the manifest states, or refers to files.
+    """
+    runtime = _import_onnxruntime()
+    provider = _PROVIDERS[device]
+    if provider not in runtime.get_available_providers():
+        raise BackendError(f"device {device!r}: this onnxruntime has no {provider}; {_EXTRAS[device]}")
+    name, spec = f"{bundle.path}: stage {stage}", bundle.manifest.stages[stage]
+    model = bundle.read_stage(stage)
+    refuse_external_data(model, name)
+    chosen = runtime.SessionOptions()
+    chosen.intra_op_num_threads = threads or 0
+    chosen.enable_cpu_mem_arena = False  # the arena never gives back: 1 GB more at the peak, 2 GB between runs
+    chosen.log_severity_level = 4  # what goes wrong is raised, not printed
+    chosen.add_session_config_entry("session.load_model_format", "ONNX")  # never guessed from the bytes
+    providers = [(provider, dict(options)) if options else provider]
+    try:
+        session = runtime.InferenceSession(model, chosen, providers=providers, enable_fallback=0)
+    except onnxruntime_errors() as error:
+        message = f"{name}: onnxruntime cannot load the graph on {device}: {one_line(error)}"
+        # on the CPU only the graph can be at fault
+        raise (BundleError if device == "cpu" else BackendError)(message) from error
+    session._model_bytes = None  # kept for the fallback that is switched off, and as large as the weights
+    if provider not in session.get_providers():
+        raise BackendError(
+            f"device {device!r}: onnxruntime could not start {provider} and would use "
+            f"{', '.join(session.get_providers())}; check the driver and CUDA libraries, or {_EXTRAS[device]}"
+        )
+    check_tensors(name, "inputs", spec.inputs, map(_tensor, session.get_inputs()))
+    check_tensors(name, "outputs", spec.outputs, map(_tensor, session.get_outputs()))
+    version, precision = f"onnxruntime {runtime.__version__}", bundle.manifest.precision
+    return session, EngineInfo(version, provider, device, precision, "float32")
 
 
 def open_engines(
@@ -158,7 +173,7 @@ def open_engines(
         raise InputError(f"backend 'onnxruntime' computes in float32, got precision {precision!r}; use openvino")
     if device != "auto":
         return _open_all(bundle, lambda stage: OnnxRuntimeEngine(bundle, stage, device=device, threads=threads))
-    if _PROVIDERS["cuda"] in _import_onnxruntime().get_available_providers():
+    if has_provider("cuda"):
         try:
             chosen = open_engines(bundle, backend=backend, device="cuda", threads=threads)
             _log.info("device auto: cuda")
@@ -168,6 +183,11 @@ def open_engines(
     else:
         _log.info("device auto: cpu (this onnxruntime has no CUDA provider)")
     return open_engines(bundle, backend=backend, device="cpu", threads=threads)
+
+
+def has_provider(device: str) -> bool:
+    """Whether the installed onnxruntime was built for `device`; `BackendError` where there is no onnxruntime."""
+    return _PROVIDERS[device] in available_providers()
 
 
 def available_providers() -> list[str]:
@@ -226,8 +246,8 @@ def _import_onnxruntime() -> Any:
         ) from error
 
 
-def _onnxruntime_errors() -> tuple[type[Exception], ...]:
-    # onnxruntime's exceptions share no base class short of Exception
+def onnxruntime_errors() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises: its exceptions share no base class short of Exception."""
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     members = [member for member in vars(state).values() if isinstance(member, type)]
     return (*(member for member in members if issubclass(member, Exception)), RuntimeError, ValueError, MemoryError)

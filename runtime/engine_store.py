@@ -105,15 +105,15 @@ def default_folder(bundle: str | os.PathLike[str]) -> Path:
     return path.with_name((path.stem if path.suffix == ".zip" else path.name) + ".engines")
 
 
-def write_engine(folder: str | os.PathLike[str], record: EngineRecord, engine: bytes) -> Path:
-    """Store `engine` under its key; `record.bytes` and `record.sha256` are filled in. Returns the engine's path."""
+def write_engine(folder: str | os.PathLike[str], record: EngineRecord, engine: bytes) -> EngineRecord:
+    """Store `engine` under its key; returns `record` with `bytes` and `sha256` filled in."""
     path = Path(folder) / f"{record.key.stem}.engine"
     record = dataclasses.replace(record, bytes=len(engine), sha256=hashlib.sha256(engine).hexdigest())
     with atomic_path(path) as temporary:
         temporary.write_bytes(engine)
     with atomic_path(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n", encoding="utf-8")
-    return path
+    return record
 
 
 def read_engine(folder: str | os.PathLike[str], record: EngineRecord) -> bytes:

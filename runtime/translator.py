@@ -1,18 +1,14 @@
 """`Translator`: an opened model bundle that turns a label and an exemplar into a picture. Numpy in, numpy out.
 
 The exemplar's half of the correspondence network depends on the exemplar alone (arXiv 2004.05571, section 3.1), so it
-is run once by `encode_exemplar` and its result is used for any number of labels:
-
-    label -> query -> theta  \\
-                              warp (flashcocos.kernels) -> synthesis -> picture
-    exemplar -> phi, values  /
+is run once by `encode_exemplar` and its result is used for any number of labels. What runs where is in pipeline.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import time
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias, overload
@@ -22,31 +18,16 @@ import numpy.typing as npt
 
 from ..bundle import Bundle
 from ..config import SIZE_MULTIPLE, ModelConfig
-from ..errors import BundleError, InputError
-from ..kernels.corr_warp import CorrMatch, last_backend, warp_arrays
-from ..preprocess.images import FloatArray, ImageSource, UInt8Array, load_image, load_rgb, to_uint8
+from ..errors import InputError
+from ..preprocess.images import FloatArray, ImageSource, UInt8Array, load_image, load_rgb
 from ..preprocess.labels import LabelSource, load_label, resize_nearest
-from .engine import Engine, open_engines
+from .pipeline import Exemplar, Pipeline, open_pipeline
 from .shipped import shipped_bundle
-from .stages import check_stages, stage_tensors
+from .stages import check_stages
 
 MIN_SIDE = 2 * SIZE_MULTIPLE  # of what is translated, in pixels: the generator starts at 1/32 and needs two there
 MAX_SIDE = 8192
 Size: TypeAlias = "int | tuple[int, int] | str | None"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Exemplar:
-    """An encoded exemplar; constant, so it can serve many translations and threads at once.
-
-    phi: (1, C, h, w) float32 and values: (1, V, h, w) float32, read-only. size: (height, width) of the picture as it
-    was encoded. model: SHA-256 of the graph that encoded it; another model cannot use it.
-    """
-
-    phi: FloatArray
-    values: FloatArray
-    size: tuple[int, int]
-    model: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +40,8 @@ class Translation:
     matches: (h, w, 2) float32, (x, y) of the best match's centre in pixels of the exemplar at `Exemplar.size`, where
         (0, 0) is the upper left corner of the picture and (0.5, 0.5) the middle of its first pixel.
     exemplar_size: (height, width) of the exemplar that `matches` refers to.
-    timings: milliseconds of each stage; in a batch, an equal share.
+    timings: milliseconds of "query", "warp" and "synthesis", or only "total" where one CUDA graph ran all of them; in a
+        batch, an equal share.
     """
 
     image: UInt8Array
@@ -74,13 +56,19 @@ class Translator:
     """A model bundle, ready to translate. Safe to share between threads; use as a context manager or call `close`.
 
     bundle: path of a bundle folder or zip, or an opened `Bundle`; without one, the model that ships with flashcocos.
-    backend: "onnxruntime" or "openvino". device: "cpu", "cuda", or "auto" (CUDA where it starts, else the CPU; logged
-        once); OpenVINO is for the CPU.
+    backend: "onnxruntime", "openvino" (for the CPU), or on a GPU "tensorrt" or "tensorrt-rtx", whose engines
+        `flashcocos build` makes. device: "cpu", "cuda", or "auto" (CUDA where it starts, else the CPU; logged once).
     threads: CPU threads of each graph, None for one per core; the warp's are set by `NUMBA_NUM_THREADS`.
-    warp: "numba", "numpy", or "auto" (numba where installed).
-    precision: that the graphs compute in, "float32", or "bfloat16" with OpenVINO on a CPU that has it.
-    Raises `InputError` for a missing bundle or unknown option, `BundleError` for a damaged or hostile bundle, and
-    `BackendError` where the backend, device or precision asked for is not there.
+    warp: "numba" or "numpy" on the CPU, "cuda" on the GPU, or "auto": on the GPU with TensorRT and with device "cuda",
+        else numba where it is installed. On the GPU nothing leaves it between label and picture.
+    precision: that the graphs compute in. None: float32 on the CPU, tf32 or float32 in ONNX Runtime on a GPU, and the
+        fastest that was built with TensorRT. Else "float32"; "bfloat16" with OpenVINO on a CPU that has it; or
+        "float16" or "int8" with TensorRT.
+    engines: the folder of TensorRT engines; None for the one beside the bundle, NAME.engines.
+    exemplar_budget: MiB of device memory for encoded exemplars, 512 unless given.
+    Raises `InputError` for a missing bundle and for options unknown or that do not go together, `BundleError` for a
+    damaged or hostile bundle, and `BackendError` where the backend, device, precision, an engine or the warp's compiled
+    kernels are not there.
     """
 
     def __init__(
@@ -91,7 +79,9 @@ class Translator:
         device: str = "auto",
         threads: int | None = None,
         warp: str = "auto",
-        precision: str = "float32",
+        precision: str | None = None,
+        engines: str | os.PathLike[str] | None = None,
+        exemplar_budget: int | None = None,
     ) -> None:
         if bundle is None:  # and not "", which is a mistake and no wish for the shipped model
             bundle = shipped_bundle()
@@ -99,16 +89,18 @@ class Translator:
         check_stages(opened.manifest)
         self.bundle = opened
         self.config = opened.manifest.config
-        # a warp of one position: what cannot run fails here, and "auto" becomes the name of what it chose
-        position = np.ones((1, 1, 1, 1), np.float32)
-        self._warp = warp
-        self._matched_warp(position, position, position)
-        self._warp = last_backend() or warp
         self._model = opened.manifest.files[opened.manifest.stages["exemplar"].file].sha256
-        self._outputs = {stage: outputs for stage, (_, outputs) in stage_tensors(self.config).items()}
-        self._engines: dict[str, Engine] = open_engines(
-            opened, backend=backend, device=device, threads=threads, precision=precision
+        self._pipeline: Pipeline = open_pipeline(
+            opened,
+            backend=backend,
+            device=device,
+            threads=threads,
+            warp=warp,
+            precision=precision,
+            engines=engines,
+            exemplar_budget=exemplar_budget,
         )
+        self._release = weakref.finalize(self, self._pipeline.close)  # also where nobody closes it, and at exit
 
     def __enter__(self) -> Translator:
         return self
@@ -120,20 +112,11 @@ class Translator:
 
     def close(self) -> None:
         """Free the graphs; translating afterwards raises `BackendError`. Running translations finish."""
-        for engine in self._engines.values():
-            engine.close()
+        self._release()
 
     def describe(self) -> dict[str, dict[str, str]]:
         """For every stage, the warp included, the fields of `EngineInfo`."""
-        stages = {stage: dataclasses.asdict(engine.describe()) for stage, engine in self._engines.items()}
-        warp = {
-            "backend": self._warp,
-            "provider": "flashcocos",
-            "device": "cpu",
-            "precision": "float32",
-            "arithmetic": "float32",
-        }
-        return {**stages, "warp": warp}
+        return {name: dataclasses.asdict(info) for name, info in self._pipeline.describe().items()}
 
     def encode_exemplar(self, image: ImageSource, label: LabelSource | None = None, size: Size = None) -> Exemplar:
         """Encode an exemplar once, for any number of translations.
@@ -153,10 +136,9 @@ class Translator:
         inputs: dict[str, npt.NDArray[Any]] = {"image": load_image(picture, (height, width))[None]}
         if label is not None:
             inputs["label"] = resize_nearest(load_label(self.config, label), (height, width))[None]
-        outputs = self._run("exemplar", inputs, height, width)
-        for array in outputs.values():
-            array.flags.writeable = False
-        return Exemplar(outputs["phi"], outputs["values"], (height, width), self._model)
+        phi, values = self._pipeline.encode(inputs)
+        phi.flags.writeable = values.flags.writeable = False
+        return Exemplar(phi, values, (height, width), self._model)
 
     @overload
     def translate(self, label: LabelSource, exemplar: Exemplar, size: Size = None) -> Translation: ...
@@ -184,7 +166,8 @@ class Translator:
         label: a prepared label: path, array, or Pillow image of class ids.
         size: (height, width) or the side of a square, in multiples of 32 from 64 to 8192; None is the square the model
             was trained at; "input" the label's own size, rounded to multiples of 32. The exemplar's size may differ.
-        batch_size: labels of one size that run together; more is faster on a GPU and takes more memory.
+        batch_size: labels of one size that run together; more is faster on a GPU and takes more memory. TensorRT
+            runs as many of them together as an engine was built for.
         Raises `InputError` for what cannot be used, `BackendError` where a stage fails, say out of memory.
         """
         if not isinstance(label, list | tuple):
@@ -208,62 +191,21 @@ class Translator:
         return [results[index] for index in range(len(labels))]
 
     def _translate(self, labels: list[npt.NDArray[Any]], exemplars: list[Exemplar]) -> list[Translation]:
-        label = np.stack(labels)
-        height, width = label.shape[-2:]
-        clock = [time.perf_counter()]
-        theta = self._run("query", {"label": label}, height, width)["theta"]
-        clock.append(time.perf_counter())
-        # one warp an item: it fills the cores by itself, and exemplars may differ in size
-        warps = [
-            self._matched_warp(theta[index : index + 1], exemplar.phi, exemplar.values)
-            for index, exemplar in enumerate(exemplars)
-        ]
-        clock.append(time.perf_counter())
-        warped = np.concatenate([out for out, _ in warps])
-        pictures = self._run("synthesis", {"warped": warped, "label": label}, height, width)
-        clock.append(time.perf_counter())
-        shares = [float(seconds) * 1e3 / len(labels) for seconds in np.diff(clock)]
-        timings = dict(zip(("query", "warp", "synthesis"), shares, strict=True))
-        results = []
-        for index, ((_, match), exemplar) in enumerate(zip(warps, exemplars, strict=True)):
-            results.append(
-                Translation(
-                    image=to_uint8(pictures["image"][index]),
-                    warped=to_uint8(pictures["warped_image"][index]),
-                    confidence=match.probability[0],
-                    matches=self._positions(match.index[0], exemplar),
-                    exemplar_size=exemplar.size,
-                    timings=timings,
-                )
+        return [
+            Translation(
+                image=result.image,
+                warped=result.warped,
+                confidence=result.probability,
+                matches=self._positions(result.index, exemplar),
+                exemplar_size=exemplar.size,
+                timings=result.timings,
             )
-        return results
-
-    def _matched_warp(self, theta: FloatArray, phi: FloatArray, values: FloatArray) -> tuple[FloatArray, CorrMatch]:
-        patch, temperature = self.config.patch, self.config.temperature
-        result = warp_arrays(theta, phi, values, patch=patch, temperature=temperature, match=True, backend=self._warp)
-        assert result.match is not None  # it was asked for
-        return result.out, result.match
+            for result, exemplar in zip(self._pipeline.render(np.stack(labels), exemplars), exemplars, strict=True)
+        ]
 
     def _positions(self, index: npt.NDArray[np.int64], exemplar: Exemplar) -> FloatArray:
         y, x = np.divmod(index, exemplar.phi.shape[3])
         return ((np.stack([x, y], axis=-1) + 0.5) * self.config.down_scale).astype(np.float32)
-
-    def _run(self, stage: str, inputs: dict[str, npt.NDArray[Any]], height: int, width: int) -> dict[str, FloatArray]:
-        """Run a stage; what a graph gives is as little trusted as the rest of a bundle."""
-        outputs = self._engines[stage].run(inputs)
-        scale = self.config.down_scale
-        sides = {"height": height, "width": width, "h": height // scale, "w": width // scale}
-        sides["batch"] = next(iter(inputs.values())).shape[0]
-        for spec in self._outputs[stage]:
-            expected = tuple(sides[side] if isinstance(side, str) else side for side in spec.shape)
-            if (actual := outputs[spec.name].shape) != expected:
-                raise BundleError(f"{self.bundle.path}: stage {stage} gave {spec.name} {actual}, expected {expected}")
-            if not np.isfinite(outputs[spec.name]).all():
-                raise BundleError(
-                    f"{self.bundle.path}: stage {stage} gave NaN or infinity in {spec.name}: its weights are damaged "
-                    "or overflow in float16; export it again with precision float32"
-                )
-        return outputs
 
     def _label(self, source: LabelSource, size: Size) -> npt.NDArray[Any]:
         planes = load_label(self.config, source)

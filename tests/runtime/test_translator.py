@@ -105,13 +105,13 @@ def test_batches_equal_singles(translator_name: str, request: pytest.FixtureRequ
 
 def test_labels_of_one_size_run_as_one_batch(classes: Translator, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
-    run = classes._engines["synthesis"].run
+    run = classes._pipeline.engines["synthesis"].run
 
     def spy(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         batches.append(inputs["label"].shape)
         return run(inputs)
 
-    monkeypatch.setattr(classes._engines["synthesis"], "run", spy)
+    monkeypatch.setattr(classes._pipeline.engines["synthesis"], "run", spy)
     labels = [random_label(CLASSES, *size) for size in ((64, 64), (96, 64), (64, 64), (64, 64))]
     classes.translate(labels, exemplar_of(classes), "input", batch_size=2)
     assert batches == [(2, 64, 64), (1, 64, 64), (1, 96, 64)]
@@ -261,7 +261,7 @@ def test_options(tmp_path: Path) -> None:
         Translator(tmp_path / "absent")
     with pytest.raises(InputError, match="unknown backend"):
         Translator(path, backend="torch")
-    with pytest.raises(InputError, match="expected one of auto, numba, numpy, got 'fast'"):
+    with pytest.raises(InputError, match="unknown warp .fast.; expected one of auto, numba, numpy, cuda"):
         Translator(path, warp="fast")
     with Translator(Bundle(path), threads=1, device="cpu", warp="numpy") as translator:
         assert translator.translate(random_label(CLASSES, 64, 64), exemplar_of(translator)).image.shape == (64, 64, 3)

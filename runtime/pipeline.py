@@ -1,0 +1,212 @@
+"""The stages of a translation in a row: on the CPU here, on a GPU in device_pipeline.py, behind one protocol.
+
+    label -> query -> theta  \\
+                              warp (flashcocos.kernels) -> synthesis -> picture
+    exemplar -> phi, values  /
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle import Bundle
+from ..errors import BackendError, BundleError, InputError
+from ..kernels.corr_warp import CorrMatch, last_backend, warp_arrays
+from ..preprocess.images import FloatArray, UInt8Array, to_uint8
+from .engine import BACKENDS, Engine, EngineInfo, has_provider, open_engines
+from .engine_store import FLAVOURS
+from .stages import stage_tensors
+
+GPU_BACKENDS = tuple(FLAVOURS)
+WARPS = ("auto", "numba", "numpy", "cuda")
+EXEMPLAR_BUDGET = 512  # MiB of device memory for encoded exemplars, unless asked for otherwise
+_log = logging.getLogger("flashcocos.runtime")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exemplar:
+    """An encoded exemplar; constant, so it can serve many translations and threads at once.
+
+    phi: (1, C, h, w) float32 and values: (1, V, h, w) float32, read-only. size: (height, width) of the picture as it
+    was encoded. model: SHA-256 of the graph that encoded it; another model cannot use it.
+    """
+
+    phi: FloatArray
+    values: FloatArray
+    size: tuple[int, int]
+    model: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rendering:
+    """What the stages make of one label: image and warped (H, W, 3) uint8; of each position the flat index of its best
+    match (h, w) int64 and its probability (h, w) float32; and milliseconds."""
+
+    image: UInt8Array
+    warped: UInt8Array
+    index: npt.NDArray[np.int64]
+    probability: FloatArray
+    timings: Mapping[str, float]
+
+
+class Pipeline(Protocol):
+    """The stages of one model, safe to share between threads."""
+
+    def encode(self, inputs: Mapping[str, npt.NDArray[Any]]) -> tuple[FloatArray, FloatArray]:
+        """phi and values of one exemplar, from the inputs of its stage."""
+        ...
+
+    def render(self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar]) -> list[Rendering]:
+        """A rendering for each item of the batch `label`, as its stage takes it, with the exemplar of its own."""
+        ...
+
+    def describe(self) -> dict[str, EngineInfo]:
+        """What runs each stage, and the warp."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; what runs finishes, and what comes after raises `BackendError`."""
+        ...
+
+
+class HostPipeline:
+    """Engines on numpy arrays, and the warp on the CPU.
+
+    warp: "numba", "numpy", or "auto" (numba where installed). Raises as `open_engines`.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, backend: str, device: str, threads: int | None, warp: str, precision: str
+    ) -> None:
+        self._name, self._config = bundle.path, bundle.manifest.config
+        # a warp of one position: what cannot run fails here, and "auto" becomes the name of what it chose
+        position = np.ones((1, 1, 1, 1), np.float32)
+        self._warp = warp
+        self._matched_warp(position, position, position)
+        self._warp = last_backend() or warp
+        self._outputs = {stage: outputs for stage, (_, outputs) in stage_tensors(self._config).items()}
+        self.engines: dict[str, Engine] = open_engines(
+            bundle, backend=backend, device=device, threads=threads, precision=precision
+        )
+
+    def encode(self, inputs: Mapping[str, npt.NDArray[Any]]) -> tuple[FloatArray, FloatArray]:
+        """See `Pipeline.encode`."""
+        outputs = self._run("exemplar", inputs, inputs["image"].shape[2:])
+        return outputs["phi"], outputs["values"]
+
+    def render(self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar]) -> list[Rendering]:
+        """See `Pipeline.render`; timings are equal shares of the batch's."""
+        size = label.shape[-2:]
+        clock = [time.perf_counter()]
+        theta = self._run("query", {"label": label}, size)["theta"]
+        clock.append(time.perf_counter())
+        # one warp an item: it fills the cores by itself, and exemplars may differ in size
+        warps = [
+            self._matched_warp(theta[index : index + 1], exemplar.phi, exemplar.values)
+            for index, exemplar in enumerate(exemplars)
+        ]
+        clock.append(time.perf_counter())
+        warped = np.concatenate([out for out, _ in warps])
+        pictures = self._run("synthesis", {"warped": warped, "label": label}, size)
+        clock.append(time.perf_counter())
+        shares = [float(seconds) * 1e3 / len(label) for seconds in np.diff(clock)]
+        timings = dict(zip(("query", "warp", "synthesis"), shares, strict=True))
+        images = zip(pictures["image"], pictures["warped_image"], strict=True)
+        return [
+            Rendering(to_uint8(image), to_uint8(colours), match.index[0], match.probability[0], timings)
+            for (image, colours), (_, match) in zip(images, warps, strict=True)
+        ]
+
+    def describe(self) -> dict[str, EngineInfo]:
+        """See `Pipeline.describe`."""
+        stages = {stage: engine.describe() for stage, engine in self.engines.items()}
+        return {**stages, "warp": EngineInfo(self._warp, "flashcocos", "cpu", "float32", "float32")}
+
+    def close(self) -> None:
+        """See `Pipeline.close`."""
+        for engine in self.engines.values():
+            engine.close()
+
+    def _matched_warp(self, theta: FloatArray, phi: FloatArray, values: FloatArray) -> tuple[FloatArray, CorrMatch]:
+        patch, temperature = self._config.patch, self._config.temperature
+        result = warp_arrays(theta, phi, values, patch=patch, temperature=temperature, match=True, backend=self._warp)
+        assert result.match is not None  # it was asked for
+        return result.out, result.match
+
+    def _run(self, stage: str, inputs: Mapping[str, npt.NDArray[Any]], size: tuple[int, ...]) -> dict[str, FloatArray]:
+        """Run a stage; what a graph gives is as little trusted as the rest of a bundle."""
+        outputs = self.engines[stage].run(inputs)
+        (height, width), scale = size, self._config.down_scale
+        sides = {"height": height, "width": width, "h": height // scale, "w": width // scale}
+        sides["batch"] = next(iter(inputs.values())).shape[0]
+        for spec in self._outputs[stage]:
+            expected = tuple(sides[side] if isinstance(side, str) else side for side in spec.shape)
+            if (actual := outputs[spec.name].shape) != expected:
+                raise BundleError(f"{self._name}: stage {stage} gave {spec.name} {actual}, expected {expected}")
+            require_finite(f"{self._name}: stage {stage} gave", spec.name, np.isfinite(outputs[spec.name]).all())
+        return outputs
+
+
+def require_finite(where: str, what: str, finite: Any) -> None:
+    """Raise `BundleError` where a network gave NaN or infinity."""
+    if not finite:
+        raise BundleError(
+            f"{where} NaN or infinity in {what}: its weights are damaged or overflow in float16; "
+            "export it again with precision float32"
+        )
+
+
+def open_pipeline(
+    bundle: Bundle,
+    *,
+    backend: str,
+    device: str,
+    threads: int | None,
+    warp: str,
+    precision: str | None,
+    engines: str | os.PathLike[str] | None,
+    exemplar_budget: int | None,
+) -> Pipeline:
+    """The pipeline that these options of `Translator` ask for; `InputError` where they do not go together."""
+    known = (*BACKENDS, *GPU_BACKENDS)
+    for name, value, choices in (("backend", backend, known), ("warp", warp, WARPS)):
+        if value not in choices:
+            raise InputError(f"unknown {name} {value!r}; expected one of {', '.join(choices)}")
+    tensorrt = backend in GPU_BACKENDS
+    on_gpu = tensorrt or warp == "cuda" or (backend == "onnxruntime" and device == "cuda" and warp == "auto")
+    for name, given, fits in (
+        ("engines", engines is not None, tensorrt),
+        ("exemplar_budget", exemplar_budget is not None, on_gpu or device == "auto"),
+        ("threads", threads is not None, not on_gpu),
+        (f"warp {warp!r}", warp in ("numba", "numpy"), not tensorrt),
+        (f"warp {warp!r}", warp == "cuda", tensorrt or (backend == "onnxruntime" and device != "cpu")),
+        (f"device {device!r}", device == "cpu", not tensorrt),
+    ):
+        if given and not fits:
+            raise InputError(f"{name} does not go with backend {backend!r}, device {device!r} and warp {warp!r}")
+    budget = EXEMPLAR_BUDGET if exemplar_budget is None else exemplar_budget
+    if type(budget) is not int or budget < 1:
+        raise InputError(f"exemplar_budget: expected MiB of device memory, from 1; got {budget!r}")
+
+    def on_device() -> Pipeline:
+        from .device_pipeline import open_device_pipeline  # not at the top, for it builds on this module
+
+        return open_device_pipeline(bundle, backend=backend, precision=precision, engines=engines, budget=budget << 20)
+
+    if on_gpu:
+        return on_device()
+    if backend == "onnxruntime" and device == "auto" and warp == "auto" and has_provider("cuda"):
+        try:
+            return on_device()
+        except BackendError as error:
+            _log.warning("device auto: the warp is not on the GPU: %s", error)
+    host_precision = "float32" if precision is None else precision
+    return HostPipeline(bundle, backend=backend, device=device, threads=threads, warp=warp, precision=host_precision)

@@ -1,0 +1,256 @@
+"""A stand-in for the packages tensorrt and tensorrt_rtx: their runtime API over a fake device.
+
+An "engine" is a header and the ONNX graph of its stage; it runs in ONNX Runtime on the CPU, on the fake device's memory
+and in the order of its queue. As strict as what it stands for: None for what it cannot deserialise, with the reason
+logged; no run without every shape, address and the working memory, which a run fills with garbage.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import weakref
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from fake_device import MIB, FakeDevice
+
+from flashcocos.bundle import STAGES, Bundle
+from flashcocos.preprocess import to_uint8
+from flashcocos.runtime.device_engine import device_tensors
+from flashcocos.runtime.engine_store import EngineKey, EngineRecord, Profile, write_engine
+
+MAGIC = b"FAKE"
+VERSION = "10.9.0"
+WEIGHTS, SCRATCH = MIB, 2 * MIB
+
+
+def profile(height: Any = 64, width: Any = 64, batch: Any = 1) -> Profile:
+    """A profile; an axis is one number, or (least, optimal, most)."""
+    return Profile(*((axis,) * 3 if isinstance(axis, int) else axis for axis in (batch, height, width)))
+
+
+def write_engines(
+    folder: Path,
+    bundle: Bundle,
+    profiles: Sequence[Profile],
+    *,
+    flavour: str = "tensorrt",
+    version: str = VERSION,
+    architecture: int = 86,
+    precision: str = "float16",
+    scratch: int = SCRATCH,
+    **header: Any,
+) -> list[EngineRecord]:
+    """Engines of all stages of `bundle`; `header` changes what the engine itself says."""
+    records = []
+    manifest = bundle.manifest
+    for one in profiles:
+        for stage in STAGES:
+            file = manifest.stages[stage].file
+            tensors = device_tensors(manifest.config, stage, packed=True)
+            sides = [_fixed(one, side) for side in tensors] if one.static else tensors
+            key = EngineKey(stage, manifest.files[file].sha256, flavour, version, (architecture,), precision, one)
+            record = EngineRecord(key, tensors[0], tensors[1], WEIGHTS, scratch, 0, "")
+            says = {"architecture": architecture, "version": version, "stage": stage, "scratch": scratch}
+            says["tensors"] = [[(t.name, t.dtype, t.shape) for t in side] for side in sides]
+            text = json.dumps({**says, **header}).encode()
+            engine = MAGIC + len(text).to_bytes(4, "little") + text + bundle.read_stage(stage)
+            write_engine(folder, record, engine)
+            records.append(record)
+    return records
+
+
+def _fixed(one: Profile, tensors: Any) -> Any:
+    """Tensors of a static engine, with numbers in place of axes."""
+    sides = {"batch": one.batch[0], "height": one.height[0], "width": one.width[0]}
+    sides |= {"h": one.height[0] // 4, "w": one.width[0] // 4}
+    return [type(t)(t.name, t.dtype, tuple(sides.get(side, side) for side in t.shape)) for t in tensors]
+
+
+class Severity(Enum):
+    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+
+class ILogger:
+    Severity = Severity
+
+    def __init__(self) -> None:
+        self.initialised = True
+
+
+class TensorIOMode(Enum):
+    NONE, INPUT, OUTPUT = range(3)
+
+
+class ExecutionContextAllocationStrategy(Enum):
+    STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
+
+
+class FakeTensorRt:
+    """The module; `capturable` is what contexts answer, None for the flavour that has no such question."""
+
+    ILogger, TensorIOMode = ILogger, TensorIOMode
+    ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+
+    def __init__(self, device: FakeDevice, version: str = VERSION, capturable: bool | None = None) -> None:
+        self.device, self.__version__, self.capturable = device, version, capturable
+        self.fails: str | None = None  # the stage whose next run fails
+        self.syncs = False  # whether runs wait for the device, which cannot be recorded
+        self.nan = False  # whether the synthesis says that it gave NaN
+        self.loaded: list[str] = []
+        self.runs: list[str] = []
+        self.engines = 0
+
+    def Runtime(self, logger: Any) -> Any:
+        assert logger.initialised
+        return Runtime(self, logger)
+
+    @staticmethod
+    def nptype(dtype: str) -> Any:
+        return np.dtype(dtype).type
+
+
+class Runtime:
+    def __init__(self, trt: FakeTensorRt, logger: Any) -> None:
+        self.trt, self.logger = trt, logger
+
+    def deserialize_cuda_engine(self, serialized: bytes) -> Any:
+        size = int.from_bytes(serialized[4:8], "little")
+        reason = None
+        if serialized[:4] != MAGIC:
+            reason = "magic tag does not match"
+        else:
+            header = json.loads(serialized[8 : 8 + size])
+            if header["architecture"] != self.trt.device.capability:
+                reason = f"engine was built for sm_{header['architecture']}"
+            elif header["version"] != self.trt.__version__:
+                reason = f"engine was built with {header['version']}"
+        if reason:
+            self.logger.log(Severity.ERROR, f"IRuntime::deserializeCudaEngine: Error Code 1: {reason}\n")
+            self.logger.log(Severity.WARNING, "not an error")
+            return None
+        self.trt.loaded.append(header["stage"])
+        return Engine(self, header, serialized[8 + size :])
+
+
+@functools.lru_cache(16)
+def _session(model: bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+class Engine:
+    """Its weights are device memory until its last reference goes."""
+
+    def __init__(self, runtime: Runtime, header: dict[str, Any], model: bytes) -> None:
+        self.runtime, self.header, self.trt = runtime, header, runtime.trt
+        self.session = _session(model)
+        self.device_memory_size_v2 = header["scratch"]
+        inputs, outputs = header["tensors"]
+        self.tensors = {n: (t, tuple(s), TensorIOMode.INPUT) for n, t, s in inputs}
+        self.tensors |= {n: (t, tuple(s), TensorIOMode.OUTPUT) for n, t, s in outputs}
+        self.num_io_tensors = len(self.tensors)
+        weights = self.trt.device.allocate(WEIGHTS)
+        self.trt.engines += 1
+        weakref.finalize(self, _unload, self.trt, weights)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.tensors)[index]
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return self.tensors[name][0]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return self.tensors[name][2]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(side if isinstance(side, int) else -1 for side in self.tensors[name][1])
+
+    def create_execution_context(self, strategy: Any) -> Any:
+        assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
+        return Context(self)
+
+
+def _unload(trt: FakeTensorRt, weights: Any) -> None:
+    trt.engines -= 1
+    weights.alive = False
+    trt.device.buffers.remove(weights)
+
+
+class Context:
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.trt, self.device = engine, engine.trt, engine.trt.device
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.scratch = (0, 0)
+        if self.trt.capturable is not None:
+            self.is_stream_capturable = lambda stream: self.trt.capturable and stream == self.device.stream
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        _, sides, mode = self.engine.tensors[name]
+        fits = all(isinstance(side, str) or side == size for side, size in zip(sides, shape, strict=True))
+        if mode is TensorIOMode.INPUT and fits:
+            self.shapes[name] = tuple(shape)
+        return fits
+
+    def infer_shapes(self) -> list[str]:
+        inputs = [name for name, (_, _, mode) in self.engine.tensors.items() if mode is TensorIOMode.INPUT]
+        return [name for name in inputs if name not in self.shapes]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        known: dict[str, int] = {}
+        for key, shape in self.shapes.items():
+            known |= {s: size for s, size in zip(self.engine.tensors[key][1], shape, strict=True) if isinstance(s, str)}
+        if "height" in known:
+            known |= {"h": known["height"] // 4, "w": known["width"] // 4}
+        return tuple(known[side] if isinstance(side, str) else side for side in self.engine.tensors[name][1])
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0
+        self.addresses[name] = address
+        return True
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size >= self.engine.device_memory_size_v2
+        assert address % 256 == 0
+        self.scratch = (address, size)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == self.device.stream
+        assert set(self.addresses) == set(self.engine.tensors)
+        assert not self.engine.device_memory_size_v2 or self.scratch[0]
+        stage = self.engine.header["stage"]
+        if self.trt.fails == stage:
+            self.trt.fails = None
+            self.engine.runtime.logger.log(Severity.ERROR, "IExecutionContext::enqueueV3: Error Code 7: no")
+            return False
+        if self.trt.syncs:
+            self.device.synchronize()
+        addresses, scratch = dict(self.addresses), self.scratch
+        self.device.put(lambda: self._run(stage, addresses, scratch))
+        return True
+
+    def _run(self, stage: str, addresses: dict[str, int], scratch: tuple[int, int]) -> None:
+        self.trt.runs.append(stage)
+        if scratch[0]:
+            self.device.view(scratch[0], np.uint8, scratch[1])[:] = 0xA5
+
+        def view(name: str) -> np.ndarray:
+            shape = self.get_tensor_shape(name)
+            return self.device.view(addresses[name], self.engine.tensors[name][0], math.prod(shape)).reshape(shape)
+
+        session = self.engine.session
+        names = [output.name for output in session.get_outputs()]
+        results = dict(zip(names, session.run(names, {name: view(name) for name in self.shapes}), strict=True))
+        for name, array in results.items():
+            packed = stage == "synthesis"
+            view(name)[...] = np.stack([to_uint8(one) for one in array]) if packed else array
+        if stage == "synthesis":
+            view("invalid")[...] = float(self.trt.nan)
