@@ -1,0 +1,158 @@
+"""What every way to run a bundle has in common: the picture of the CPU, in any batch, size, thread and order."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_gpu import fake_gpu
+from real_gpu import real_translator
+from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_tiny_bundle
+
+from flashcocos.config import ModelConfig
+from flashcocos.errors import BackendError, InputError
+from flashcocos.runtime import Exemplar, Translation, Translator
+
+FAKE = ("tensorrt", "tensorrt-rtx", "onnxruntime")
+WAYS = ("cpu", *(f"fake {backend}" for backend in FAKE), *(f"real {backend}" for backend in FAKE))
+
+
+@pytest.fixture(params=["classes", "channels"])
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    return CLASSES if request.param == "classes" else CHANNELS
+
+
+@pytest.fixture
+def reference(tmp_path: Path, config: ModelConfig) -> Translator:
+    return Translator(write_tiny_bundle(tmp_path / "m", config), device="cpu", warp="numpy", threads=1)
+
+
+@pytest.fixture(params=WAYS)
+def translator(
+    request: pytest.FixtureRequest, tmp_path: Path, reference: Translator, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Translator]:
+    """Over each way; afterwards nothing of it may be left on the device."""
+    kind, _, backend = request.param.partition(" ")
+    if kind == "cpu":
+        yield reference
+    elif kind == "real":
+        with real_translator(tmp_path / "m", backend) as opened:
+            yield opened
+    else:
+        gpu = fake_gpu(monkeypatch, tmp_path / "m", backend)
+        opened = gpu.translator()
+        yield opened
+        opened.close()
+        gc.collect()
+        assert gpu.device.live == (0, 0, 0)
+        assert gpu.trt.engines == 0
+        assert gpu.device.closed
+
+
+def exemplar_of(translator: Translator, size: tuple[int, int] = (64, 64), seed: int = 0) -> Exemplar:
+    label = random_label(translator.config, *size, seed + 10) if translator.config.mask_mixing else None
+    return translator.encode_exemplar(random_picture(*size, seed), label, size)
+
+
+def assert_same(one: Translation, other: Translation) -> None:
+    for name in ("image", "warped"):
+        difference = np.abs(getattr(one, name).astype(int) - getattr(other, name))
+        assert difference.max() <= 1, name
+    differs = (one.matches != other.matches).any(-1)
+    assert one.confidence[differs].max(initial=0) <= 0.501  # where two positions match equally well
+    assert differs.mean() < 0.02
+    np.testing.assert_allclose(one.confidence, other.confidence, atol=1e-5)
+    assert one.exemplar_size == other.exemplar_size
+    assert one.image.std() > 10  # a flat picture would prove nothing
+
+
+def test_pictures_are_those_of_the_cpu(translator: Translator, reference: Translator) -> None:
+    """At sizes that change from run to run, each often enough to be recorded and replayed."""
+    exemplars = {size: (exemplar_of(translator, size), exemplar_of(reference, size)) for size in ((64, 64), (96, 64))}
+    for round_ in range(4):
+        for size in ((64, 64), (64, 96)):
+            for mine, theirs in exemplars.values():
+                label = random_label(translator.config, *size, round_)
+                assert_same(translator.translate(label, mine, size), reference.translate(label, theirs, size))
+
+
+def test_fields_and_their_types(translator: Translator) -> None:
+    exemplar = exemplar_of(translator, (64, 96))
+    assert (exemplar.phi.shape, exemplar.phi.dtype) == ((1, 16, 16, 24), np.float32)
+    assert exemplar.values.shape == (1, translator.config.warped_channels, 16, 24)
+    results = [translator.translate(random_label(translator.config, 64, 64), exemplar) for _ in range(3)]
+    for result in results:
+        assert (result.image.dtype, result.image.shape) == (np.uint8, (64, 64, 3))
+        assert (result.warped.dtype, result.warped.shape) == (np.uint8, (64, 64, 3))
+        assert (result.confidence.dtype, result.confidence.shape) == (np.float32, (16, 16))
+        assert (result.matches.dtype, result.matches.shape) == (np.float32, (16, 16, 2))
+        assert result.exemplar_size == (64, 96)
+        assert set(result.timings) in ({"query", "warp", "synthesis"}, {"total"})
+        assert min(result.timings.values()) >= 0
+    before = results[0].image.copy()
+    translator.translate(random_label(translator.config, 64, 64, 7), exemplar)
+    np.testing.assert_array_equal(results[0].image, before)  # a result is the caller's own
+
+
+def test_batches_equal_singles(translator: Translator) -> None:
+    """With exemplars of several sizes, and more labels than run together."""
+    sizes = [(64, 64), (64, 96), (64, 64), (64, 64), (64, 96), (64, 64), (64, 64)]
+    exemplars = [exemplar_of(translator, size, seed) for seed, size in enumerate(((64, 64), (64, 64), (96, 64)))]
+    labels = [random_label(translator.config, *size, seed) for seed, size in enumerate(sizes)]
+    mixed = [exemplars[index % 3] for index in range(len(labels))]
+    singles = [translator.translate(*pair, "input") for pair in zip(labels, mixed, strict=True)]
+    for batch_size in (2, 8):
+        for one, other in zip(
+            singles, translator.translate(labels, mixed, "input", batch_size=batch_size), strict=True
+        ):
+            assert_same(one, other)
+
+
+def test_threads_share_a_translator(translator: Translator) -> None:
+    exemplars = [exemplar_of(translator, (64, 64 + 32 * seed), seed) for seed in range(2)]
+    work = [
+        (random_label(translator.config, 64, 64, seed), exemplars[seed % 2], (64, 64 + 32 * (seed % 2)))
+        for seed in range(6)
+    ]
+    alone = [translator.translate(*arguments) for arguments in work]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda arguments: translator.translate(*arguments), work * 2))
+    for index, one in enumerate(together):
+        assert_same(one, alone[index % 6])
+
+
+def test_exemplars_of_the_cpu_serve(translator: Translator, reference: Translator) -> None:
+    label, exemplar = random_label(translator.config, 64, 64), exemplar_of(reference)
+    assert_same(translator.translate(label, exemplar), reference.translate(label, exemplar))
+
+
+def test_describe(translator: Translator) -> None:
+    described = translator.describe()
+    assert set(described) == {"query", "exemplar", "synthesis", "warp"}
+    assert len({one["device"] for one in described.values()}) == 1
+    assert all(set(one) == {"backend", "provider", "device", "precision", "arithmetic"} for one in described.values())
+
+
+def test_wrong_requests_are_refused_and_harm_nothing(translator: Translator) -> None:
+    exemplar, label = exemplar_of(translator), random_label(translator.config, 64, 64)
+    for bad in (np.zeros((3, 3, 3, 3)), "absent.png", None):
+        with pytest.raises(InputError):
+            translator.translate(bad, exemplar)
+    for size in (33, (64, 64, 64), 8224):
+        with pytest.raises(InputError, match="size: "):
+            translator.translate(label, exemplar, size)
+    translator.translate(label, exemplar)
+
+
+def test_closed(translator: Translator) -> None:
+    exemplar, label = exemplar_of(translator), random_label(translator.config, 64, 64)
+    translator.translate(label, exemplar)
+    translator.close()
+    translator.close()
+    for call in (lambda: translator.translate(label, exemplar), lambda: exemplar_of(translator)):
+        with pytest.raises(BackendError, match="closed"):
+            call()

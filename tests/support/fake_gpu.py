@@ -1,0 +1,69 @@
+"""A machine with a GPU, for one test: a fake device, TensorRT or ONNX Runtime on it, and a bundle's engines."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_device import FakeDevice
+from fake_onnxruntime import FakeCudaRuntime
+from fake_tensorrt import FakeTensorRt, profile, write_engines
+from kernel_twins import write_kernels
+
+from flashcocos.bundle import Bundle
+from flashcocos.runtime import Translator, device_pipeline, engine
+from flashcocos.runtime.engine_store import Profile, default_folder
+
+DYNAMIC = profile((64, 64, 128), (64, 64, 128), (1, 2, 4))
+
+
+@dataclasses.dataclass
+class FakeGpu:
+    """device, trt, onnx: what is in place of the GPU, of TensorRT and of onnxruntime. options: for `Translator`."""
+
+    device: FakeDevice
+    trt: FakeTensorRt
+    onnx: FakeCudaRuntime
+    bundle: Bundle
+    options: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return default_folder(self.bundle.path)
+
+    def translator(self, **options: Any) -> Translator:
+        return Translator(self.bundle, **{**self.options, **options})
+
+
+def fake_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    bundle: Path,
+    backend: str = "tensorrt",
+    *,
+    profiles: Sequence[Profile] = (profile(), DYNAMIC),
+    kernels: bool = True,
+    engines: dict[str, Any] | None = None,
+    **device: Any,
+) -> FakeGpu:
+    """`backend`: "tensorrt", "tensorrt-rtx" or "onnxruntime". engines: options of `write_engines`."""
+    opened = Bundle(bundle)
+    config = opened.manifest.config
+    gpu = FakeDevice(config, **device)
+    trt = FakeTensorRt(gpu, capturable=True if backend == "tensorrt-rtx" else None)
+    onnx = FakeCudaRuntime(gpu)
+    monkeypatch.setattr(device_pipeline, "open_device", lambda: gpu)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt if backend == "tensorrt" else None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt if backend == "tensorrt-rtx" else None)
+    options: dict[str, Any] = {"backend": backend}
+    if backend == "onnxruntime":
+        monkeypatch.setattr(engine, "_import_onnxruntime", lambda: onnx)
+        options["device"] = "cuda"
+    else:
+        write_engines(default_folder(bundle), opened, profiles, flavour=backend, **(engines or {}))
+    if kernels:
+        write_kernels(default_folder(bundle) / "kernels", config)
+    return FakeGpu(gpu, trt, onnx, opened, options)

@@ -1,0 +1,58 @@
+"""An onnxruntime that claims CUDA: its sessions run on the CPU, on a fake device's memory and after its queue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnxruntime
+from fake_device import FakeDevice
+
+
+class FakeCudaRuntime:
+    """The module; `starts` is whether CUDA does, else it falls back to the CPU as the real one."""
+
+    SessionOptions = onnxruntime.SessionOptions
+    __version__ = "0-fake"
+
+    def __init__(self, device: FakeDevice | None = None, starts: bool = True) -> None:
+        self.device, self.starts, self.options = device, starts, []
+
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def InferenceSession(self, model: bytes, options: Any, providers: list[Any], enable_fallback: int) -> Any:
+        name, chosen = providers[0] if isinstance(providers[0], tuple) else (providers[0], {})
+        self.options.append(chosen)
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return FakeCudaSession(session, self.device, name if self.starts else "CPUExecutionProvider")
+
+
+class FakeCudaSession:
+    def __init__(self, session: Any, device: FakeDevice | None, provider: str) -> None:
+        self._session, self._device, self._provider = session, device, provider
+        self.get_inputs, self.get_outputs, self.run = session.get_inputs, session.get_outputs, session.run
+
+    def get_providers(self) -> list[str]:
+        return [self._provider]
+
+    def io_binding(self) -> FakeBinding:
+        return FakeBinding(self._session.io_binding(), self._device)
+
+    def run_with_iobinding(self, binding: FakeBinding) -> None:
+        assert not self._device.recording, "its graphs cannot be recorded"
+        self._device.flush()
+        self._session.run_with_iobinding(binding.real)
+
+
+class FakeBinding:
+    def __init__(self, real: Any, device: FakeDevice) -> None:
+        self.real, self.device = real, device
+
+    def bind_input(self, name: str, kind: str, ordinal: int, dtype: Any, shape: list[int], address: int) -> None:
+        assert (kind, ordinal) == ("cuda", 0)
+        self.real.bind_input(name, "cpu", 0, dtype, shape, address)
+
+    def bind_output(self, name: str, kind: str, ordinal: int, dtype: Any, shape: list[int], address: int) -> None:
+        assert (kind, ordinal) == ("cuda", 0)
+        self.real.bind_output(name, "cpu", 0, dtype, shape, address)
