@@ -1,0 +1,236 @@
+"""Every case runs, at the smallest size, on small models: prepared, compared within its bound, timed once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exported import CLASSES, exported_stage, exported_stages, model_file, seeded_model
+
+from flashcocos.benchmarks import machine, naive, translation, worker
+from flashcocos.benchmarks.__main__ import main
+from flashcocos.benchmarks.inputs import differences, inputs
+from flashcocos.benchmarks.naive import Published
+from flashcocos.benchmarks.naive import seeded_model as random_model
+from flashcocos.benchmarks.registry import Case, Material, all_cases
+from flashcocos.benchmarks.runner import References, open_material
+from flashcocos.config import ModelConfig
+from flashcocos.errors import BackendError
+from flashcocos.export import bundle_writer
+from flashcocos.export.single import single_graph
+from flashcocos.train.checkpoint import load_model, save_model
+from flashcocos.train.networks import CoCosNet
+
+# a network of 4 channels for the step of training, in place of ade20k's
+SMALL_TRAINING = ["model.preset=tiny", "optimiser.discriminator_width=4"]
+
+
+def shrunk(case: Case) -> Case:
+    """`case` at the smallest size that its subject takes, once."""
+    parameters: dict[str, Any] = dict(case.parameters)
+    if "size" in parameters:
+        parameters["size"] = 16 if case.group == "warp" else 64
+    if case.group == "warp":
+        parameters["channels"] = 8
+    if case.group == "training":
+        parameters["changes"] = SMALL_TRAINING
+    if "batch" in parameters:
+        parameters["batch"] = min(parameters["batch"], 2)
+    if "side" in parameters:
+        parameters["side"] = 32
+    return dataclasses.replace(case, parameters=parameters, repeats=1, memory=0, warmup=False)
+
+
+def distinct(cases: list[Case]) -> list[Case]:
+    """One case of each subject and parameters."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        found.setdefault(json.dumps([case.subject, *sorted(case.parameters.items())]), case)
+    return list(found.values())
+
+
+ALL = distinct([shrunk(case) for case in all_cases(rungs=["other"])])
+CASES = [case for case in ALL if case.parameters.get("method") != "naive-openvino"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `benchmarks model` makes, from the exports that the tests share; the graph is not the naive one."""
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copy(model_file(CLASSES), folder / "model.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle_writer, "export_stage", lambda model, stage: exported_stage(model.config, stage))
+        bundle_writer.export_bundle(model_file(CLASSES), folder / "bundle")
+    (folder / "naive.onnx").write_bytes(single_graph(CLASSES, exported_stages(CLASSES)).SerializeToString())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def material(folder: Path) -> Material:
+    return open_material(folder, {"other": str(folder / "bundle")}, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No C++ compiler, no long copies, no repeats for the sake of a clock."""
+    compiled = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(machine, "COPY_BYTES", 2**20)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_every_case_runs(case: Case, material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "bfloat16" in case.requires:
+        pytest.skip("few CPUs have bfloat16; the runtime's tests refuse it elsewhere")
+    for package in set(case.requires) & {"openvino", "numba", "packaging"}:
+        pytest.importorskip(package, reason=f"needs {package}")
+    if case.reference:
+        known = {one.name: shrunk(one) for one in all_cases()}
+        monkeypatch.setattr("flashcocos.benchmarks.runner.isolated", _here)
+        assert References(known, material).missing(case.reference) == ""
+    row = worker.measure(case, material)
+    json.dumps(row)
+    if row["status"] == "measured":
+        assert all(row["facts"].values())
+        return
+    assert row["status"] == "timed", row
+    assert row["ms"]["median"] > 0
+    assert (case.gate is None) == (row["quality"] == {})
+    if case.reference:
+        assert row["quality"]["psnr_db"] > 60
+        assert row["quality"]["ssim"] > 0.999
+
+
+def _here(case: Case, material: Material, *, timed: bool) -> dict[str, Any]:
+    return worker.measure(case, material, timed=timed)
+
+
+class StandIn(torch.nn.Module):
+    """What takes a label and an exemplar to a picture of the exemplar's size, and exports in a moment."""
+
+    def __init__(self, model: CoCosNet) -> None:
+        super().__init__()
+        self.mix = torch.nn.Conv2d(model.config.label_channels, 3, 3, padding=1)
+        self.model = [model]
+
+    def forward(self, label: torch.Tensor, exemplar: torch.Tensor, exemplar_label: torch.Tensor) -> torch.Tensor:
+        planes = self.model[0].label_planes(label) + self.model[0].label_planes(exemplar_label)
+        return torch.tanh(exemplar + self.mix(planes))
+
+
+def test_the_naive_graph_has_any_size_and_runs_in_both_engines(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(naive, "Published", StandIn)
+    path = naive.export_naive(material.model, tmp_path / "naive.onnx")
+    graph = dataclasses.replace(material, naive=str(path), references=str(tmp_path))
+    (case,) = [one for one in ALL if one.name == "ladder/naive-openvino-256"]
+    for size in (64, 96):
+        parameters = {"method": "naive", "size": size}
+        own = dataclasses.replace(case, parameters=parameters, gate=None, reference="", name=f"test/{size}")
+        assert worker.measure(own, graph)["status"] == "timed"
+        assert np.load(tmp_path / f"test/{size}.npy").shape == (size, size, 3)
+        if importlib.util.find_spec("openvino"):
+            parameters = {"method": "naive-openvino", "size": size}
+            row = worker.measure(dataclasses.replace(case, parameters=parameters, reference=f"test/{size}"), graph)
+            assert row["quality"]["psnr_db"] > 60
+
+
+def test_a_picture_too_far_off_is_not_timed(material: Material, tmp_path: Path) -> None:
+    (case,) = [one for one in CASES if one.name == "ladder/runtime-cached-256"]
+    other = dataclasses.replace(material, references=str(tmp_path))
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    (tmp_path / "ladder").mkdir()
+    np.save(tmp_path / f"{case.reference}.npy", picture)
+    row = worker.measure(case, other)
+    assert row["status"] == "outside"
+    assert row["quality"]["psnr_db"] < 20
+
+
+def test_the_published_form_is_the_network(material: Material) -> None:
+    model = seeded_model(CLASSES)
+    arrays = [torch.from_numpy(array) for array in translation._arrays(CLASSES, 64)]
+    calls = []
+    with torch.inference_mode():
+        expected = model(*arrays).image
+        for attention in (True, False):
+            form = Published(model, attention=attention).eval()
+            form.model.generator.attention.register_forward_hook(lambda *_: calls.append(1))
+            assert (form(*arrays) - expected).abs().max() < 1e-4
+    assert len(calls) == 2
+    assert model.generator.attention.attend is form.model.generator.attention.attend  # of the form without its matrix
+
+
+def test_a_random_model_keeps_the_scale_of_its_maps(tmp_path: Path) -> None:
+    model = load_model(random_model(CLASSES, tmp_path / "model.safetensors"))
+    arrays = [torch.from_numpy(array) for array in translation._arrays(CLASSES, 64)]
+    with torch.inference_mode():
+        image = model(*arrays).image
+    assert 0.05 < image.std() < 0.9
+    again = load_model(random_model(CLASSES, tmp_path / "again.safetensors"))
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_differences() -> None:
+    black = np.zeros((4, 4, 3), np.uint8)
+    assert differences(black, black) == {"psnr_db": 99.0, "max_abs": 0.0}
+    assert differences(black, np.full_like(black, 255))["psnr_db"] == pytest.approx(0.0)
+    assert differences(black, np.full_like(black, 1)) == {"psnr_db": 48.13, "max_abs": 1.0}
+
+
+def test_inputs_suit_the_model() -> None:
+    label, exemplar, exemplar_label = inputs(CLASSES, 96)
+    assert (label.shape, exemplar.shape, label.max() < CLASSES.label_channels) == ((96, 96), (96, 96, 3), True)
+    assert not np.array_equal(label, exemplar_label)
+    assert inputs(ModelConfig.preset("tiny-channels"), 64)[0].shape == (5, 64, 64)
+
+
+def test_requirements_follow_extras() -> None:
+    pytest.importorskip("packaging", reason="needs the extra bench")
+    light, heavy = (machine.requirements("flashcocos", [extra]) for extra in ("cpu", "train"))
+    assert {"numpy", "pillow", "onnxruntime", "numba", "llvmlite"} <= set(light)
+    assert "torch" in heavy
+    assert not {"torch", "flashcocos"} & set(light)
+    with pytest.raises(BackendError, match="no-such-distribution is not installed"):
+        machine.requirements("no-such-distribution", [])
+
+
+def test_the_command_line_lists_and_runs(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["list", "--group", "warp", "--only", "warp/numba-p1-*"]) == 0
+    assert capsys.readouterr().out.count("warp/numba-p1") == 1
+    assert main(["list", "--bundle", "int8"]) == 1
+    assert "--bundle: expected NAME=PATH" in capsys.readouterr().err
+    assert main(["run", "--group", "ladder", "-o", str(tmp_path)]) == 1
+    assert "give --model FOLDER" in capsys.readouterr().err
+    bundle = f"other={folder / 'bundle'}"
+    words = ["run", "--model", str(folder), "--only", "machine/rates", "--bundle", bundle, "-o", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *words])
+    assert main(words) == 0
+    row = json.loads((tmp_path / "machine.jsonl").read_text())
+    assert row["command"].startswith(f"python -m flashcocos.benchmarks run --model {folder.name} --only")
+    assert "--bundle other=bundle" in row["command"]
+    assert str(folder.parent) not in json.dumps(row)
+
+
+def test_a_model_folder_is_filled_once(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path / "model.safetensors", seeded_model(CLASSES))
+    shutil.copytree(folder / "bundle", tmp_path / "bundle")
+    asked = []
+    monkeypatch.setattr("flashcocos.benchmarks.naive.export_naive", lambda *paths: asked.append(paths))
+    assert main(["model", "-o", str(tmp_path)]) == 0
+    assert asked == [(tmp_path / "model.safetensors", tmp_path / "naive.onnx")]
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / name) for name in ("model.safetensors", "bundle", "naive.onnx")
+    ]
