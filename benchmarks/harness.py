@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import __version__
 from ..files import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,10 +32,8 @@ def provenance() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    # what a run writes itself is no change of what it measures
-    changes = _git("status", "--porcelain", "--", "..", ":(exclude,top)benchmarks/results", ":(exclude,top)README.md")
     found = {
-        "revision": _git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else ""),
+        "revision": _revision(),
         "python": platform.python_version(),
         "versions": versions,
         "processor": _processor(),
@@ -76,9 +75,8 @@ def process_memory(field: str) -> int:
 def free_memory(device: str = "cpu") -> int | None:
     """Bytes that `device`, "cpu" or "cuda", could still give; None where the system does not tell."""
     if device == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info()[0])
+        free = re.match(r"(\d+) MiB", _nvidia_smi("memory.free"))
+        return int(free[1]) * 2**20 if free else None
     return _meminfo("MemAvailable") or None
 
 
@@ -96,12 +94,22 @@ def write_results(name: str, command: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def _revision() -> str:
+    """The commit of this checkout, marked where it was changed; of an installation, its version."""
+    root = Path(__file__).resolve().parents[1]
+    if _git("rev-parse", "--show-toplevel") != str(root):  # nothing, or the repository of whatever it is installed in
+        return __version__
+    # what a run writes itself is no change of what it measures
+    changes = _git("status", "--porcelain", "--", "..", ":(exclude,top)benchmarks/results", ":(exclude,top)README.md")
+    return _git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
+
+
 def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return ""
 
 
 def _nvidia_smi(*fields: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import functools
 import json
 import subprocess
 import sys
@@ -129,32 +129,25 @@ def _gpu_rates(side: int) -> dict[str, float]:
     source = torch.ones(4 * COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     rates = {"copy_gb_s": rate(lambda: target.copy_(source), 8 * COPY_BYTES)}
-    for name, dtype, tf32 in (
-        ("float32", torch.float32, False),
-        ("tf32", torch.float32, True),
-        ("float16", torch.float16, False),
-        ("bfloat16", torch.bfloat16, False),
-    ):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        square = torch.rand(side, side, device="cuda", dtype=dtype)
-        rates[f"{name}_gflop_s"] = rate(lambda square=square: square @ square, 2.0 * side**3)  # type: ignore[misc]
+    for name in ("float32", "tf32", "float16", "bfloat16"):
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        square = torch.rand(side, side, device="cuda", dtype=getattr(torch, name.replace("tf32", "float32")))
+        rates[f"{name}_gflop_s"] = rate(functools.partial(torch.matmul, square, square), 2.0 * side**3)
     return rates
 
 
 def _first_picture() -> None:
     """The process of `startup`: monotonic times at which Python ran, the case was ready, and the picture there."""
     marks = {"python": time.monotonic()}
-    case, material = (kind(**fields) for kind, fields in zip((_case, Material), json.loads(sys.argv[1]), strict=True))
-    prepare = importlib.import_module(".translation", __package__).prepare
-    subject = prepare(case, material)
+    from .translation import prepare
+
+    case, material = json.loads(sys.argv[1])
+    run = prepare(Case.from_dict(case), Material(**material)).run
+    assert run is not None  # a translation always runs
     marks["ready"] = time.monotonic()
-    picture = subject.run().result
+    picture = run().result
     marks["picture"] = time.monotonic()
     print(json.dumps({**marks, "mean": float(picture.mean()), "peak": peak_rss()}))
-
-
-def _case(**fields: Any) -> Case:
-    return Case.from_dict(fields)
 
 
 if __name__ == "__main__":

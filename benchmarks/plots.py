@@ -55,6 +55,8 @@ def ladder(axes: Any, rows: Sequence[Row]) -> None:
 
 def memory(axes: Any, rows: Sequence[Row]) -> None:
     """Peak memory over the side of the picture; hollow marks, not joined, are matrices that did not fit."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     chosen = {"eager", "eager-fused", "eager-tiled", "naive", "runtime"}
 
     def key(row: Row) -> str:
@@ -63,12 +65,17 @@ def memory(axes: Any, rows: Sequence[Row]) -> None:
         return label(row) if keep and not other else ""
 
     for style, series in _series(rows, key):
-        points = sorted((row["parameters"]["size"], row["peak_mib"]) for row in series if row["status"] == "timed")
+        points = sorted(
+            (row["parameters"]["size"], row["peak_mib"] / 1024) for row in series if row["status"] == "timed"
+        )
         axes.plot(*zip(*points, strict=True), label=key(series[0]), **style) if points else None
-        needed = [(row["parameters"]["size"], row["needed_mib"]) for row in series if "needed_mib" in row]
+        needed = [(row["parameters"]["size"], row["needed_mib"] / 1024) for row in series if "needed_mib" in row]
         if needed:
             axes.plot(*zip(*needed, strict=True), **{**style, "linestyle": "none", "markerfacecolor": "white"})
-    _log_log(axes, "side of the picture, pixels", "peak memory, MiB (hollow: its matrices alone, out of memory)")
+    _log_log(axes, "side of the picture, pixels; hollow: ended by memory, its matrices alone", "peak memory, GiB")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_locator(LogLocator(base=2))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xticks([256, 512, 768, 1024], ["256", "512", "768", "1024"])
     axes.set_xticks([], minor=True)
 

@@ -63,10 +63,10 @@ def profile(
         bar.advance()
         second, theta = _stage(opened, "query", feeds, repeats, threads)
         bar.advance()
-        options = {"patch": config.patch, "temperature": config.temperature, "match": True}
 
         def warp() -> npt.NDArray[Any]:
-            return warp_arrays(theta["theta"], outputs["phi"], outputs["values"], **options).out
+            sides = theta["theta"], outputs["phi"], outputs["values"]
+            return warp_arrays(*sides, patch=config.patch, temperature=config.temperature, match=True).out
 
         third, warped = _repeated(warp, repeats)
         bar.advance()
@@ -85,7 +85,8 @@ def report(profiles: Sequence[StageProfile]) -> str:
         found = list(one.operators.items())
         shown, others = found[:TOP], [times for _, times in found[TOP:]]
         if others:
-            shown.append((f"{len(others)} other kinds", tuple(map(sum, zip(*others, strict=True)))))
+            calls, took = map(sum, zip(*others, strict=True))
+            shown.append((f"{len(others)} other kinds", (calls, took)))
         between = one.milliseconds - sum(took for _, took in one.operators.values())
         rows = [
             [kind, f"{calls:.0f}", f"{took:.1f}", f"{took / one.milliseconds:.0%}"]

@@ -63,6 +63,7 @@ def run_cases(
     compared = References({case.name: case for case in (*known, *cases)}, material)
     rows = []
     with Progress("bench", len(cases), unit="case") as bar:
+        bar.advance(0)  # shows it before the first case is done
         for case in cases:
             own = {"parameters": json.loads(json.dumps(case.parameters)), "repeats": case.repeats}
             own["model"] = {name: models[name] for name in _used(case)}

@@ -40,7 +40,7 @@ def prepare(case: Case, material: Material) -> Subject:
         samples = _Samples(settings.model, chosen["size"], chosen["batch"])
         trainer = Trainer(settings, samples, Path(folder) / "none", Process(device=torch.device(material.device)))
     if chosen["method"] == "matrix":
-        objective.corr_warp = functools.partial(objective.corr_warp, backend="reference")  # type: ignore[attr-defined]
+        objective.corr_warp = functools.partial(objective.corr_warp, backend="reference")
         if isinstance(block := trainer.model.generator.attention, SelfAttention):
             from .naive import matrix_attention
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashcocos.benchmarks import worker
+from flashcocos import __version__
+from flashcocos.benchmarks import harness, worker
 from flashcocos.benchmarks.registry import Case, Gate, Material, all_cases, select
 from flashcocos.benchmarks.runner import open_material, read_rows, run_cases
 from flashcocos.errors import InputError
@@ -174,3 +175,18 @@ def test_a_gpu_has_cases_of_its_own() -> None:
     names = [one.name for one in select(all_cases("cuda"))]
     assert "warp/triton-p3-n65536" in names
     assert not any("numba" in name or "openvino" in name for name in names)
+
+
+def test_the_revision_is_that_of_this_checkout_or_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"rev-parse --show-toplevel": str(Path(harness.__file__).resolve().parents[1]), "rev-parse": "abc"}
+    changed = ""
+
+    def git(*arguments: str) -> str:
+        return changed if arguments[0] == "status" else found.get(" ".join(arguments), found[arguments[0]])
+
+    monkeypatch.setattr(harness, "_git", git)
+    assert harness.provenance()["revision"] == "abc"
+    changed = " M cli.py"
+    assert harness.provenance()["revision"] == "abc+changes"
+    found["rev-parse --show-toplevel"] = "/a/repository/that/it/is/installed/in"
+    assert harness.provenance()["revision"] == __version__
