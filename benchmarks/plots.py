@@ -49,7 +49,7 @@ def ladder(axes: Any, rows: Sequence[Row]) -> None:
         for value, row in zip(values, timed, strict=True)
     ]
     axes.bar_label(bars, texts, padding=4, fontsize=9)
-    axes.margins(x=0.25)
+    axes.margins(x=0.3)
     axes.set_xlabel("seconds for one translation, and PSNR against the first row")
 
 
@@ -87,6 +87,8 @@ def warp(axes: Any, rows: Sequence[Row]) -> None:
         points = sorted((row["parameters"]["size"] ** 2, row["ms"]["median"]) for row in series)
         axes.plot(*zip(*points, strict=True), label=series[0]["parameters"]["method"], **style)
     _log_log(axes, "positions N", "milliseconds")
+    counts = sorted({row["parameters"]["size"] ** 2 for row in plain})
+    axes.set_xticks(counts, [f"{count:,}".replace(",", " ") for count in counts])
 
 
 PLOTS: tuple[tuple[str, tuple[str, ...], Callable[[Any, Sequence[Row]], None]], ...] = (

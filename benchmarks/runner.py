@@ -52,7 +52,8 @@ def run_cases(
     Raises `InputError` where material is missing or a file was measured otherwise.
     """
     _check_material(cases, material)
-    setup = {**provenance(), "threads": material.threads, "device": material.device}
+    asked = {name: os.environ[name] for name in _THREADS if name in os.environ}
+    setup = {**provenance(), "threads": material.threads or asked or None, "device": material.device}
     models = _hashes(material, {name for case in cases for name in _used(case)})
     files = {case.group: _file(output, case.group, material.device) for case in cases}
     held: dict[str, Row] = {}

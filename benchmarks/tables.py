@@ -63,7 +63,10 @@ def sections(results: Path = RESULTS) -> str:
     for group in GROUPS:
         for path in sorted(results.glob(f"{group}*.jsonl")):
             rows = read_rows(path)
-            if rows and (text := SECTIONS[group](rows)):
+            text = SECTIONS[group](rows) if rows else ""
+            if group == "warp":
+                text += shares(rows, read_rows(path.with_name(path.name.replace("warp", "machine", 1))))
+            if text:
                 parts.append(f"{text}\n\n{origin(rows)}")
     return "\n\n".join([*parts, NOT_SHOWN])
 
@@ -108,9 +111,7 @@ def warp(rows: Sequence[Row]) -> str:
     methods = list(dict.fromkeys(row["parameters"]["method"] for row in plain))
     counts = sorted({row["parameters"]["size"] ** 2 for row in plain})
     cells = {(row["parameters"]["method"], row["parameters"]["size"] ** 2): row for row in plain}
-    lines = [
-        [f"{count:,}".replace(",", " "), *(_cell(cells.get((method, count))) for method in methods)] for count in counts
-    ]
+    lines = [[_count(count), *(_cell(cells.get((method, count))) for method in methods)] for count in counts]
     text = (
         "**The warp alone** over N positions, 256 channels, patch 3, 3 values: time, and memory beside inputs and "
         f"result:\n\n![time of the warp over N](benchmarks/results/warp.png)\n\n{table(['N', *methods], lines)}"
@@ -125,6 +126,23 @@ def warp(rows: Sequence[Row]) -> str:
     ]
     head = ["", "ratio", "largest error"]
     return text + (f"\n\nTime over that of the bare theta^T phi product:\n\n{table(head, lines)}" if lines else "")
+
+
+def shares(rows: Sequence[Row], machine: Sequence[Row]) -> str:
+    """The warp's products of whole features, 2 C N^2, as shares of the machine's matrix rate where it was measured."""
+    rates = {name: rate for row in machine if row["status"] == "measured" for name, rate in row["facts"].items()}
+    plain = [row for row in rows if is_plain(row) and row["status"] == "timed"]
+    found: dict[int, dict[str, str]] = {}
+    for row in plain:
+        chosen = row["parameters"]
+        if rate := rates.get(f"{chosen['dtype']}_gflop_s"):
+            work = 2 * chosen["channels"] * chosen["size"] ** 4 / row["ms"]["median"] / 1e6
+            found.setdefault(chosen["size"] ** 2, {})[chosen["method"]] = f"{work / rate:.0%}"
+    if not found:
+        return ""
+    methods = list(dict.fromkeys(row["parameters"]["method"] for row in plain))
+    lines = [[_count(count), *(of.get(method, "") for method in methods)] for count, of in sorted(found.items())]
+    return f"\n\nProducts of whole features, 2 C N^2, as a share of the matrix rate:\n\n{table(['N', *methods], lines)}"
 
 
 def training(rows: Sequence[Row]) -> str:
@@ -278,6 +296,10 @@ def origin(rows: Sequence[Row]) -> str:
 def is_plain(row: Row) -> bool:
     chosen = row["parameters"]
     return (chosen["patch"], chosen["values"], chosen["inputs"], chosen["backward"]) == (3, 3, "noise", False)
+
+
+def _count(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
 
 
 def _cell(row: Row | None) -> str:

@@ -33,6 +33,7 @@ def results(tmp_path: Path) -> Path:
     quality = {"psnr_db": 82.74, "max_abs": 1.0, "ssim": 0.99999}
     fast = {"p5": 240.0, "median": 250.0, "p95": 260.0, "p99": 270.0}
     warp = {"size": 64, "patch": 3, "values": 3, "inputs": "noise", "backward": False}
+    warp |= {"channels": 256, "dtype": "float32"}
     installed = {"mib": 372.0, "packages": 8, "largest": {"a": 9}}
     files = {
         "ladder": [
@@ -91,6 +92,7 @@ def test_every_row_has_its_line(results: Path) -> None:
         "| 16 384 | | timeout |",
         "| measure of warp/cpu-back | 1.00 s | 3e-07 |",
         "| measure of warp/numba, noise | 1.50 | 3e-07 |",
+        "| 4 096 | 9% |",
         "| measure of training/tiled-256 | 1.00 s | 512 MiB |",
         "| 4 | runtime, exemplar encoded once | 4 | 512 MiB |",
         "| measure of startup/runtime | 800 ms | 1.00 s | 100 MiB |",
