@@ -184,6 +184,7 @@ class DevicePipeline:
             lambda: TranslatePlan(self._device, self._engines, self._warp, self._config, shape, key_map),
             self._need(shape, key_map),
             shape,
+            key_map,
         )
 
     def _need(self, shape: Shape, key_map: tuple[int, int]) -> int:
@@ -196,11 +197,18 @@ class DevicePipeline:
         held = 0 if self._scratch is None else self._scratch.bytes
         return sum(need.weights for need in needs) + max(max(need.scratch for need in needs) - held, 0)
 
-    def _plan(self, key: tuple[Any, ...], make: Callable[[], AnyPlan], need: int, shape: Shape | None) -> AnyPlan:
-        """The plan `key`, made where it is not there; then `need` bytes must be free. shape: None where it has none."""
+    def _plan(
+        self,
+        key: tuple[Any, ...],
+        make: Callable[[], AnyPlan],
+        need: int,
+        shape: Shape | None = None,
+        key_map: tuple[int, int] | None = None,
+    ) -> AnyPlan:
+        """The plan `key`, made where it is not there; then `need` bytes must be free. The rest is for messages."""
         plan = self._plans.get(key)
         if plan is None:
-            self._reserve(need, shape)
+            self._reserve(need, shape, key_map)
             plan = self._plans[key] = make()
             while len(self._plans) > MAX_PLANS:
                 self._evict()
@@ -238,7 +246,6 @@ class DevicePipeline:
             ("upload", height, width),
             lambda: UploadPlan(self._device, self._warp, self._config, (height, width)),
             total_bytes([tensors]),
-            None,
         )
         self._reserve(size, None)
         keys = KeyPlan(self._device, self._warp, (height, width))
@@ -251,26 +258,27 @@ class DevicePipeline:
         self._exemplars[weakref.ref(exemplar, self._forgotten.append)] = keys
         return keys
 
-    def _reserve(self, need: int, shape: Shape | None) -> None:
+    def _reserve(self, need: int, shape: Shape | None, key_map: tuple[int, int] | None = None) -> None:
         """Let `need` bytes be free, by evicting if it must be; `BackendError` where even that is not enough."""
         free, total = self._device.memory()
         while need > free:
             if not self._evict():
                 what = "an exemplar" if shape is None else f"batch {shape[0]} of {shape[1]} x {shape[2]} pixels"
+                advice = self._largest(free, shape, key_map) if shape and key_map else "lower size or exemplar_budget"
                 raise BackendError(
                     f"{what} needs {mebibytes(need)} more device memory; {mebibytes(free)} of {mebibytes(total)} are "
-                    f"free on {self._device.name}; {self._advice(free, shape)}, or close what else uses the GPU"
+                    f"free on {self._device.name}; {advice}, or close what else uses the GPU"
                 )
             free, _ = self._device.memory()
 
-    def _advice(self, free: int, shape: Shape | None) -> str:
-        scale = self._config.down_scale
-        for side in range(0 if shape is None else max(shape[1:]), SIZE_MULTIPLE, -SIZE_MULTIPLE):
-            shapes = [(batch, side, side) for batch in range(1, (shape or (0,))[0] + 1)]
-            for one in reversed([one for one in shapes if self._holds(one)]):
-                if self._need(one, (side // scale, side // scale)) <= free:
-                    return f"the largest square that fits is {side} x {side}, batch {one[0]}"
-        return "lower size, batch_size or exemplar_budget"
+    def _largest(self, free: int, shape: Shape, key_map: tuple[int, int]) -> str:
+        """The largest square and batch that `free` bytes are enough for, in words."""
+        for side in range(max(shape[1:]), SIZE_MULTIPLE, -SIZE_MULTIPLE):
+            for batch in range(shape[0], 0, -1):
+                one = (batch, side, side)
+                if self._holds(one) and self._need(one, key_map) <= free:
+                    return f"the largest square that fits is {side} x {side}, batch {batch}"
+        return "no size fits: lower exemplar_budget"
 
     def _holds(self, shape: Shape) -> bool:
         return all(self._engines[stage].holds(shape) for stage in ("query", "synthesis"))

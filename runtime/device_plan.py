@@ -253,7 +253,7 @@ class TranslatePlan(Plan):
         try:
             self._recording = self._device.record(everything)
         except BackendError as error:  # the results are the same without
-            _log.warning("no CUDA graph, launches one by one: %s", error)
+            _log.warning("no CUDA graph, launches one by one: %s", str(error))  # a kept error would keep its frames
 
     def _forget(self) -> None:
         if self._recording is not None:

@@ -207,6 +207,8 @@ def open_pipeline(
         try:
             return on_device()
         except BackendError as error:
-            _log.warning("device auto: the warp is not on the GPU: %s", error)
+            _log.warning(
+                "device auto: the warp is not on the GPU: %s", str(error)
+            )  # a kept error would keep its frames
     host_precision = "float32" if precision is None else precision
     return HostPipeline(bundle, backend=backend, device=device, threads=threads, warp=warp, precision=host_precision)

@@ -45,7 +45,7 @@ def write_engines(
     architecture: int = 86,
     precision: str = "float16",
     scratch: int = SCRATCH,
-    **header: Any,
+    header: dict[str, Any] | None = None,
 ) -> list[EngineRecord]:
     """Engines of all stages of `bundle`; `header` changes what the engine itself says."""
     records = []
@@ -59,7 +59,7 @@ def write_engines(
             record = EngineRecord(key, tensors[0], tensors[1], WEIGHTS, scratch, 0, "")
             says = {"architecture": architecture, "version": version, "stage": stage, "scratch": scratch}
             says["tensors"] = [[(t.name, t.dtype, t.shape) for t in side] for side in sides]
-            text = json.dumps({**says, **header}).encode()
+            text = json.dumps({**says, **(header or {})}).encode()
             engine = MAGIC + len(text).to_bytes(4, "little") + text + bundle.read_stage(stage)
             write_engine(folder, record, engine)
             records.append(record)

@@ -1,0 +1,353 @@
+"""The GPU pipeline on a fake device: what stays on it, what it costs, what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_device import MIB
+from fake_gpu import FakeGpu, fake_gpu
+from fake_tensorrt import SCRATCH, WEIGHTS, profile, write_engines
+from kernel_twins import write_kernels
+from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_tiny_bundle
+
+from flashcocos.errors import BackendError, BundleError, InputError
+from flashcocos.runtime import Exemplar, Translator, device_pipeline
+
+LABEL = random_label(CLASSES, 64, 64)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_tiny_bundle(tmp_path / "m")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> FakeGpu:
+    return fake_gpu(monkeypatch, bundle)
+
+
+def exemplar_of(translator: Translator, size: tuple[int, int] = (64, 64), seed: int = 0) -> Exemplar:
+    return translator.encode_exemplar(random_picture(*size, seed), random_label(CLASSES, *size, seed), size)
+
+
+def nothing_left(gpu: FakeGpu) -> bool:
+    gc.collect()
+    return gpu.device.live == (0, 0, 0) and gpu.device.used == 0 and gpu.trt.engines == 0 and gpu.device.closed
+
+
+def test_only_labels_and_results_cross_the_bus(gpu: FakeGpu) -> None:
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        translator.translate(LABEL, exemplar)
+        up, down, allocations = gpu.device.uploaded, gpu.device.downloaded, gpu.device.allocations
+        translator.translate(random_label(CLASSES, 64, 64, 1), exemplar)
+        assert gpu.device.uploaded - up == LABEL.nbytes
+        # two pictures, index and probability of 16 x 16 positions, and whether it is finite
+        assert gpu.device.downloaded - down == 2 * 64 * 64 * 3 + 16 * 16 * 12 + 4
+        for seed in range(3):
+            translator.translate(random_label(CLASSES, 64, 64, seed), exemplar)
+        assert gpu.device.allocations == allocations
+    assert nothing_left(gpu)
+
+
+def test_static_shapes_are_recorded_after_a_run(gpu: FakeGpu) -> None:
+    with gpu.translator() as translator:
+        exemplars = [exemplar_of(translator, seed=seed) for seed in range(2)]
+        runs = [translator.translate(LABEL, exemplar) for exemplar in exemplars * 3]
+        assert [set(run.timings) for run in runs[:2]] == [{"query", "warp", "synthesis"}, {"total"}]
+        assert gpu.device.replays == 5
+        launches = gpu.device.launches
+        translator.translate(LABEL, exemplars[0])
+        assert gpu.device.launches == launches  # no Python beyond the replay
+        for one, other in zip(runs[:2], runs[4:], strict=True):  # the recording is not bound to an exemplar
+            np.testing.assert_array_equal(one.image, other.image)
+        assert not np.array_equal(runs[0].image, runs[1].image)
+        for _ in range(3):
+            translator.translate(LABEL, exemplars[0], (64, 96))
+        assert gpu.device.replays == 6  # a dynamic engine is not recorded
+
+
+def test_a_recording_is_made_anew_where_working_memory_moved(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile()])
+    write_engines(gpu.folder, gpu.bundle, [profile(64, 96)], scratch=2 * SCRATCH)
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        before = [translator.translate(LABEL, exemplar) for _ in range(3)][-1]
+        assert gpu.device.replays == 2
+        translator.translate(LABEL, exemplar, (64, 96))
+        after = [translator.translate(LABEL, exemplar) for _ in range(3)]
+        assert "query" in after[0].timings
+        assert gpu.device.replays == 4
+        np.testing.assert_array_equal(before.image, after[-1].image)
+        assert sum(one.bytes == 2 * SCRATCH for one in gpu.device.buffers) == 1
+        assert not any(one.bytes == SCRATCH for one in gpu.device.buffers)
+    assert nothing_left(gpu)
+
+
+def test_what_cannot_be_recorded_runs_and_says_so_once(gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
+    gpu.trt.syncs = True
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        with caplog.at_level(logging.WARNING, "flashcocos"):
+            results = [translator.translate(LABEL, exemplar) for _ in range(4)]
+        assert gpu.device.replays == 0
+        assert [record.message for record in caplog.records] == [
+            "no CUDA graph, launches one by one: synchronize while work is recorded"
+        ]
+        np.testing.assert_array_equal(results[0].image, results[3].image)
+    assert nothing_left(gpu)
+
+
+def test_a_flavour_that_says_it_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, "tensorrt-rtx")
+    gpu.trt.capturable = False
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        assert all("query" in translator.translate(LABEL, exemplar).timings for _ in range(3))
+    assert gpu.device.replays == 0
+
+
+def test_exemplars_stay_up_to_the_budget(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """Three of these fit into a MiB."""
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 256, 256), (64, 256, 256), 1)])
+    assert 3 * 3072 * 4 * (16 + 8 + 1 + 1) <= MIB < 4 * 3072 * 4 * (16 + 8 + 1 + 1)
+    with gpu.translator(exemplar_budget=1) as translator:
+        exemplars = [exemplar_of(translator, (256, 192), seed) for seed in range(4)]
+
+        def uploads(exemplar: Exemplar) -> bool:
+            before = gpu.device.uploaded
+            translator.translate(LABEL, exemplar)
+            return gpu.device.uploaded - before > LABEL.nbytes
+
+        assert [uploads(one) for one in exemplars] == [True] * 4
+        assert [uploads(one) for one in exemplars[1:]] == [False] * 3
+        assert uploads(exemplars[0])  # evicted, and brought back from its host copy
+        assert uploads(exemplars[1])  # the least recently used
+        assert not uploads(exemplars[3])
+        buffers = len(gpu.device.buffers)
+        del exemplars[3]
+        gc.collect()
+        assert not uploads(exemplars[0])
+        assert len(gpu.device.buffers) == buffers - 4  # what nobody holds makes room at the next call
+        wide = exemplar_of(translator, (256, 256))
+        del exemplars
+        assert uploads(wide)
+    assert nothing_left(gpu)
+
+
+def test_an_exemplar_above_the_budget(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 512, 512), (64, 512, 512), 1)])
+    with gpu.translator(exemplar_budget=1) as translator:
+        exemplar = exemplar_of(translator, (512, 512))
+        with pytest.raises(InputError, match=r"512 x 512 pixels takes 2 MiB .*, more than exemplar_budget, 1 MiB"):
+            translator.translate(LABEL, exemplar)
+        translator.translate(LABEL, exemplar_of(translator))
+    assert nothing_left(gpu)
+
+
+def test_batches_run_as_the_engines_were_built(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile(batch=2), profile(64, 96, (3, 3, 4))])
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)  # by an engine for two, filled up
+        assert gpu.trt.runs == ["exemplar"]
+        translator.translate([LABEL] * 5, exemplar, batch_size=5)
+        assert gpu.trt.runs[1:] == ["query", "synthesis"] * 3
+        gpu.trt.runs.clear()
+        translator.translate([LABEL] * 5, exemplar, (64, 96), batch_size=8)
+        assert gpu.trt.runs == ["query", "synthesis"] * 2  # four, and one filled up to three
+    assert nothing_left(gpu)
+
+
+def test_a_request_above_the_profiles(gpu: FakeGpu) -> None:
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        launches = gpu.device.launches
+        for call in (
+            lambda: translator.translate(LABEL, exemplar, (96, 160)),
+            lambda: exemplar_of(translator, (96, 160)),
+        ):
+            with pytest.raises(InputError) as caught:
+                call()
+            assert "96 x 160 pixels (height x width), batch 1: the engines of stage" in str(caught.value)
+            assert "hold 64:64:128 x 64:64:128, batch 1:2:4; 64 x 64, batch 1 (the largest first)" in str(caught.value)
+            assert f"flashcocos build {gpu.bundle.path} --size 96x160 makes others" in str(caught.value)
+        assert gpu.device.launches == launches
+        translator.translate(LABEL, exemplar)
+    assert nothing_left(gpu)
+
+
+def test_a_request_above_the_memory(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 64, 512), (64, 64, 512), (1, 1, 8))], total=9 * MIB)
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        runs = list(gpu.trt.runs)
+        with pytest.raises(BackendError) as caught:
+            translator.translate(LABEL, exemplar, 512)
+        assert gpu.trt.runs == runs
+        message = str(caught.value)
+        assert "batch 1 of 512 x 512 pixels needs 5 MiB more device memory; 4 MiB of 9 MiB are free on Fake" in message
+        assert "the largest square that fits is 480 x 480, batch 1, or close what else uses the GPU" in message
+        assert translator.translate(LABEL, exemplar, 480).image.shape == (480, 480, 3)
+        with pytest.raises(BackendError, match=r"batch 4 of .* the largest square that fits is 480 x 480, batch 1"):
+            translator.translate([LABEL] * 4, exemplar, 480)
+    assert nothing_left(gpu)
+
+
+def test_idle_plans_make_room(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    big = profile((64, 64, 1024), (64, 64, 1024), 1)
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[big], total=8 * MIB)
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        for size in (256, 288, 320, 256, 352):
+            translator.translate(LABEL, exemplar, size)
+        assert len(translator._pipeline._plans) < 6
+        monkeypatch.setattr(device_pipeline, "MAX_PLANS", 2)
+        translator.translate(LABEL, exemplar, 64)
+        assert len(translator._pipeline._plans) == 2
+    assert nothing_left(gpu)
+
+
+def test_no_memory_for_the_weights(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, total=WEIGHTS + WEIGHTS // 2)
+    with pytest.raises(BackendError, match=r"the weights of engine exemplar-\w+ take 1 MiB, 1 MiB are free"):
+        gpu.translator()
+    assert nothing_left(gpu)
+
+
+@pytest.mark.parametrize("after", range(0, 60, 3))
+def test_a_failing_launch_leaves_nothing(gpu: FakeGpu, after: int) -> None:
+    """Wherever it happens; and the translator works on."""
+    with gpu.translator() as translator:
+        gpu.device.fail_at = after
+        failures = 0
+        while gpu.device.fail_at is not None:
+            try:
+                exemplar = exemplar_of(translator)
+                results = [translator.translate(LABEL, exemplar, size) for size in (64, (64, 96), 64)]
+            except BackendError:
+                failures += 1
+        exemplar = exemplar_of(translator)
+        results = [translator.translate(LABEL, exemplar) for _ in range(3)]
+        np.testing.assert_array_equal(results[0].image, results[2].image)
+        assert failures == 1 or after > 30  # while work is recorded, a failure is only logged
+    assert nothing_left(gpu)
+
+
+@pytest.mark.parametrize("stage", ["query", "exemplar", "synthesis"])
+def test_an_engine_that_fails(gpu: FakeGpu, stage: str) -> None:
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        gpu.trt.fails = stage
+        with pytest.raises(BackendError, match=rf"engine {stage}-\w+ failed to run: .*enqueueV3: Error Code 7: no"):
+            translator.translate(LABEL, exemplar) if stage != "exemplar" else exemplar_of(translator)
+        translator.translate(LABEL, exemplar)
+    assert nothing_left(gpu)
+
+
+def test_nan_is_an_error(gpu: FakeGpu) -> None:
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        gpu.trt.nan = True
+        for _ in range(3):
+            with pytest.raises(BundleError, match="stage synthesis gave NaN or infinity in image"):
+                translator.translate(LABEL, exemplar)
+        gpu.trt.nan = False
+        translator.translate(LABEL, exemplar)
+
+
+def test_two_translators_share_a_gpu(gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = gpu.translator()
+    other = fake_gpu(monkeypatch, write_tiny_bundle(tmp_path / "other", CHANNELS))
+    second = other.translator()
+    picture = random_picture(64, 64)
+    for _ in range(3):
+        first.translate(LABEL, exemplar_of(first))
+        second.translate(random_label(CHANNELS, 64, 64), second.encode_exemplar(picture))
+    first.close()
+    second.translate(random_label(CHANNELS, 64, 64), second.encode_exemplar(picture))
+    del second  # not closed
+    assert nothing_left(gpu)
+    assert nothing_left(other)
+
+
+def test_the_warp_stays_on_the_cpu_where_asked(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, "onnxruntime", kernels=False)
+    with gpu.translator(warp="numpy") as translator:
+        described = translator.describe()
+        assert (described["query"]["device"], described["warp"]["device"]) == ("cuda", "cpu")
+    with pytest.raises(BackendError, match=r"no compiled warp kernels .*build .*sm_86.*or choose warp=.numba."):
+        gpu.translator()
+    assert nothing_left(gpu)
+
+
+def test_auto_takes_the_gpu_where_all_is_there(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, "onnxruntime", kernels=False)
+    with gpu.translator(device="auto") as translator:
+        assert translator.describe()["warp"]["device"] == "cpu"
+    assert "device auto: the warp is not on the GPU: no compiled warp kernels" in caplog.text
+    write_kernels(gpu.folder / "kernels", CLASSES)
+    gpu.device.closed = False
+    with gpu.translator(device="auto") as translator:
+        assert {one["device"] for one in translator.describe().values()} == {"cuda"}
+    assert nothing_left(gpu)
+
+
+def test_what_the_provider_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, "onnxruntime")
+    with gpu.translator() as translator:
+        assert translator.describe()["query"]["arithmetic"] == "tf32"
+    gpu.device.closed = False
+    with gpu.translator(precision="float32") as translator:
+        assert translator.describe()["query"]["arithmetic"] == "float32"
+    common = {"device_id": "0", "user_compute_stream": str(0x57EA), "arena_extend_strategy": "kSameAsRequested"}
+    assert gpu.onnx.options == [common] * 3 + [{**common, "use_tf32": "0"}] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tensorrt", "warp": "numpy"}, "warp 'numpy' does not go with backend 'tensorrt'"),
+        ({"backend": "tensorrt", "device": "cpu"}, "device 'cpu' does not go with backend 'tensorrt'"),
+        ({"backend": "tensorrt", "threads": 2}, "threads does not go with"),
+        ({"backend": "tensorrt", "precision": "half"}, "precision 'half': backend 'tensorrt' on a GPU has float32, "),
+        ({"backend": "openvino", "warp": "cuda"}, "warp 'cuda' does not go with backend 'openvino'"),
+        ({"backend": "onnxruntime", "engines": "here"}, "engines does not go with backend 'onnxruntime'"),
+        ({"device": "cpu", "exemplar_budget": 4}, "exemplar_budget does not go with"),
+        ({"device": "cpu", "warp": "cuda"}, "warp 'cuda' does not go with backend 'onnxruntime', device 'cpu'"),
+        ({"backend": "tensorrt", "exemplar_budget": 0}, "exemplar_budget: expected MiB of .* from 1; got 0"),
+        ({"device": "cuda", "precision": "float16"}, "precision 'float16': backend 'onnxruntime' on a GPU has float32"),
+    ],
+)
+def test_options_that_do_not_go_together(gpu: FakeGpu, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Translator(gpu.bundle, **options)
+
+
+def test_nothing_of_a_gpu_is_imported_without_need() -> None:
+    """And a translator for a GPU that is not there says what is missing."""
+    code = """
+import sys
+from flashcocos.runtime import Translator
+heavy = {"torch", "triton", "onnx", "pycuda", "tensorrt", "tensorrt_rtx", "numba"}
+with Translator(device="cpu", warp="numpy"):
+    pass
+import flashcocos.runtime.device_pipeline, flashcocos.runtime.tensorrt_engine, flashcocos.runtime.pycuda_device
+import flashcocos.runtime.onnx_cuda_engine, flashcocos.runtime.info
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_gpu_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    with pytest.raises(BackendError, match=r"the GPU pipeline needs pycuda .*; pip install flashcocos\[tensorrt\]"):
+        Translator(bundle, backend="tensorrt")
