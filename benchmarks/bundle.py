@@ -22,8 +22,8 @@ from .tables import unmeasured
 BACKENDS = ("onnxruntime", "openvino")  # that run on a CPU
 MIN_PSNR = {"float32": 50.0, "bfloat16": 30.0}  # dB between the pictures of a case and of ONNX Runtime in float32
 STAGES = ("query", "warp", "synthesis")
-QUICK_SECONDS, QUICK_LIMIT = 8.0, 45.0  # of repeats, and of a whole case, so that all of them take two minutes
-SECONDS = 60.0
+SECONDS, QUICK_SECONDS = 60.0, 8.0  # of repeats
+QUICK_TOTAL = 115.0  # seconds that all cases of a quick run share as their limits
 
 
 def bench(
@@ -40,7 +40,7 @@ def bench(
     """The rows of `bundle`, with those that the JSON lines `output` holds; each is kept there as it is done.
 
     sizes: sides in pixels (the model's own). backends: those of `Translator` (all that are installed).
-    quick: at most eight seconds of repeats a case, and a batch of 4 once. fresh: begin `output` anew.
+    quick: two minutes a size, for which cases may be cut off, and a batch of 4 once. fresh: begin `output` anew.
     Raises `InputError` for a bad option or where `output` was measured otherwise.
     """
     config = Bundle(bundle).manifest.config
@@ -61,18 +61,23 @@ def cases(size: int, backends: Sequence[str] = (), *, repeats: int = 5, quick: b
     for backend in backends:
         if backend not in BACKENDS:
             raise InputError(f"unknown backend {backend!r}; expected some of {', '.join(BACKENDS)}")
-    limits: dict[str, Any] = {"seconds": QUICK_SECONDS, "limit": QUICK_LIMIT} if quick else {"seconds": SECONDS}
     found = backends or [name for name in BACKENDS if importlib.util.find_spec(name)]
+    pairs = []
     for backend in found:
         precisions: tuple[str, ...] = ("float32",)
         if backend == "openvino":
             from ..runtime.openvino_engine import cpu_precisions
 
             precisions = cpu_precisions()
-        for precision in precisions:
-            yield _case(backend, precision, size, repeats=repeats, **limits)
-    if quick and "onnxruntime" in found:
-        yield _case("onnxruntime", "float32", size, batch=4, repeats=1, warmup=False, **limits)
+        pairs += [(backend, precision) for precision in precisions]
+    batch = quick and "onnxruntime" in found
+    limits: dict[str, Any] = {"repeats": repeats, "seconds": SECONDS}
+    if quick:
+        limits |= {"seconds": QUICK_SECONDS, "limit": QUICK_TOTAL / (len(pairs) + batch)}
+    for backend, precision in pairs:
+        yield _case(backend, precision, size, **limits)
+    if batch:
+        yield _case("onnxruntime", "float32", size, batch=4, **{**limits, "repeats": 1, "warmup": False})
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -219,7 +219,7 @@ def training_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> It
                 f"one step of ade20k's training, {size} px, batch 1, by {method}",
                 {"method": method, "preset": "ade20k", "size": size, "batch": 1, "changes": []},
                 Gate("largest_term", 1e6, at_least=False),
-                repeats=2 if device == "cpu" else 10,
+                repeats=1 if device == "cpu" else 10,
                 warmup=device != "cpu",
                 seconds=20.0,
                 memory=4 * held,  # logits, weights and the gradient of either

@@ -145,7 +145,10 @@ def isolated(case: Case, material: Material, *, timed: bool = True) -> Row:
     if done.returncode == 0:
         row: Row = json.loads(done.stdout.strip().splitlines()[-1])
         return row
-    reason = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1][:300]
+    reason = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
+    for path in (material.model, material.naive, *material.bundles.values()):
+        reason = reason.replace(path, Path(path).name) if path else reason  # a folder of this machine tells nobody
+    reason = reason[:300]
     if done.returncode == -9:
         return {"status": "out of memory", "reason": "ended by the system (SIGKILL), as it does where memory runs out"}
     return {"status": "out of memory" if _OUT_OF_MEMORY.search(reason) else "failed", "reason": reason}

@@ -118,9 +118,10 @@ def test_a_case_that_takes_too_long_is_a_row() -> None:
 
 
 def test_a_case_that_fails_stops_no_other_and_is_run_again(log: Path, tmp_path: Path) -> None:
-    rows = run_cases([case("broken", "broken"), counted("a", log)], NOTHING, tmp_path)
+    material = Material(model="/a/folder/model.safetensors", threads=1)
+    rows = run_cases([case("broken", "broken"), counted("a", log)], material, tmp_path)
     assert [row["status"] for row in rows] == ["failed", "timed"]
-    assert rows[0]["reason"] == "ValueError: no such thing"
+    assert rows[0]["reason"] == "ValueError: no such thing in model.safetensors"
     assert [row["case"] for row in read_rows(tmp_path / "test.jsonl")] == ["test/a"]
 
 

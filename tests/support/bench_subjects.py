@@ -44,4 +44,4 @@ def slow(case: Case, material: Material) -> Subject:
 
 def broken(case: Case, material: Material) -> Subject:
     """Fails for a reason of its own."""
-    raise ValueError("no such thing")
+    raise ValueError(f"no such thing in {material.model}")
