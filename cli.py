@@ -125,18 +125,29 @@ def _add_translate(command: Command) -> None:
     sub.add_argument("--save", default="", metavar="LIST", help="also write any of warped,matches,confidence,grid")
     sub.add_argument("--grid", action="store_true", help="same as --save grid: input, exemplar, warped, result in one")
     sub.add_argument("--resume", action="store_true", help="skip inputs whose output is there already")
-    _add_engine(sub)
-
-
-def _add_engine(sub: argparse.ArgumentParser) -> None:
+    _add_engine(sub, gpu=True)
+    sub.add_argument("--engines", metavar="DIR", help="what `flashcocos build` wrote (default: beside the bundle)")
     sub.add_argument(
-        "--backend", choices=("onnxruntime", "openvino"), default="onnxruntime", help="what runs the graphs"
+        "--exemplar-budget", type=int, metavar="MIB", help="GPU memory for encoded exemplars (default: 512)"
     )
+
+
+def _add_engine(sub: argparse.ArgumentParser, *, gpu: bool = False) -> None:
+    """The options of `_engine`; gpu: also those that need engines built for a GPU, and the backend's own precision."""
+    backends, precisions, warps = ("onnxruntime", "openvino"), ("float32", "bfloat16"), ("auto", "numpy", "numba")
+    if gpu:
+        backends, precisions = (*backends, "tensorrt", "tensorrt-rtx"), (*precisions, "float16", "int8")
+        warps = (*warps, "cuda")
+    sub.add_argument("--backend", choices=backends, default="onnxruntime", help="what runs the graphs")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the graphs run")
     sub.add_argument(
-        "--precision", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic; bfloat16: openvino"
+        "--precision",
+        choices=precisions,
+        default=None if gpu else "float32",
+        help="of the arithmetic; bfloat16: openvino"
+        + ("; float16, int8: tensorrt (default: its fastest)" if gpu else ""),
     )
-    sub.add_argument("--warp", choices=("auto", "numpy", "numba"), default="auto", help="which code warps on the CPU")
+    sub.add_argument("--warp", choices=warps, default="auto", help="which code warps; numpy, numba: on the CPU")
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads of each graph (default: all cores)")
 
 
@@ -151,7 +162,9 @@ def _run_translate(options: argparse.Namespace) -> int:
 
     save = {name for name in options.save.split(",") if name} | ({"grid"} if options.grid else set())
     with (
-        Translator(options.model, **_engine(options)) as translator,
+        Translator(
+            options.model, **_engine(options), engines=options.engines, exemplar_budget=options.exemplar_budget
+        ) as translator,
         Progress("translate", unit="image") as progress,
     ):
         summary = translate_folder(
@@ -204,12 +217,13 @@ def _add_info(command: Command) -> None:
         "flashcocos info model.zip",
     )
     sub.add_argument("bundle", nargs="?", metavar="BUNDLE", help="model bundle, a folder or a .zip")
+    sub.add_argument("--engines", metavar="DIR", help="its TensorRT engines (default: beside the bundle)")
 
 
 def _run_info(options: argparse.Namespace) -> int:
     from .runtime.info import describe_bundle
 
-    print(describe_bundle(options.bundle))
+    print(describe_bundle(options.bundle, options.engines))
     return 0
 
 

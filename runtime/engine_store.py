@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from ..files import atomic_path
 
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}  # flavour -> extra that installs it
 PRECISIONS = ("float32", "float16", "int8")
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 GRAPH_REVISION = 1  # of export/tensorrt_graphs.py: another gives other engines of the same bundle
 MAX_ENGINE_BYTES = 16 << 30
 _MAX_DESCRIPTION_BYTES = 1 << 20
@@ -97,6 +99,18 @@ class EngineRecord:
     activation_bytes: int
     bytes: int
     sha256: str
+
+
+def import_flavour(flavour: str) -> Any:
+    """The module of `flavour`; `InputError` for an unknown name, `BackendError` where it is not installed."""
+    if flavour not in FLAVOURS:
+        raise InputError(f"flavour {flavour!r} is unknown; expected one of {', '.join(FLAVOURS)}")
+    try:
+        return importlib.import_module(_MODULES[flavour])
+    except (ImportError, OSError) as error:  # OSError where one of its libraries does not load
+        raise BackendError(
+            f"{flavour} cannot be imported ({error}); pip install flashcocos[{FLAVOURS[flavour]}]"
+        ) from error
 
 
 def default_folder(bundle: str | os.PathLike[str]) -> Path:
@@ -202,7 +216,8 @@ def _read_record(path: Path) -> EngineRecord:
             raise ValueError("it is too large")
         fields = json.loads(path.read_text(encoding="utf-8"))
         key = fields["key"]
-        profile = Profile(**{axis: tuple(map(int, sides)) for axis, sides in key.pop("profile").items()})
+        axes = {axis: (int(sides[0]), int(sides[1]), int(sides[2])) for axis, sides in key.pop("profile").items()}
+        profile = Profile(**axes)
         key = EngineKey(**{**key, "architectures": tuple(key["architectures"]), "profile": profile})
         tensors = {
             side: tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in fields.pop(side))

@@ -7,11 +7,16 @@ import json
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 
 from ..bundle import Bundle
 from ..errors import BackendError, BundleError
+from .cubins import FOLDER, BundleKernels, KernelFolder, available_kernels
+from .device import mebibytes
 from .engine import available_providers
+from .engine_store import default_folder, list_engines
 from .openvino_engine import cpu_precisions
+from .pycuda_device import PycudaDevice
 from .stages import check_stages
 
 # what flashcocos can use, and nothing is imported to learn a version
@@ -21,6 +26,9 @@ PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+    "pycuda",
     "numba",
     "opencv-python-headless",
     "scikit-image",
@@ -30,9 +38,10 @@ PACKAGES = (
 )
 
 
-def describe_bundle(path: str | os.PathLike[str] | None = None) -> str:
-    """Lines on this machine's packages and providers and, where `path` is given, on that bundle; hashes are checked.
+def describe_bundle(path: str | os.PathLike[str] | None = None, engines: str | os.PathLike[str] | None = None) -> str:
+    """Lines on this machine's packages and GPU and, where `path` is given, on that bundle, whose hashes are checked.
 
+    engines: folder of the bundle's TensorRT engines and kernels; None for the one beside it.
     Raises `InputError` where there is no bundle at `path` and `BundleError` where it cannot be read at all; a file that
     does not match its hash is told in the text, line "hashes".
     """
@@ -44,8 +53,11 @@ def describe_bundle(path: str | os.PathLike[str] | None = None) -> str:
         lines.append(f"providers   none: {error}")
     if _version("openvino"):
         lines.append(f"arithmetic  {', '.join(cpu_precisions())} with openvino on this CPU")
+    lines.append(f"gpu         {_gpu()}")
     if path is not None:
-        lines += ["", *_bundle_lines(Bundle(path))]
+        bundle = Bundle(path)
+        folder = default_folder(path) if engines is None else Path(engines)
+        lines += ["", *_bundle_lines(bundle), *_engine_lines(bundle, folder), _hashes(bundle)]
     return "\n".join(lines)
 
 
@@ -66,12 +78,49 @@ def _bundle_lines(bundle: Bundle) -> list[str]:
         outputs = ", ".join(f"{t.name} {t.dtype}{_shape(t.shape)}" for t in stage.outputs)
         lines.append(f"{name:<11} {stage.file}: {inputs} -> {outputs}")
     lines += [f"{json.dumps(key)[1:-1]:<11} {json.dumps(value)}" for key, value in manifest.provenance.items()]
+    return lines
+
+
+def _engine_lines(bundle: Bundle, folder: Path) -> list[str]:
+    """The engines in `folder` and the warp's compiled kernels there and in the bundle."""
+    manifest = bundle.manifest
+    graphs = {manifest.files[stage.file].sha256 for stage in manifest.stages.values()}
+    try:
+        records = list_engines(folder)
+    except BackendError as error:
+        return [f"engines     {error}"]
+    lines = [] if records else [f"engines     none in {folder}; flashcocos build makes them"]
+    for record in records:
+        key = record.key
+        chips = " + ".join(f"sm_{architecture}" for architecture in key.architectures)
+        lines.append(
+            f"engine      {key.stage} in {key.precision}, {key.profile}, {chips}, {key.flavour} {key.version}: "
+            f"{mebibytes(record.weight_bytes)} weights, {mebibytes(record.activation_bytes)} working memory"
+            + ("" if key.graph_sha256 in graphs else "; of another bundle")
+        )
+    kernels = available_kernels((KernelFolder(folder / FOLDER), BundleKernels(bundle)), manifest.config)
+    text = "; ".join(f"{dtype} for {', '.join(f'sm_{sm}' for sm in chips)}" for dtype, chips in kernels.items())
+    return [*lines, f"kernels     {text or 'none; flashcocos build, or flashcocos export --aot, makes them'}"]
+
+
+def _hashes(bundle: Bundle) -> str:
     try:
         bundle.verify()
-        lines.append(f"hashes      ok ({len(manifest.files)} files)")
+        return f"hashes      ok ({len(bundle.manifest.files)} files)"
     except BundleError as error:
-        lines.append(f"hashes      WRONG: {error}")
-    return lines
+        return f"hashes      WRONG: {error}"
+
+
+def _gpu() -> str:
+    try:
+        device = PycudaDevice()
+        with device.active():
+            free, total = device.memory()
+        device.close()
+    except BackendError as error:
+        return f"none: {error}"
+    memory = f"{mebibytes(free)} of {mebibytes(total)} free"
+    return f"{device.name}, sm_{device.capability}, driver for CUDA {device.driver}, {memory}"
 
 
 def _shape(shape: tuple[int | str, ...]) -> str:

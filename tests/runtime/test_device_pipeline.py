@@ -15,9 +15,12 @@ from fake_device import MIB
 from fake_gpu import FakeGpu, fake_gpu
 from fake_tensorrt import SCRATCH, WEIGHTS, profile, write_engines
 from kernel_twins import write_kernels
+from PIL import Image
 from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_tiny_bundle
 
+from flashcocos.cli import main
 from flashcocos.errors import BackendError, BundleError, InputError
+from flashcocos.preprocess import save_label
 from flashcocos.runtime import Exemplar, Translator, device_pipeline
 
 LABEL = random_label(CLASSES, 64, 64)
@@ -351,3 +354,22 @@ def test_no_gpu_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "pycuda", None)
     with pytest.raises(BackendError, match=r"the GPU pipeline needs pycuda .*; pip install flashcocos\[tensorrt\]"):
         Translator(bundle, backend="tensorrt")
+
+
+def test_from_the_command_line(gpu: FakeGpu, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_label(tmp_path / "label.png", LABEL)
+    Image.fromarray(random_picture(64, 64)).save(tmp_path / "exemplar.png")
+    gpu.folder.rename(tmp_path / "engines")
+    arguments = ["translate", "--model", gpu.bundle.path, "--input", tmp_path / "label.png"]
+    arguments += ["--exemplar", tmp_path / "exemplar.png", "--exemplar-label", tmp_path / "label.png"]
+    arguments += ["-o", tmp_path / "out.png", "--backend", "tensorrt", "--exemplar-budget", "64"]
+    assert main([*map(str, arguments), "--engines", str(tmp_path / "engines")]) == 0
+    assert gpu.trt.runs == ["exemplar", "query", "synthesis"]
+    with Translator(gpu.bundle, device="cpu", warp="numpy") as translator:
+        exemplar = translator.encode_exemplar(tmp_path / "exemplar.png", tmp_path / "label.png")
+        expected = translator.translate(tmp_path / "label.png", exemplar).image
+    assert np.abs(np.asarray(Image.open(tmp_path / "out.png")).astype(int) - expected).max() <= 1
+    assert nothing_left(gpu)
+    gpu.device.closed = False
+    assert main(list(map(str, arguments))) == 1
+    assert "error: no compiled warp kernels" in capsys.readouterr().err

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from exported import CHANNELS, CLASSES, exported_stage, model_file
+from fake_gpu import fake_gpu
+from fake_tensorrt import profile
 from tiny_bundle import random_label, random_picture
 
 from flashcocos.config import ModelConfig
@@ -19,16 +21,21 @@ from flashcocos.train.checkpoint import load_model
 MAX_DIFFERENCE = 1  # of 255: float32 rounding can tip a pixel over a rounding edge, and no more
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "tensorrt"])
 @pytest.mark.parametrize("config", [CLASSES, CHANNELS], ids=["classes", "channels"])
 def test_the_runtime_equals_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig, backend: str
 ) -> None:
-    pytest.importorskip(backend, reason=f"needs the extra {backend}")
+    if backend != "tensorrt":
+        pytest.importorskip(backend, reason=f"needs the extra {backend}")
     monkeypatch.setattr(bundle_writer, "export_stage", lambda model, stage: exported_stage(model.config, stage))
     bundle = bundle_writer.export_bundle(model_file(config), tmp_path / "bundle.zip")
     model = load_model(model_file(config)).eval()
-    with Translator(bundle, backend=backend, device="cpu", warp="numpy") as translator:
+    options = {"device": "cpu", "warp": "numpy"}
+    if backend == "tensorrt":  # a stand-in that runs the graphs on the CPU, with twins of the kernels between them
+        options = {}
+        fake_gpu(monkeypatch, bundle, profiles=[profile((64, 64, 96), (64, 64, 128))], total=256 << 20)
+    with Translator(bundle, backend=backend, **options) as translator:
         for size, exemplar_size in (((64, 64), (64, 64)), ((96, 64), (64, 128))):
             label, exemplar_label = random_label(config, *size, 1), random_label(config, *exemplar_size, 2)
             picture = random_picture(*exemplar_size)

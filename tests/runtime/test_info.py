@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_bundle import CHANNELS, write_tiny_bundle
+from fake_device import FakeDevice
+from fake_gpu import fake_gpu
+from tiny_bundle import CHANNELS, CLASSES, write_tiny_bundle
 
 from flashcocos import __version__
 from flashcocos.errors import BackendError, BundleError, InputError
@@ -41,6 +43,39 @@ def test_a_bundle(tmp_path: Path) -> None:
     assert "query       query.onnx: label float32[batch, 5, height, width] -> theta float32[batch, 16, h, w]" in text
     assert "license     not stated" in text
     assert text.endswith("hashes      ok (3 files)")
+
+
+def test_engines_and_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tiny_bundle(tmp_path / "b")
+    assert f"engines     none in {tmp_path / 'b.engines'}; flashcocos build makes them" in describe_bundle(path)
+    gpu = fake_gpu(monkeypatch, path)
+    text = describe_bundle(path)
+    lines = [line for line in text.splitlines() if line.startswith("engine ")]
+    assert len(lines) == 6
+    stated = "query in float16, 64 x 64, batch 1, sm_86, tensorrt 10.9.0: 1 MiB weights, 2 MiB working memory"
+    assert f"engine      {stated}" in lines
+    assert "kernels     float32 for sm_86" in text
+    write_tiny_bundle(path, seed=1)
+    assert f"{stated}; of another bundle" in describe_bundle(path)
+    gpu.folder.rename(tmp_path / "c")
+    assert f"engine      {stated}" in describe_bundle(path, tmp_path / "c")
+    next((tmp_path / "c").glob("query-*.json")).write_text("{}")
+    assert "engines     " in describe_bundle(path, tmp_path / "c")
+
+
+def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice(CLASSES)
+    monkeypatch.setattr(info, "PycudaDevice", lambda: device)
+    assert "gpu         Fake RTX, sm_86, driver for CUDA 12.4, 64 MiB of 64 MiB free" in describe_bundle()
+    assert device.closed
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise BackendError("the GPU cannot be used: no device")
+
+    monkeypatch.setattr(info, "PycudaDevice", none)
+    assert "gpu         none: the GPU cannot be used: no device" in describe_bundle().splitlines()
 
 
 def test_a_damaged_bundle(tmp_path: Path) -> None:
