@@ -134,19 +134,16 @@ def _add_translate(command: Command) -> None:
 
 def _add_engine(sub: argparse.ArgumentParser, *, gpu: bool = False) -> None:
     """The options of `_engine`; gpu: also those that need engines built for a GPU, and the backend's own precision."""
-    backends, precisions, warps = ("onnxruntime", "openvino"), ("float32", "bfloat16"), ("auto", "numpy", "numba")
+    backends, precisions, warps = ["onnxruntime", "openvino"], ["float32", "bfloat16"], ["auto", "numpy", "numba"]
+    arithmetic = "of the arithmetic; bfloat16: openvino"
     if gpu:
-        backends, precisions = (*backends, "tensorrt", "tensorrt-rtx"), (*precisions, "float16", "int8")
-        warps = (*warps, "cuda")
+        backends += ["tensorrt", "tensorrt-rtx"]
+        precisions += ["float16", "int8"]
+        warps += ["cuda"]
+        arithmetic += "; float16, int8: tensorrt (default: float32; of tensorrt the fastest that was built)"
     sub.add_argument("--backend", choices=backends, default="onnxruntime", help="what runs the graphs")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the graphs run")
-    sub.add_argument(
-        "--precision",
-        choices=precisions,
-        default=None if gpu else "float32",
-        help="of the arithmetic; bfloat16: openvino"
-        + ("; float16, int8: tensorrt (default: its fastest)" if gpu else ""),
-    )
+    sub.add_argument("--precision", choices=precisions, default=None if gpu else "float32", help=arithmetic)
     sub.add_argument("--warp", choices=warps, default="auto", help="which code warps; numpy, numba: on the CPU")
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads of each graph (default: all cores)")
 

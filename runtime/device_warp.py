@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..config import ModelConfig
+from ..errors import InputError
 from .cubins import Cubin, WarpKernels
 from .device import Device, Kernel
 
@@ -102,6 +103,8 @@ class DeviceWarp:
         return self._launch("statistics", pointers, {"height": height, "width": width}, batch)
 
     def _launch(self, part: str, pointers: Addresses, sizes: Mapping[str, int], batch: int) -> Launch:
+        if max(sizes.values()) >= 1 << 31:
+            raise InputError(f"maps of {max(sizes.values())} elements; the kernels count to {1 << 31}: lower size")
         cubin, kernel = self._loaded[part]
         given: dict[str, int | float] = {**pointers, **sizes, "scale": self._scale}
         arguments = [0 if kind == "null" else given[name] for name, kind in cubin.arguments]

@@ -30,7 +30,7 @@ from ..errors import BackendError, InputError
 from ..files import atomic_path
 
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}  # flavour -> extra that installs it
-PRECISIONS = ("float32", "float16", "int8")
+PRECISIONS = ("float32", "float16")  # from the slowest to the fastest
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 GRAPH_REVISION = 1  # of export/tensorrt_graphs.py: another gives other engines of the same bundle
 MAX_ENGINE_BYTES = 16 << 30
@@ -161,7 +161,7 @@ def find_engines(
 ) -> list[EngineRecord]:
     """The engines in `folder` that may run `bundle` here, at least one for each stage; static ones first.
 
-    precision: None for the fastest there is (int8, float16, float32). Raises `BackendError` that names the first thing
+    precision: None for the fastest there is. Raises `BackendError` that names the first thing
     that does not fit, what there is instead, and how to build what is asked for.
     """
     manifest = bundle.manifest

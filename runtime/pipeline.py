@@ -205,7 +205,9 @@ def open_pipeline(
         return on_device()
     if backend == "onnxruntime" and device == "auto" and warp == "auto" and has_provider("cuda"):
         try:
-            return on_device()
+            opened = on_device()
+            _log.info("device auto: cuda")
+            return opened
         except BackendError as error:
             _log.warning(
                 "device auto: the warp is not on the GPU: %s", str(error)

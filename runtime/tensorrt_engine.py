@@ -79,7 +79,7 @@ class TensorRtEngine:
             tensorrt,
             folder,
         )
-        self._config = bundle.manifest.config
+        self._config, self._stored = bundle.manifest.config, bundle.manifest.precision
         self._tensors = device_tensors(self._config, stage, packed=True)
         self._records = [record for record in records if record.key.stage == stage]
         for record in self._records:
@@ -133,10 +133,9 @@ class TensorRtEngine:
         self._engines[record.key.stem] = self._load(record)
 
     def describe(self) -> EngineInfo:
-        """Flavour with version, device, and the engines' precision."""
-        precision = self._records[0].key.precision
-        backend = f"{self._tensorrt.flavour} {self._tensorrt.version}"
-        return EngineInfo(backend, "TensorRT", "cuda", precision, precision)
+        """Flavour with version, device, precision of the bundle's weights, and the engines' arithmetic."""
+        backend, arithmetic = f"{self._tensorrt.flavour} {self._tensorrt.version}", self._records[0].key.precision
+        return EngineInfo(backend, "TensorRT", "cuda", self._stored, arithmetic)
 
     def close(self) -> None:
         """Free the engines."""

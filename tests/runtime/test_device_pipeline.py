@@ -265,6 +265,24 @@ def test_nan_is_an_error(gpu: FakeGpu) -> None:
         translator.translate(LABEL, exemplar)
 
 
+def test_half_kernels_unless_exact_ones_are_asked_for(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, engines={"precision": "float32"}, dtype=np.float16)
+    write_kernels(gpu.folder / "kernels", CLASSES, "float16")
+    with Translator(bundle, device="cpu", warp="numpy") as reference:
+        expected = reference.translate(LABEL, exemplar_of(reference))
+    with gpu.translator() as translator:
+        assert translator.describe()["warp"]["arithmetic"] == "float16"
+        halves = translator.translate(LABEL, exemplar_of(translator))
+    difference = np.abs(halves.image.astype(int) - expected.image)
+    assert 0 < difference.max() <= 6
+    gpu.device.closed, gpu.device.dtype = False, np.float32
+    with gpu.translator(precision="float32") as translator:
+        assert translator.describe()["warp"]["arithmetic"] == "float32"
+        exact = translator.translate(LABEL, exemplar_of(translator))
+    assert np.abs(exact.image.astype(int) - expected.image).max() <= 1
+    assert nothing_left(gpu)
+
+
 def test_two_translators_share_a_gpu(gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = gpu.translator()
     other = fake_gpu(monkeypatch, write_tiny_bundle(tmp_path / "other", CHANNELS))
