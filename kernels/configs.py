@@ -26,13 +26,15 @@ class Tile:
 class Architecture:
     """The shared memory a block may use, what the chip multiplies, and the tiles for float16 and bfloat16 maps.
 
-    narrow, wide: the forward with at most, and with more than, `NARROW` value channels; backward: its score tiles.
+    narrow, wide: `forward_kernel` with at most, and with more than, `NARROW` value channels; backward: its score tiles;
+    nine_tap: `nine_tap_kernel` for any number, None where the products are no tensor-core products.
     """
 
     shared_kib: int
     narrow: Tile
     wide: Tile
     backward: Tile
+    nine_tap: Tile | None
     bfloat16: bool = True
     tf32: bool = True
 
@@ -45,22 +47,25 @@ _WIDE = Tile(64, 64, 64, 8, 3)
 # the backward holds three score tiles at once (logits, d weights, d logits): 128 x 128 spills, and on 80 even 128 x 64
 _BACKWARD = Tile(64, 64, 64, 8, 3)
 
+# three tiles of 64 x 64 are in flight, two sums and a product, 16 registers each; with 4 warps or 128 keys it spills
+_NINE_TAP = Tile(64, 64, 64, 8, 3)
+
 ARCHITECTURES: dict[int, Architecture] = {
     # Turing: Triton has no tensor-core products below 80 (its pull request 5066) and uses FMA, with the operands and
     # the next loads in registers: every larger tile spills
     75: Architecture(
-        64, Tile(64, 32, 32, 8, 2), Tile(32, 16, 32, 8, 2), Tile(64, 32, 32, 8, 2), bfloat16=False, tf32=False
+        64, Tile(64, 32, 32, 8, 2), Tile(32, 16, 32, 8, 2), Tile(64, 32, 32, 8, 2), None, bfloat16=False, tf32=False
     ),
     # A100: registers allow one 128 x 128 block a multiprocessor, so it may take 64 channels in three stages, 64 KiB
-    80: Architecture(163, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD),
+    80: Architecture(163, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
     # A40, A6000, RTX 30: as 80, since its 64 KiB are within 99
-    86: Architecture(99, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD),
+    86: Architecture(99, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
     # RTX 40, L4, L40: as 86; the larger L2 changes no tile
-    89: Architecture(99, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD),
+    89: Architecture(99, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
     # H100, H200: warpgroup products read both operands from shared memory, so one stage more, 128 KiB
-    90: Architecture(227, Tile(128, 128, 64, 8, 4), _WIDE, _BACKWARD),
-    # RTX 50: Ampere-style products; 128 x 128 spills with 64 channels and not with 32
-    120: Architecture(99, Tile(128, 128, 32, 8, 3), _WIDE, _BACKWARD),
+    90: Architecture(227, Tile(128, 128, 64, 8, 4), _WIDE, _BACKWARD, _NINE_TAP),
+    # RTX 50: Ampere-style products; 128 x 128, and the nine-tap tile, spill with 64 channels and not with 32
+    120: Architecture(99, Tile(128, 128, 32, 8, 3), _WIDE, _BACKWARD, Tile(64, 64, 32, 8, 3)),
 }
 
 # float32 maps are multiplied exactly, by FMA, on every architecture: operands and sums live in registers, so the tiles
@@ -71,6 +76,13 @@ _SINGLE_WIDE = Tile(64, 32, 16, 8, 2)
 # fold_kernel: target positions, source positions, channels; the nine loads of a tile serve all its channels, so many
 _FOLD = Tile(64, 64, 128, 8, 2)
 _FOLD_SINGLE = Tile(64, 32, 64, 4, 2)
+
+# query rows of a band of `nine_tap_kernel`: 16 multiply 18 percent more than the scores, 4 half as much again, but 4
+# make four times the programs, for launches that are not split over the keys
+SPLIT_BAND = 16
+WHOLE_BAND = 4
+NINE_TAP_VALUES = 16  # value channels of one product there; more take turns, since most tiles are skipped before it
+MERGE = Tile(256, 0, 16, 4, 1)  # merge_kernel: positions and value channels
 
 PACK = Tile(64, 0, 64, 4, 1)  # pack_kernel: a square of positions and channels, transposed through shared memory
 STATISTICS = Tile(64, 0, 64, 4, 2)  # statistics_kernel: a warp reads 64 channels of a position as one line
@@ -98,6 +110,33 @@ def forward_tile(capability: int, itemsize: int, values: int) -> Tile:
         return _SINGLE_WIDE if wide else _SINGLE
     line = architecture(capability)
     return line.wide if wide else line.narrow
+
+
+def nine_tap_tile(capability: int, itemsize: int, patch: int, elements: int) -> Tile | None:
+    """The rule that chooses the forward kernel: the tile of `nine_tap_kernel`, or None for `forward_kernel`.
+
+    Nine taps are for a patch of 3, 16-bit maps and chips on which Triton's products of them run on tensor cores (80
+    on), where fewer multiply-adds for more work beside them is a gain; float32 maps are multiplied by FMA from
+    registers, which this kernel needs for its sums. elements: of the largest map or output of one batch element, which
+    32-bit offsets must reach.
+    """
+    if patch != 3 or itemsize != 2 or elements >= 1 << 31:
+        return None
+    return architecture(capability).nine_tap
+
+
+def splits(programs: int, walks: int, multiprocessors: int, most: int) -> int:
+    """Programs among which to split the `walks` over the keys, for the least time of whole waves; at most `most`.
+
+    A block of `nine_tap_kernel` takes all registers of a multiprocessor, so a wave is one block on each.
+    """
+
+    def time(count: int) -> int:
+        return -(-programs * count // multiprocessors) * -(-walks // count)
+
+    best = min(range(1, min(most, walks) + 1), key=time)
+    # no split may be left without a walk
+    return -(-walks // -(-walks // best))
 
 
 def backward_tile(capability: int, itemsize: int) -> Tile:

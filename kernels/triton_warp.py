@@ -1,9 +1,11 @@
 """The warp in Triton on the host side: what is launched, in which order, and the gradient that is assembled from it.
 
 Forward: pack theta and phi channels last and the values likewise (`pack_kernel`, skipped for a channels-last tensor),
-patch statistics (`statistics_kernel`), then one launch of `forward_kernel`. Memory beside inputs and outputs, at
-128 x 128 maps, C = 256, V = 3, float16: 0.25 MiB of statistics and 0.25 MiB of packed values; and 8 MiB for each of
-theta and phi that does not come in torch's channels_last memory format.
+patch statistics (`statistics_kernel`), then by the rule of `configs.nine_tap_tile` either `nine_tap_kernel`, split over
+the keys where the queries do not fill the GPU, with `merge_kernel` after it; or one launch of `forward_kernel`.
+`choose_forward` overrides the rule, `last_forward` tells what ran. Memory beside inputs and outputs, at 128 x 128 maps,
+C = 256, V = 3, float16: 0.25 MiB of statistics, 0.25 MiB of packed values, 0.25 MiB for each split, and 8 MiB for each
+of theta and phi that does not come in torch's channels_last memory format.
 
 Precision: theta and phi are multiplied as they come, float16 and bfloat16 on tensor cores (from compute capability 80
 on), float32 by FMA (no tf32), and summed in float32; statistics, logits and softmax are float32. Weights meet the
@@ -24,7 +26,11 @@ Has run in Triton's interpreter only, never on a GPU; the forward compiles for e
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
+import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,10 +40,15 @@ import triton
 from ..errors import BackendError, InputError
 from . import configs
 from .triton_kernels import fold_kernel, forward_kernel, pack_kernel, score_gradient_kernel, statistics_kernel
+from .triton_nine_tap import merge_kernel, nine_tap_kernel, query_tiles, walks
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 SCRATCH_BYTES = 8 << 20  # least and most scratch of the backward; between, half the bytes of theta + phi
 MAX_SCRATCH_BYTES = 64 << 20
+FORWARDS = ("auto", "nine_tap", "straightforward")
+
+_choice = contextvars.ContextVar("choice of the forward kernel", default="auto")
+_ran = threading.local()
 
 Needs = tuple[bool, bool, bool]
 
@@ -54,6 +65,23 @@ class _Side(NamedTuple):
     @property
     def positions(self) -> int:
         return self.height * self.width
+
+
+@contextlib.contextmanager
+def choose_forward(name: str) -> Iterator[None]:
+    """Within it, the forward runs "nine_tap" (or raises `InputError` where it cannot), "straightforward" or "auto"."""
+    if name not in FORWARDS:
+        raise InputError(f"forward kernel: expected one of {', '.join(FORWARDS)}, got {name!r}")
+    token = _choice.set(name)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def last_forward() -> str | None:
+    """The forward kernel that ran last in this thread, "nine_tap" or "straightforward", or None."""
+    return getattr(_ran, "name", None)
 
 
 def require_runnable(theta: torch.Tensor, phi: torch.Tensor, values: torch.Tensor | None = None) -> None:
@@ -114,7 +142,12 @@ def match_forward(
         index = torch.empty(shape, dtype=torch.int64, device=theta.device)
         probability = torch.empty(shape, dtype=torch.float32, device=theta.device)
         entropy = torch.empty_like(probability)
-        _launch_forward(query, key, None, None, None, (index, probability, entropy), 1, patch, temperature)
+        match = index, probability, entropy
+        tile = _nine_tap_tile(query, key, 1, patch)
+        if tile is None:
+            _launch_forward(query, key, None, None, None, match, 1, patch, temperature)
+        else:
+            _launch_nine_tap(query, key, None, None, None, match, 1, temperature, tile, 1)
     return index, probability, entropy
 
 
@@ -197,8 +230,92 @@ def _forward(
     out = torch.empty((batch, channels, query.height, query.width), dtype=values.dtype, device=values.device)
     lse = torch.empty((batch, query.height, query.width), dtype=torch.float32, device=values.device)
     packed = _pack(values, configs.padded_values(channels))
-    _launch_forward(query, key, packed, out, lse, None, channels, patch, temperature)
+    tile = _nine_tap_tile(query, key, channels, patch)
+    if tile is None:
+        _launch_forward(query, key, packed, out, lse, None, channels, patch, temperature)
+        return out, lse
+    count = _splits(query, key, channels, tile)
+    if count == 1 and out.dtype == torch.float32:
+        _launch_nine_tap(query, key, packed, out, lse, None, channels, temperature, tile, 1)
+        return out, lse
+    parts = torch.empty((count, *out.shape), dtype=torch.float32, device=out.device)
+    part_lse = torch.empty((count, *lse.shape), dtype=torch.float32, device=out.device)
+    _launch_nine_tap(query, key, packed, parts, part_lse, None, channels, temperature, tile, count)
+    merge = configs.MERGE
+    grid = (triton.cdiv(query.positions, merge.queries), batch, triton.cdiv(channels, merge.channels))
+    sizes = {"V": channels, "BN": merge.queries, "BV": merge.channels}
+    merge_kernel[grid](parts, part_lse, out, lse, query.positions, count, **sizes, **_options(merge))
     return out, lse
+
+
+def _nine_tap_tile(query: _Side, key: _Side, channels: int, patch: int) -> configs.Tile | None:
+    """The tile of the nine-tap kernel if it is to run, for `channels` value channels."""
+    if _choice.get() == "straightforward":
+        return None
+    pixels = query.pixels
+    most = max(query.positions, key.positions) * max(pixels.shape[-1], configs.padded_values(channels))
+    tile = configs.nine_tap_tile(_capability(pixels), pixels.element_size(), patch, most)
+    if tile is None and _choice.get() == "nine_tap":
+        raise InputError(
+            "the nine-tap kernel takes patch 3 and float16 or bfloat16 maps of less than 2^31 elements on compute "
+            f"capability 80 or newer, got patch {patch}, {pixels.dtype} and {most} elements on "
+            f'{_capability(pixels)}; choose "auto"'
+        )
+    return tile
+
+
+def _splits(query: _Side, key: _Side, channels: int, tile: configs.Tile) -> int:
+    programs = query.pixels.shape[0] * query_tiles(query.height, query.width, configs.SPLIT_BAND, tile.queries)
+    count = walks(query.height, key.height, key.width, configs.SPLIT_BAND, tile.keys)
+    part = 4 * query.pixels.shape[0] * query.positions * (channels + 1)
+    # together as large as the two packed maps, at the most
+    most = max(1, (query.pixels.nbytes + key.pixels.nbytes) // part)
+    return configs.splits(programs, count, _multiprocessors(query.pixels), most)
+
+
+def _launch_nine_tap(
+    query: _Side,
+    key: _Side,
+    values: torch.Tensor | None,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    match: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    value_channels: int,
+    temperature: float,
+    tile: configs.Tile,
+    count: int,
+) -> None:
+    batch, _, channels = query.pixels.shape
+    band = configs.WHOLE_BAND if match else configs.SPLIT_BAND
+    nine_tap_kernel[(query_tiles(query.height, query.width, band, tile.queries), batch, count)](
+        query.pixels,
+        key.pixels,
+        values,
+        query.mean,
+        query.inverse,
+        key.mean,
+        key.inverse,
+        out,
+        lse,
+        *(match or (None, None, None)),
+        query.height,
+        query.width,
+        key.height,
+        key.width,
+        math.log2(math.e) / temperature,
+        C=channels,
+        V=value_channels,
+        VP=configs.padded_values(value_channels),
+        PATCH=3,
+        BAND=band,
+        BN=tile.queries,
+        BM=tile.keys,
+        BC=tile.channels,
+        BV=configs.NINE_TAP_VALUES,
+        MATCH=match is not None,
+        **_options(tile),
+    )
+    _ran.name = "nine_tap"
 
 
 def _launch_forward(
@@ -214,7 +331,6 @@ def _launch_forward(
 ) -> None:
     batch, _, channels = query.pixels.shape
     tile = configs.forward_tile(_capability(query.pixels), query.pixels.element_size(), value_channels)
-    index, probability, entropy = match or (None, None, None)
     forward_kernel[(triton.cdiv(query.positions, tile.queries), batch)](
         query.pixels,
         key.pixels,
@@ -225,9 +341,7 @@ def _launch_forward(
         key.inverse,
         out,
         lse,
-        index,
-        probability,
-        entropy,
+        *(match or (None, None, None)),
         query.height,
         query.width,
         key.height,
@@ -244,6 +358,7 @@ def _launch_forward(
         MATCH=match is not None,
         **_options(tile),
     )
+    _ran.name = "straightforward"
 
 
 def _backward_one(
@@ -412,6 +527,12 @@ def _capability(tensor: torch.Tensor) -> int:
         return max(configs.ARCHITECTURES)  # the interpreter: any line will do
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return major * 10 + minor
+
+
+def _multiprocessors(tensor: torch.Tensor) -> int:
+    if tensor.device.type != "cuda":
+        return 1  # the interpreter, which runs programs one by one
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def _options(tile: configs.Tile) -> dict[str, int]:

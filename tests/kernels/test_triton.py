@@ -270,6 +270,7 @@ class TestOnGpu:
             return result, torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in result)
 
         forward, used = extra(triton_warp.warp_forward, *tensors, 3, 0.01)
-        assert used <= (0 if packed else maps) + (1 << 20)
+        # statistics and packed values, and at most 16 outputs of splits with their lse
+        assert used <= (0 if packed else maps) + (1 << 20) + 16 * 4 * 4 * 128 * 128
         _, used = extra(triton_warp.warp_backward, *tensors, *forward, grad, 3, 0.01)
         assert used <= 4 * maps
