@@ -21,6 +21,7 @@ from ..files import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("numpy", "numba", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "triton")
+CHANGED = "+changes"  # ends the revision of a checkout that is not as it was committed
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "p99": 0.99}
 
 
@@ -101,7 +102,7 @@ def _revision() -> str:
         return __version__
     # what a run writes itself is no change of what it measures
     changes = _git("status", "--porcelain", "--", "..", ":(exclude,top)benchmarks/results", ":(exclude,top)README.md")
-    return _git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
+    return _git("rev-parse", "--short=12", "HEAD") + (CHANGED if changes else "")
 
 
 def _git(*arguments: str) -> str:

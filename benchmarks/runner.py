@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from ..bundle import Bundle
 from ..errors import InputError
 from ..files import sha256
 from ..progress import Progress
-from .harness import conditions, provenance
+from .harness import CHANGED, conditions, provenance
 from .registry import Case, Material
 
 Row = dict[str, Any]
@@ -102,7 +103,10 @@ def open_material(
     if not file.exists():
         raise InputError(f"no {file}; `python -m flashcocos.benchmarks model -o {folder}` fills the folder")
     # pictures of other weights or of other code are not compared with
-    pictures = folder / "references" / f"{sha256(file)[:12]}-{provenance()['revision']}"
+    revision = provenance()["revision"]
+    pictures = folder / "references" / f"{sha256(file)[:12]}-{revision}"
+    if revision.endswith(CHANGED):
+        shutil.rmtree(pictures, ignore_errors=True)
     return Material(
         model=str(file),
         config=read_metadata(file)[0].to_json(),

@@ -222,6 +222,16 @@ def test_the_command_line_lists_and_runs(
     assert str(folder.parent) not in json.dumps(row)
 
 
+def test_pictures_of_changed_code_are_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for revision, kept in (("abc", True), ("abc+changes", False)):
+        monkeypatch.setattr("flashcocos.benchmarks.runner.provenance", lambda name=revision: {"revision": name})
+        file = Path(open_material(folder, {}).references) / "case.npy"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        assert Path(open_material(folder, {}).references) == file.parent
+        assert file.exists() == kept
+
+
 def test_a_model_folder_is_filled_once(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
