@@ -73,7 +73,7 @@ class DevicePipeline:
             plan.run(inputs)
             outputs = {name: plan.staged[name][:1].copy() for name in ("phi", "values")}
         for name, array in outputs.items():
-            require_finite(f"{self._name}: stage exemplar gave", name, np.isfinite(array).all())
+            self._require_finite("exemplar", name, np.isfinite(array).all())
         return outputs["phi"], outputs["values"]
 
     def render(self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar]) -> list[Rendering]:
@@ -146,7 +146,7 @@ class DevicePipeline:
         timings = {name: value / len(label) for name, value in plan.run().items()}
         staged = plan.staged
         if "invalid" in staged:
-            require_finite(f"{self._name}: stage synthesis gave", "image", bool(staged["invalid"][0] == 0))
+            self._require_finite("synthesis", "image", staged["invalid"][0] == 0)
         query_map = shape[1] // self._config.down_scale, shape[2] // self._config.down_scale
         return [
             Rendering(
@@ -162,8 +162,12 @@ class DevicePipeline:
     def _picture(self, name: str, staged: npt.NDArray[Any]) -> UInt8Array:
         if staged.dtype == np.uint8:
             return staged.copy()
-        require_finite(f"{self._name}: stage synthesis gave", name, np.isfinite(staged).all())
+        self._require_finite("synthesis", name, np.isfinite(staged).all())
         return to_uint8(staged)
+
+    def _require_finite(self, stage: str, what: str, finite: Any) -> None:
+        remedy = "build it again" if self._engines[stage].packed else "export it again"
+        require_finite(f"{self._name}: stage {stage} gave", what, finite, remedy)
 
     def _batch(self, stages: Sequence[str], wanted: int, height: int, width: int) -> int:
         """How many items run together: `wanted` or the next fewer that all stages hold, else the next more."""

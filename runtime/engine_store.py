@@ -174,7 +174,7 @@ def find_engines(
         ("of this bundle (it was changed since they were built)", lambda key: key.graph_sha256, graphs.values()),
         ("of these graphs by this flashcocos", lambda key: key.revision, (GRAPH_REVISION,)),
         (f"of flavour {flavour}", lambda key: key.flavour, (flavour,)),
-        (f"of {flavour} {version}, which is installed", lambda key: key.version, (version,)),
+        (f"of {flavour} {version}, which is installed,", lambda key: key.version, (version,)),
         (f"for architecture sm_{architecture}", lambda key: key.architectures, _Holds(architecture)),
     ]
     if precision is not None:

@@ -21,7 +21,7 @@ from ..bundle import Bundle
 from ..errors import BackendError, BundleError, InputError
 from ..kernels.corr_warp import CorrMatch, last_backend, warp_arrays
 from ..preprocess.images import FloatArray, UInt8Array, to_uint8
-from .engine import BACKENDS, Engine, EngineInfo, has_provider, open_engines
+from .engine import BACKENDS, DEVICES, Engine, EngineInfo, has_provider, open_engines
 from .engine_store import FLAVOURS
 from .stages import stage_tensors
 
@@ -155,12 +155,12 @@ class HostPipeline:
         return outputs
 
 
-def require_finite(where: str, what: str, finite: Any) -> None:
+def require_finite(where: str, what: str, finite: Any, remedy: str = "export it again") -> None:
     """Raise `BundleError` where a network gave NaN or infinity."""
     if not finite:
         raise BundleError(
             f"{where} NaN or infinity in {what}: its weights are damaged or overflow in float16; "
-            "export it again with precision float32"
+            f"{remedy} with precision float32"
         )
 
 
@@ -177,13 +177,13 @@ def open_pipeline(
 ) -> Pipeline:
     """The pipeline that these options of `Translator` ask for; `InputError` where they do not go together."""
     known = (*BACKENDS, *GPU_BACKENDS)
-    for name, value, choices in (("backend", backend, known), ("warp", warp, WARPS)):
+    for name, value, choices in (("backend", backend, known), ("device", device, DEVICES), ("warp", warp, WARPS)):
         if value not in choices:
             raise InputError(f"unknown {name} {value!r}; expected one of {', '.join(choices)}")
     tensorrt = backend in GPU_BACKENDS
     on_gpu = tensorrt or warp == "cuda" or (backend == "onnxruntime" and device == "cuda" and warp == "auto")
     for name, given, fits in (
-        ("engines", engines is not None, tensorrt),
+        ("engines", engines is not None, on_gpu),
         ("exemplar_budget", exemplar_budget is not None, on_gpu or device == "auto"),
         ("threads", threads is not None, not on_gpu),
         (f"warp {warp!r}", warp in ("numba", "numpy"), not tensorrt),
@@ -209,8 +209,7 @@ def open_pipeline(
             _log.info("device auto: cuda")
             return opened
         except BackendError as error:
-            _log.warning(
-                "device auto: the warp is not on the GPU: %s", str(error)
-            )  # a kept error would keep its frames
+            # as text, for a record that is kept would keep the error's frames and what they hold
+            _log.warning("device auto: the warp is not on the GPU: %s", str(error))
     host_precision = "float32" if precision is None else precision
     return HostPipeline(bundle, backend=backend, device=device, threads=threads, warp=warp, precision=host_precision)

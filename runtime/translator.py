@@ -64,7 +64,8 @@ class Translator:
     precision: that the graphs compute in. None: float32 on the CPU, tf32 or float32 in ONNX Runtime on a GPU, and the
         fastest that was built with TensorRT. Else "float32"; "bfloat16" with OpenVINO on a CPU that has it; or
         "float16" or "int8" with TensorRT.
-    engines: the folder of TensorRT engines; None for the one beside the bundle, NAME.engines.
+    engines: the folder of TensorRT engines and of the warp's kernels that `flashcocos build` wrote; None for the one
+        beside the bundle, NAME.engines.
     exemplar_budget: MiB of device memory for encoded exemplars, 512 unless given.
     Raises `InputError` for a missing bundle and for options unknown or that do not go together, `BundleError` for a
     damaged or hostile bundle, and `BackendError` where the backend, device, precision, an engine or the warp's compiled

@@ -259,7 +259,10 @@ def test_nan_is_an_error(gpu: FakeGpu) -> None:
         exemplar = exemplar_of(translator)
         gpu.trt.nan = True
         for _ in range(3):
-            with pytest.raises(BundleError, match="stage synthesis gave NaN or infinity in image"):
+            with pytest.raises(
+                BundleError,
+                match=r"stage synthesis gave NaN or infinity in image: .*; build it again with precision float32",
+            ):
                 translator.translate(LABEL, exemplar)
         gpu.trt.nan = False
         translator.translate(LABEL, exemplar)
@@ -336,6 +339,7 @@ def test_what_the_provider_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"backend": "tensorrt", "device": "gpu"}, "unknown device 'gpu'; expected one of auto, cpu, cuda"),
         ({"backend": "tensorrt", "warp": "numpy"}, "warp 'numpy' does not go with backend 'tensorrt'"),
         ({"backend": "tensorrt", "device": "cpu"}, "device 'cpu' does not go with backend 'tensorrt'"),
         ({"backend": "tensorrt", "threads": 2}, "threads does not go with"),
