@@ -32,6 +32,8 @@ def ladder_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iter
         yield _runtime("ladder/openvino-bfloat16-256", size, backend="openvino", precision="bfloat16", published=True)
     for rung in rungs:
         yield _runtime(f"ladder/{rung}-256", size, bundle=rung, published=True)
+        if device == "cpu":
+            yield _runtime(f"ladder/{rung}-openvino-256", size, bundle=rung, backend="openvino")
 
 
 def resolution_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
@@ -168,9 +170,9 @@ def warp_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterat
             yield _warp(method, size, device=device, backward=True, published=size == 64)
     for values in (48, 151):
         for method in plain:
-            yield _warp(method, 64, device=device, values=values, published=method in ("numba", "triton"))
+            yield _warp(method, 64, device=device, values=values, published=method in ("numba", "triton", "reference"))
     for method in plain:
-        yield _warp(method, 64, device=device, patch=1, published=method in ("numba", "triton"))
+        yield _warp(method, 64, device=device, patch=1, published=method in ("numba", "triton", "reference"))
 
 
 def _warp(

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import BackendError
 from ..files import atomic_path
 from .runner import Row, read_rows
-from .tables import is_plain, label
+from .tables import WARPS, is_plain, label
 
 SIZE, DPI = (7.2, 4.0), 110
 # distinct in greys and for the colour-blind (Okabe and Ito)
@@ -85,7 +85,7 @@ def warp(axes: Any, rows: Sequence[Row]) -> None:
     plain = [row for row in rows if is_plain(row) and row["status"] == "timed"]
     for style, series in _series(plain, lambda row: row["parameters"]["method"]):
         points = sorted((row["parameters"]["size"] ** 2, row["ms"]["median"]) for row in series)
-        axes.plot(*zip(*points, strict=True), label=series[0]["parameters"]["method"], **style)
+        axes.plot(*zip(*points, strict=True), label=WARPS[series[0]["parameters"]["method"]], **style)
     _log_log(axes, "positions N", "milliseconds")
     counts = sorted({row["parameters"]["size"] ** 2 for row in plain})
     axes.set_xticks(counts, [f"{count:,}".replace(",", " ") for count in counts])

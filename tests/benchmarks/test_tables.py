@@ -91,7 +91,7 @@ def test_every_row_has_its_line(results: Path) -> None:
         "| 4 096 | 1.00 s, 8 MiB | |",
         "| 16 384 | | timeout |",
         "| measure of warp/cpu-back | 1.00 s | 3e-07 |",
-        "| measure of warp/numba, noise | 1.50 | 3e-07 |",
+        "| measure of warp/numba, noise | 1.00 s | 1.50 | 3e-07 |",
         "| 4 096 | 9% |",
         "| measure of training/tiled-256 | 1.00 s | 512 MiB |",
         "| 4 | runtime, exemplar encoded once | 4 | 512 MiB |",
