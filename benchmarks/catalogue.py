@@ -91,7 +91,7 @@ def _eager(
         "" if own else reference,
         seconds=40.0,
         memory=2 * held * width * batch,  # logits and weights
-        requires=("torch", "model"),
+        requires=("torch", "model", *(["c++"] if method == "compiled" else [])),
         published=published,
         **options,
     )
@@ -193,7 +193,7 @@ def _warp(
     extras = [f"v{values}"] * (values != 3) + [inputs] * (inputs != "noise") + ["backward"] * backward
     positions, width = size * size, 2 if device == "cuda" else 4
     matrices = (0, 2, 3)[backward + 1] if method in ("reference", "sdpa", "compiled") else 0
-    needs = {"numba": ("numba",), "numpy": (), "triton": tensors}.get(method, ("torch",))
+    needs = {"numba": ("numba",), "numpy": (), "triton": tensors, "compiled": ("torch", "c++")}.get(method, ("torch",))
     return Case(
         "-".join([f"warp/{method}-p{patch}-n{positions}", *extras]),
         ".warp:prepare",

@@ -53,7 +53,7 @@ class Case:
     repeats: timed runs, of which none starts later than `seconds` after the first; limit: seconds until it is ended.
     warmup: whether a first run goes untimed; without it the first run is timed too, for what takes minutes.
     memory: bytes that the method holds at once at the least; a case that cannot fit is not started.
-    requires: packages, "cuda", "model" (a model folder), "naive" (its single graph) or "bundle".
+    requires: packages, "cuda", "bfloat16", "c++" (a compiler), "model", "naive" (its single graph) or "bundle".
     """
 
     name: str

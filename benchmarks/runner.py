@@ -30,6 +30,7 @@ Row = dict[str, Any]
 FINAL = ("timed", "measured", "outside", "out of memory", "timeout", "skipped")  # a failed case is tried again
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|MemoryError|alloc\w* .*memory|memory.* alloc", re.IGNORECASE)
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+_NO_PACKAGES = ("cuda", "bfloat16", "c++")
 _MATERIAL = {
     "model": "a model file",
     "naive": "a naive single graph",
@@ -191,7 +192,9 @@ def _run(case: Case, material: Material, compared: References) -> Row:
             return {"status": "skipped", "reason": "for an NVIDIA GPU"}
         if need == "bfloat16" and not _has_bfloat16():
             return {"status": "skipped", "reason": "OpenVINO computes in float32 alone on this CPU"}
-        if need not in (*_MATERIAL, "cuda", "bfloat16") and importlib.util.find_spec(need) is None:
+        if need == "c++" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+            return {"status": "skipped", "reason": "torch.compile finds no C++ compiler"}
+        if need not in (*_MATERIAL, *_NO_PACKAGES) and importlib.util.find_spec(need) is None:
             return {"status": "skipped", "reason": f"the package {need} is not installed"}
     if case.reference and (reason := compared.missing(case.reference)):
         return {"status": "skipped", "reason": reason}

@@ -125,11 +125,14 @@ def test_a_case_that_fails_stops_no_other_and_is_run_again(log: Path, tmp_path: 
     assert [row["case"] for row in read_rows(tmp_path / "test.jsonl")] == ["test/a"]
 
 
-def test_what_is_not_here_is_skipped_with_the_reason(log: Path) -> None:
+def test_what_is_not_here_is_skipped_with_the_reason(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
     absent = counted("a", log, requires=("no_such_package",))
     gpu = counted("b", log, requires=("cuda",))
-    rows = run_cases([absent, gpu], NOTHING, None)
-    assert [row["status"] for row in rows] == ["skipped"] * 2
+    compiled = counted("c", log, requires=("c++",))
+    rows = run_cases([absent, gpu, compiled], NOTHING, None)
+    assert [row["status"] for row in rows] == ["skipped"] * 3
+    assert "C++ compiler" in rows[2]["reason"]
     assert rows[0]["reason"] == "the package no_such_package is not installed"
     assert not log.exists()
 
