@@ -138,9 +138,9 @@ def _add_engine(sub: argparse.ArgumentParser, *, gpu: bool = False) -> None:
     arithmetic = "of the arithmetic; bfloat16: openvino"
     if gpu:
         backends += ["tensorrt", "tensorrt-rtx"]
-        precisions += ["float16", "int8"]
+        precisions += ["float16"]
         warps += ["cuda"]
-        arithmetic += "; float16, int8: tensorrt (default: float32; of tensorrt the fastest that was built)"
+        arithmetic += "; float16: tensorrt (default: float32; of tensorrt the fastest that was built)"
     sub.add_argument("--backend", choices=backends, default="onnxruntime", help="what runs the graphs")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the graphs run")
     sub.add_argument("--precision", choices=precisions, default=None if gpu else "float32", help=arithmetic)

@@ -10,7 +10,6 @@ Written against the documented API and tested with a stand-in for TensorRT's run
 from __future__ import annotations
 
 import collections
-import importlib
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,9 +21,7 @@ from ..errors import BackendError
 from .device import Device, mebibytes
 from .device_engine import Need, Shape, axis_names, concrete, device_tensors
 from .engine import EngineInfo, one_line
-from .engine_store import FLAVOURS, EngineRecord, find_engines, read_engine
-
-_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+from .engine_store import EngineRecord, find_engines, import_flavour, read_engine
 
 
 class TensorRt:
@@ -34,12 +31,7 @@ class TensorRt:
     """
 
     def __init__(self, flavour: str) -> None:
-        try:
-            self.module: Any = importlib.import_module(_MODULES[flavour])
-        except (ImportError, OSError) as error:  # OSError where one of its libraries does not load
-            raise BackendError(
-                f"backend {flavour!r} cannot be imported ({error}); pip install flashcocos[{FLAVOURS[flavour]}]"
-            ) from error
+        self.module: Any = import_flavour(flavour)
         self.flavour, self.version = flavour, str(self.module.__version__)
         self._messages: collections.deque[str] = collections.deque(maxlen=3)
         self._logger = _logger(self.module, self._messages)

@@ -62,8 +62,8 @@ class Translator:
     warp: "numba" or "numpy" on the CPU, "cuda" on the GPU, or "auto": on the GPU with TensorRT and with device "cuda",
         else numba where it is installed. On the GPU nothing leaves it between label and picture.
     precision: that the graphs compute in. None: float32 on the CPU, tf32 or float32 in ONNX Runtime on a GPU, and the
-        fastest that was built with TensorRT. Else "float32"; "bfloat16" with OpenVINO on a CPU that has it; or
-        "float16" or "int8" with TensorRT.
+        fastest that was built with TensorRT. Else "float32", "bfloat16" with OpenVINO on a CPU that has it, or
+        "float16" with TensorRT.
     engines: the folder of TensorRT engines and of the warp's kernels that `flashcocos build` wrote; None for the one
         beside the bundle, NAME.engines.
     exemplar_budget: MiB of device memory for encoded exemplars, 512 unless given.
