@@ -66,15 +66,18 @@ def test_static_shapes_are_recorded_after_a_run(gpu: FakeGpu) -> None:
         runs = [translator.translate(LABEL, exemplar) for exemplar in exemplars * 3]
         assert [set(run.timings) for run in runs[:2]] == [{"query", "warp", "synthesis"}, {"total"}]
         assert gpu.device.replays == 5
-        launches = gpu.device.launches
+        launches, copies = gpu.device.launches, gpu.device.copies
         translator.translate(LABEL, exemplars[0])
+        assert gpu.device.copies == copies + 4  # the exemplar's, which is another than before
+        translator.translate(LABEL, exemplars[0])
+        assert gpu.device.copies == copies + 4
         assert gpu.device.launches == launches  # no Python beyond the replay
         for one, other in zip(runs[:2], runs[4:], strict=True):  # the recording is not bound to an exemplar
             np.testing.assert_array_equal(one.image, other.image)
         assert not np.array_equal(runs[0].image, runs[1].image)
         for _ in range(3):
             translator.translate(LABEL, exemplars[0], (64, 96))
-        assert gpu.device.replays == 6  # a dynamic engine is not recorded
+        assert gpu.device.replays == 7  # a dynamic engine is not recorded
 
 
 def test_a_recording_is_made_anew_where_working_memory_moved(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:

@@ -129,7 +129,9 @@ class FakeDevice:
         self.buffers: list[FakeBuffer] = []
         self.stagings: list[FakeStaging] = []
         self.recordings: list[FakeRecording] = []
-        self.kernels = self.launches = self.replays = self.allocations = self.uploaded = self.downloaded = 0
+        self.kernels = self.launches = self.replays = self.allocations = self.copies = self.uploaded = (
+            self.downloaded
+        ) = 0
         self.fail_at: int | None = None  # so many operations from now, one raises
         self._active: dict[int, int] = {}  # thread -> depth
 
@@ -192,6 +194,7 @@ class FakeDevice:
         self.downloaded += target.nbytes
 
     def copy(self, target: int, source: int, size: int) -> None:
+        self.copies += 1
         self.put(lambda: np.copyto(self.view(target, np.uint8, size), self.view(source, np.uint8, size)))
 
     def load(self, cubin: bytes, entry: str, formats: str, threads: int, shared_bytes: int) -> FakeKernel:
