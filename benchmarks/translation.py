@@ -31,11 +31,12 @@ def prepare(case: Case, material: Material) -> Subject:
     """parameters: method, size; of the runtime also bundle, backend, precision, cached, batch; of eager, dtype."""
     chosen = case.parameters
     makers: dict[str, Callable[..., tuple[Callable[[], Outcome], dict[str, Any]]]] = {
+        **dict.fromkeys(("eager", "eager-fused", "eager-tiled", "compiled"), _eager),
         "runtime": _runtime,
         "naive": _naive,
         "naive-openvino": _naive_openvino,
     }
-    run, facts = makers.get(chosen["method"], _eager)(chosen, material)
+    run, facts = makers[chosen["method"]](chosen, material)
     path = Path(material.references) / f"{case.reference or case.name}.npy"
 
     def check(picture: UInt8Array) -> dict[str, float]:
@@ -66,12 +67,11 @@ def _eager(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], 
     network: Callable[..., Any] = Published(model, attention=method != "eager-fused")
     if method == "compiled":
         network = torch.compile(network, dynamic=False)
-    if method == "eager-tiled":
-        network = lambda *inputs: model(*inputs).image  # noqa: E731
 
     @torch.inference_mode()
     def run() -> Outcome:
-        return Outcome(to_uint8(network(*tensors)[0].float().cpu().numpy()))
+        picture = model(*tensors).image if method == "eager-tiled" else network(*tensors)
+        return Outcome(to_uint8(picture[0].float().cpu().numpy()))
 
     return run, {}
 
