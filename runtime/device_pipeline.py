@@ -28,7 +28,7 @@ from ..preprocess.images import FloatArray, UInt8Array, to_uint8
 from .cubins import FOLDER, BundleKernels, KernelFolder, find_kernels
 from .device import Buffer, Device, mebibytes
 from .device_engine import DeviceEngine, Shape
-from .device_plan import EncodePlan, KeyPlan, Plan, TranslatePlan, UploadPlan
+from .device_plan import EncodePlan, KeyPlan, Plan, TranslatePlan, UploadPlan, translate_tensors
 from .device_warp import DeviceWarp, total_bytes
 from .engine import ARITHMETIC, EngineInfo
 from .engine_store import FLAVOURS, PRECISIONS, default_folder
@@ -50,6 +50,7 @@ class DevicePipeline:
     ) -> None:
         self._name, self._config = bundle.path, bundle.manifest.config
         self._device, self._engines, self._warp, self._budget = device, engines, warp, budget
+        self._packed = engines["synthesis"].packed
         self._lock = threading.RLock()
         self._closed = False
         self._plans: collections.OrderedDict[tuple[Any, ...], Plan] = collections.OrderedDict()
@@ -166,7 +167,7 @@ class DevicePipeline:
         return to_uint8(staged)
 
     def _require_finite(self, stage: str, what: str, finite: Any) -> None:
-        remedy = "build it again" if self._engines[stage].packed else "export it again"
+        remedy = "build it again" if self._packed else "export it again"
         require_finite(f"{self._name}: stage {stage} gave", what, finite, remedy)
 
     def _batch(self, stages: Sequence[str], wanted: int, height: int, width: int) -> int:
@@ -193,7 +194,7 @@ class DevicePipeline:
 
     def _need(self, shape: Shape, key_map: tuple[int, int]) -> int:
         """Bytes that a new plan takes, with all that its stages still have to load."""
-        tensors = TranslatePlan.tensors(self._engines, self._warp, self._config, shape, key_map)
+        tensors = translate_tensors(self._config, self._warp.tensors, self._packed, shape, key_map)
         return total_bytes(tensors) + self._stages_need(("query", "synthesis"), shape)
 
     def _stages_need(self, stages: Sequence[str], shape: Shape) -> int:
@@ -237,7 +238,7 @@ class DevicePipeline:
             self._exemplars.move_to_end(weakref.ref(exemplar))
             return found
         height, width = exemplar.phi.shape[2:]
-        size = total_bytes([self._warp.key_tensors(1, height, width)])
+        size = total_bytes([self._warp.tensors.keys(1, height, width)])
         if size > self._budget:
             raise InputError(
                 f"exemplar of {exemplar.size[0]} x {exemplar.size[1]} pixels takes {mebibytes(size)} on the GPU, more "

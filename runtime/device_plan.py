@@ -20,7 +20,7 @@ from ..config import ModelConfig
 from ..errors import BackendError
 from .device import Buffer, Device, Event, Recording, Staging, nbytes
 from .device_engine import Binding, DeviceEngine, Shape, concrete, device_tensors
-from .device_warp import Addresses, DeviceWarp, Tensors, total_bytes
+from .device_warp import Addresses, DeviceWarp, Tensors, WarpTensors, total_bytes
 
 _log = logging.getLogger("flashcocos.runtime")
 Engines = Mapping[str, DeviceEngine]
@@ -94,7 +94,7 @@ class KeyPlan(Plan):
 
     def __init__(self, device: Device, warp: DeviceWarp, key_map: tuple[int, int]) -> None:
         super().__init__(device)
-        tensors = warp.key_tensors(1, *key_map)
+        tensors = warp.tensors.keys(1, *key_map)
         self.sizes = {name: nbytes(*tensor) for name, tensor in tensors.items()}
         self.bytes = total_bytes([tensors])
         with self._building():
@@ -177,7 +177,8 @@ class TranslatePlan(Plan):
     ) -> None:
         super().__init__(device)
         batch, query_map = shape[0], (shape[1] // config.down_scale, shape[2] // config.down_scale)
-        stages, keys, results = self.tensors(engines, warp, config, shape, key_map)
+        packed = engines["synthesis"].packed
+        stages, keys, results = translate_tensors(config, warp.tensors, packed, shape, key_map)
         pictures = [name for name in stages if name not in ("label", "theta")]
         self._recording: Recording | None = None
         self._events: list[Event] = []
@@ -201,19 +202,6 @@ class TranslatePlan(Plan):
             "warp": list(launches),
             "synthesis": [synthesis.enqueue, *(download(name) for name in (*pictures, "index", "probability"))],
         }
-
-    @staticmethod
-    def tensors(
-        engines: Engines, warp: DeviceWarp, config: ModelConfig, shape: Shape, key_map: tuple[int, int]
-    ) -> tuple[Tensors, Tensors, Tensors]:
-        """What it holds: of the stages, of the exemplars, and of the warp."""
-        stages: Tensors = {}
-        for stage in ("query", "synthesis"):
-            for side in device_tensors(config, stage, packed=engines[stage].packed):
-                stages |= concrete(side, shape, config.down_scale)
-        del stages["warped"]  # the warp's
-        query_map = shape[1] // config.down_scale, shape[2] // config.down_scale
-        return stages, warp.key_tensors(shape[0], *key_map), warp.query_tensors(shape[0], *query_map)
 
     def load(self, slot: int, keys: KeyPlan) -> None:
         """Copy an exemplar into the place of item `slot` of the batch, unless it is there from the run before."""
@@ -262,3 +250,19 @@ class TranslatePlan(Plan):
         if self._recording is not None:
             self._recording.close()
         self._recording, self._runs = None, 0
+
+
+def translate_tensors(
+    config: ModelConfig, warp: WarpTensors, packed: bool, shape: Shape, key_map: tuple[int, int]
+) -> tuple[Tensors, Tensors, Tensors]:
+    """What a plan of translations holds: of the stages, of the exemplars, and of the warp.
+
+    packed: as `DeviceEngine`. key_map: height and width of the exemplars' maps.
+    """
+    stages: Tensors = {}
+    for stage in ("query", "synthesis"):
+        for side in device_tensors(config, stage, packed=packed):
+            stages |= concrete(side, shape, config.down_scale)
+    del stages["warped"]  # the warp's
+    query_map = shape[1] // config.down_scale, shape[2] // config.down_scale
+    return stages, warp.keys(shape[0], *key_map), warp.results(shape[0], *query_map)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,45 @@ Addresses = Mapping[str, int]
 Launch = Callable[[], None]  # a launch with all its arguments, put on the stream by calling it
 
 
+class WarpTensors(NamedTuple):
+    """What the warp holds on the device: C and V of the model, channels of a packed row of values, kernels' dtype."""
+
+    channels: int
+    values: int
+    padded: int
+    dtype: str
+
+    @classmethod
+    def of(cls, config: ModelConfig, dtype: str) -> WarpTensors:
+        """Those of a model with kernels of `dtype`, as `kernels/aot.py` pads."""
+        return cls(config.feature_channels, config.warped_channels, -(-config.warped_channels // 8) * 8, dtype)
+
+    def keys(self, batch: int, height: int, width: int) -> Tensors:
+        """An exemplar as the warp takes it, of maps of height x width."""
+        positions, packed = height * width, self._packed
+        return {
+            "phi": ((batch, positions, self.channels), packed),
+            "values": ((batch, positions, self.padded), packed),
+            "nu": ((batch, positions), np.float32),
+            "b": ((batch, positions), np.float32),
+        }
+
+    def results(self, batch: int, height: int, width: int) -> Tensors:
+        """Queries of maps of height x width, and what is made for them."""
+        positions = height * width
+        floats = ("mu", "a", "lse", "probability", "entropy")
+        return {
+            "theta": ((batch, positions, self.channels), self._packed),
+            "warped": ((batch, self.values, height, width), np.float32),
+            "index": ((batch, positions), np.int64),
+            **dict.fromkeys(floats, ((batch, positions), np.float32)),
+        }
+
+    @property
+    def _packed(self) -> Any:
+        return np.dtype(f"V{ITEM_SIZES[self.dtype]}")  # opaque: numpy has no bfloat16
+
+
 class DeviceWarp:
     """The kernels of `kernels`, loaded on `device`, for a model of `config`.
 
@@ -37,36 +76,15 @@ class DeviceWarp:
     def __init__(self, device: Device, kernels: WarpKernels, config: ModelConfig) -> None:
         self.kernels = kernels
         self._channels, self._values = config.feature_channels, config.warped_channels
+        self.tensors = WarpTensors(self._channels, self._values, kernels.padded, kernels.dtype)
         self._scale = float(np.float32(math.log2(math.e) / config.temperature))
-        self._item = np.dtype(f"V{ITEM_SIZES[kernels.dtype]}")  # opaque: numpy has no bfloat16
         self._loaded: dict[str, tuple[Cubin, Kernel]] = {}
         for part, cubin in kernels.parts().items():
             kernel = device.load(cubin.code(), cubin.entry, cubin.formats, cubin.threads, cubin.shared_bytes)
             self._loaded[part] = cubin, kernel
 
-    def key_tensors(self, batch: int, height: int, width: int) -> Tensors:
-        """What `pack_keys` writes, for maps of height x width: an exemplar as the warp takes it."""
-        positions = height * width
-        return {
-            "phi": ((batch, positions, self._channels), self._item),
-            "values": ((batch, positions, self.kernels.padded), self._item),
-            "nu": ((batch, positions), np.float32),
-            "b": ((batch, positions), np.float32),
-        }
-
-    def query_tensors(self, batch: int, height: int, width: int) -> Tensors:
-        """What `run` writes, for maps of height x width."""
-        positions = height * width
-        floats = ("mu", "a", "lse", "probability", "entropy")
-        return {
-            "theta": ((batch, positions, self._channels), self._item),
-            "warped": ((batch, self._values, height, width), np.float32),
-            "index": ((batch, positions), np.int64),
-            **dict.fromkeys(floats, ((batch, positions), np.float32)),
-        }
-
     def pack_keys(self, phi: int, values: int, keys: Addresses, batch: int, height: int, width: int) -> list[Launch]:
-        """Pack phi (batch, C, height, width) and values (batch, V, height, width), float32, into `keys`."""
+        """Pack phi (batch, C, height, width) and values (batch, V, height, width), float32, into `WarpTensors.keys`."""
         return [
             self._pack(phi, keys["phi"], batch, (self._channels, self._channels), height, width),
             self._pack(values, keys["values"], batch, (self._values, self.kernels.padded), height, width),
@@ -82,7 +100,7 @@ class DeviceWarp:
         query_map: tuple[int, int],
         key_map: tuple[int, int],
     ) -> list[Launch]:
-        """Warp for theta (batch, C, *query_map) float32, into `results`; all maps of the keys have one size."""
+        """Warp for theta (batch, C, *query_map) float32, into `WarpTensors.results`; all exemplars have one size."""
         sizes = dict(zip(("height_q", "width_q", "height_k", "width_k"), (*query_map, *key_map), strict=True))
         pointers = {**keys, **results, "out": results["warped"]}
         return [

@@ -158,7 +158,7 @@ def test_kernels_equal_the_cpu(device: Device, tmp_path: Path, maps: Any) -> Non
         for count, side in ((16, maps[0]), (16, maps[1]), (3, maps[1]))
     )
     inputs = [fill(device, array) for array in (theta, phi, values)]
-    groups = [warp.key_tensors(2, hk, wk), warp.query_tensors(2, hq, wq)]
+    groups = [warp.tensors.keys(2, hk, wk), warp.tensors.results(2, hq, wq)]
     buffers = [{name: device.allocate(nbytes(*tensor)) for name, tensor in group.items()} for group in groups]
     keys, results = ({name: buffer.address for name, buffer in group.items()} for group in buffers)
     launches = warp.pack_keys(inputs[1].address, inputs[2].address, keys, 2, hk, wk)
