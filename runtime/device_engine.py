@@ -25,13 +25,14 @@ class Need(NamedTuple):
 
 
 class Binding(Protocol):
-    """A stage at one shape with all its tensors' addresses.
-
-    scratch: bytes of working memory that it needs. capturable: whether `enqueue` may be recorded.
-    """
+    """A stage at one shape with all its tensors' addresses. scratch: bytes of working memory that it needs."""
 
     scratch: int
-    capturable: bool
+
+    @property
+    def capturable(self) -> bool:
+        """Whether `enqueue` may be recorded now, after a first run."""
+        ...
 
     def use_scratch(self, address: int, size: int) -> None:
         """Work in this memory from now on; to be called before the first `enqueue` where `scratch` is not 0."""

@@ -182,7 +182,7 @@ class TranslatePlan(Plan):
         pictures = [name for name in stages if name not in ("label", "theta")]
         self._recording: Recording | None = None
         self._events: list[Event] = []
-        self._runs = 0
+        self._warm = self._tried = False  # whether it has run, and whether recording was tried since
         self._loaded: dict[int, KeyPlan] = {}  # by slot: what was copied there
         with self._building():
             addresses = self._allocate(stages)
@@ -212,9 +212,8 @@ class TranslatePlan(Plan):
 
     def run(self) -> dict[str, float]:
         """Put everything on the stream and wait: milliseconds of each stage, or of all as "total" when replayed."""
-        if self._runs == 1 and all(binding.capturable for binding in self._bindings):
+        if self._warm and not self._tried and all(binding.capturable for binding in self._bindings):
             self._record()
-        self._runs += 1
         if self._recording is not None:
             self._events[0].record()
             self._recording.replay()
@@ -227,6 +226,7 @@ class TranslatePlan(Plan):
                 step()
             event.record()
         self._device.synchronize()
+        self._warm = True
         spans = zip(self._steps, self._events, self._events[1:], strict=False)
         return {stage: end.milliseconds_since(start) for stage, start, end in spans}
 
@@ -236,6 +236,8 @@ class TranslatePlan(Plan):
         super().free()
 
     def _record(self) -> None:
+        self._tried = True
+
         def everything() -> None:
             for steps in self._steps.values():
                 for step in steps:
@@ -249,7 +251,7 @@ class TranslatePlan(Plan):
     def _forget(self) -> None:
         if self._recording is not None:
             self._recording.close()
-        self._recording, self._runs = None, 0
+        self._recording, self._warm, self._tried = None, False, False
 
 
 def translate_tensors(

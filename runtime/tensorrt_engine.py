@@ -168,7 +168,7 @@ class TensorRtEngine:
 
 
 class TensorRtBinding:
-    """An execution context at one shape; see `Binding`. capturable: where the engine is for this shape alone."""
+    """An execution context at one shape; see `Binding`. It can be recorded where the engine is for this shape alone."""
 
     def __init__(
         self,
@@ -198,9 +198,13 @@ class TensorRtBinding:
             self._require(actual == shape, f"gives {tensor} {actual}, expected {shape}")
         for tensor in (*inputs, *outputs):
             self._require(context.set_tensor_address(tensor, addresses[tensor]), f"takes no address for {tensor}")
-        # the flavour for consumer GPUs compiles its kernels as it goes, and says when it cannot be recorded
-        ask = getattr(context, "is_stream_capturable", None)
-        self.capturable = static and (ask is None or ask(device.stream))
+        self._static = static
+
+    @property
+    def capturable(self) -> bool:
+        """See `Binding`; the flavour for consumer GPUs compiles kernels as it goes, and says when it has them all."""
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return self._static and (ask is None or bool(ask(self._device.stream)))
 
     def use_scratch(self, address: int, size: int) -> None:
         """Hand the shared working memory to the context."""
