@@ -228,7 +228,8 @@ def _check_stage(bundle: Bundle, stage: str) -> int:
     return int(graph.opset_import[0].version)
 
 
-def _stage_inputs(config: ModelConfig, inputs: Arrays, warped: npt.NDArray[Any] | None = None) -> dict[str, Arrays]:
+def stage_inputs(config: ModelConfig, inputs: Arrays, warped: npt.NDArray[Any] | None = None) -> dict[str, Arrays]:
+    """The inputs of each stage out of `random_inputs`; of the synthesis where `warped` is given."""
     exemplar = {"image": inputs["image"]}
     if config.mask_mixing:
         exemplar["label"] = inputs["exemplar_label"]
@@ -240,11 +241,11 @@ def _stage_inputs(config: ModelConfig, inputs: Arrays, warped: npt.NDArray[Any] 
 
 def _translate(config: ModelConfig, engines: dict[str, Engine], inputs: Arrays) -> Arrays:
     """Every output of all stages, and "warped", as the runtime computes them."""
-    stages = _stage_inputs(config, inputs)
+    stages = stage_inputs(config, inputs)
     outputs = engines["query"].run(stages["query"]) | engines["exemplar"].run(stages["exemplar"])
     features = (outputs["theta"], outputs["phi"], outputs["values"])
     warp = warp_arrays(*features, patch=config.patch, temperature=config.temperature)
-    synthesis = _stage_inputs(config, inputs, warp.out)["synthesis"]
+    synthesis = stage_inputs(config, inputs, warp.out)["synthesis"]
     return outputs | {"warped": warp.out} | engines["synthesis"].run(synthesis)
 
 
@@ -267,7 +268,7 @@ def _compare_model(
         result, warped_image = model.synthesise(warped, label)
     expected = {"theta": theta, "phi": phi, "values": values, "image": result, "warped_image": warped_image}
     references = {name: tensor.numpy() for name, tensor in expected.items()}
-    synthesis = engines["synthesis"].run(_stage_inputs(config, inputs, warped.numpy())["synthesis"])
+    synthesis = engines["synthesis"].run(stage_inputs(config, inputs, warped.numpy())["synthesis"])
     for scope, found in (("stage", outputs | synthesis), ("end to end", outputs)):
         names = references if scope == "stage" else ("image", "warped_image")
         for name in names:

@@ -229,7 +229,7 @@ def _read_record(path: Path) -> EngineRecord:
         if key.stem != path.stem:
             raise ValueError("it does not belong to the engine of this name")
         return record
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise BackendError(
             f"{path} cannot be used: {error}; remove it with its .engine, and run flashcocos build again"
         ) from error
