@@ -90,16 +90,19 @@ def _run(options: argparse.Namespace) -> int:
     config = ModelConfig.from_json(material.config) if material.config else None
     cases = all_cases(options.device, list(bundles), config)
     chosen = select(cases, options.group, options.only, every=options.all)
-    # a folder of this machine tells nobody anything
-    words = [Path(word).name if os.sep in word and "=" not in word else word for word in sys.argv[1:]]
-    words = [f"{word.partition('=')[0]}={Path(word).name}" if "=" in word else word for word in words]
-    command = shlex.join(["python", "-m", "flashcocos.benchmarks", *words])
+    command = shlex.join(["python", "-m", "flashcocos.benchmarks", *map(_without_folder, sys.argv[1:])])
     rows = run_cases(chosen, material, options.output, known=cases, command=command, fresh=options.fresh)
     failed = [row["case"] for row in rows if row["status"] == "failed"]
     if failed:
         print(f"{len(failed)} failed, and run again with the same command: {', '.join(failed)}", file=sys.stderr)
     print(options.output)
     return 1 if failed else 0
+
+
+def _without_folder(word: str) -> str:
+    """`word` with a path in it cut to its last part: a folder of this machine tells nobody anything."""
+    name, equals, path = word.rpartition("=")
+    return f"{name}{equals}{Path(path).name}" if os.sep in path and Path(path).exists() else word
 
 
 def _bundles(options: argparse.Namespace) -> dict[str, str]:

@@ -214,11 +214,14 @@ def training_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> It
     """The published objective of ade20k with one sample a step; on two cores half a minute at 256 px."""
     for size in (256, 512):
         attention = (size // 2) ** 2 * (size // 4) ** 2
-        for method, held in (("tiled", 0), ("matrix", 3 * max(attention, (size // 4) ** 4))):
+        for method, held, text in (
+            ("tiled", 0, "no matrix formed"),
+            ("matrix", 3 * max(attention, (size // 4) ** 4), "whole matrices, as published"),
+        ):
             yield Case(
                 f"training/{method}-{size}",
                 ".training:prepare",
-                f"one step of ade20k's training, {size} px, batch 1, by {method}",
+                f"one step of ade20k's training, {size} px, batch 1, {text}",
                 {"method": method, "preset": "ade20k", "size": size, "batch": 1, "changes": []},
                 Gate("largest_term", 1e6, at_least=False),
                 repeats=1 if device == "cpu" else 10,

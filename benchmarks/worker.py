@@ -37,16 +37,20 @@ def measure(case: Case, material: Material, *, timed: bool = True) -> dict[str, 
     row: dict[str, Any] = {"setup_ms": _since(start)}
     if subject.run is None:
         return {"status": "measured", **row, "facts": dict(subject.facts)}
-    before, resident = _begin_peak(material.device)
+    memory = _Memory(material.device)
     elapsed, outcome = _timed(subject.run, material.device)
+    memory.note()
     quality = subject.check(outcome.result)
     if case.gate and not case.gate.passes(quality):
         return {"status": "outside", **row, "quality": quality}
     if not timed:
         return {"status": "checked", **row, "quality": quality}
     row["first_ms"] = elapsed
+    memory.start()  # what the check took is not the case's
     row |= _repeat(case, subject, material.device, [] if case.warmup else [(elapsed, outcome.parts)])
-    row |= _peak(material.device, before, resident)
+    if subject.yardstick is None:  # nor is what the yardstick takes
+        memory.note()
+    row |= memory.row()
     # last, for it needs memory of its own
     row |= {"quality": quality | subject.score(outcome.result), "facts": dict(subject.facts)}
     return {"status": "timed", **row}
@@ -92,26 +96,40 @@ def _since(start: float) -> float:
     return round(1e3 * (time.perf_counter() - start), 3)
 
 
-def _begin_peak(device: str) -> tuple[int, int]:
-    """Peak and resident bytes so far; the peak starts again from here where the system lets it."""
-    before = peak_rss()
-    if device == "cuda" and (torch := sys.modules.get("torch")):
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return before, 0
-    return before, process_memory("VmRSS")
+class _Memory:
+    """Peaks of this process, of what the runs take beyond the prepared case, and of the device, in bytes."""
 
+    def __init__(self, device: str) -> None:
+        self._torch = sys.modules.get("torch") if device == "cuda" else None
+        self._peak, self._device_peak = peak_rss(), 0
+        self._highest = 0
+        self._resident = self.start()
 
-def _peak(device: str, before: int, resident: int) -> dict[str, float]:
-    """Peak of the process, what the runs took beyond the prepared case, and the device's peak."""
-    row = {"peak_mib": round(max(before, peak_rss()) / MIB, 1)}
-    if resident:
-        row["extra_mib"] = round((process_memory("VmHWM") - resident) / MIB, 1)
-    if device == "cuda" and (torch := sys.modules.get("torch")):
-        row["device_peak_mib"] = round(torch.cuda.max_memory_allocated() / MIB, 1)
-    return row
+    def start(self) -> int:
+        """Let the peaks start again from here, where the system can; what is resident now, 0 where it cannot."""
+        if self._torch is not None:
+            self._torch.cuda.reset_peak_memory_stats()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return 0
+        return process_memory("VmRSS")
+
+    def note(self) -> None:
+        """Count the peaks since `start`."""
+        self._highest = max(self._highest, process_memory("VmHWM"))
+        self._peak = max(self._peak, peak_rss())
+        if self._torch is not None:
+            self._device_peak = max(self._device_peak, self._torch.cuda.max_memory_allocated())
+
+    def row(self) -> dict[str, float]:
+        """The peaks noted, in MiB."""
+        found = {"peak_mib": round(self._peak / MIB, 1)}
+        if self._resident:
+            found["extra_mib"] = round(max(0, self._highest - self._resident) / MIB, 1)
+        if self._torch is not None:
+            found["device_peak_mib"] = round(self._device_peak / MIB, 1)
+        return found
 
 
 def _end_first() -> None:

@@ -217,7 +217,7 @@ def test_the_command_line_lists_and_runs(
     monkeypatch.setattr("sys.argv", ["benchmarks", *words])
     assert main(words) == 0
     row = json.loads((tmp_path / "machine.jsonl").read_text())
-    assert row["command"].startswith(f"python -m flashcocos.benchmarks run --model {folder.name} --only")
+    assert row["command"].startswith(f"python -m flashcocos.benchmarks run --model {folder.name} --only machine/rates")
     assert "--bundle other=bundle" in row["command"]
     assert str(folder.parent) not in json.dumps(row)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ def test_a_case_is_checked_then_timed(log: Path, tmp_path: Path) -> None:
     assert {"revision", "versions", "processor", "cores", "threads", "device"} <= set(row["setup"])
     assert {"time"} <= set(row["conditions"])
     assert json.loads((tmp_path / "test.jsonl").read_text()) == row
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets the peak start again")
+@pytest.mark.parametrize("yardstick", [True, False])
+def test_peak_memory_is_that_of_the_runs_alone(yardstick: bool) -> None:
+    (row,) = run_cases([case("a", "greedy", parameters={"yardstick": yardstick}, repeats=2)], NOTHING, None)
+    assert 60 < row["extra_mib"] < 210
+    assert row["extra_mib"] < row["peak_mib"] < 250
 
 
 def test_without_a_warm_up_the_first_run_is_timed(log: Path) -> None:

@@ -20,6 +20,18 @@ def counted(case: Case, material: Material) -> Subject:
     return Subject(run, lambda value: {"value": value}, lambda value: {"scored": 1.0}, lambda: None, {"fact": 1})
 
 
+def greedy(case: Case, material: Material) -> Subject:
+    """Takes 64 MiB for a run; 256 for the check, and for a yardstick where the parameter of that name wants one."""
+
+    def run() -> Outcome:
+        return Outcome(bytes(bytearray(b"x" * (64 << 20)))[:1])
+
+    def more() -> dict[str, float]:
+        return {"length": len(bytearray(b"x" * (256 << 20))) * 1.0}
+
+    return Subject(run, lambda result: more(), yardstick=more if case.parameters["yardstick"] else None)
+
+
 def facts(case: Case, material: Material) -> Subject:
     """Nothing to run."""
     return Subject(None, facts={"answer": 42})
