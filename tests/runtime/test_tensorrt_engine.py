@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_device import FakeDevice
 from fake_gpu import FakeGpu, fake_gpu
 from fake_tensorrt import profile, write_engines
+from kernel_twins import write_kernels
 from tiny_bundle import CLASSES, random_label, random_picture, write_tiny_bundle
 
 from flashcocos.bundle import Bundle
 from flashcocos.errors import BackendError
-from flashcocos.runtime import tensorrt_engine
-from flashcocos.runtime.engine_store import list_engines
+from flashcocos.runtime import Translator, device_pipeline, tensorrt_engine
+from flashcocos.runtime.engine_store import default_folder, list_engines
 from flashcocos.runtime.tensorrt_engine import TensorRt
 
 LABEL = random_label(CLASSES, 64, 64)
@@ -220,3 +222,21 @@ def _rewrite(gpu: FakeGpu, stage: str, **header: Any) -> None:
     for path in (gpu.folder / "new").glob(f"{stage}-*"):
         path.rename(gpu.folder / path.name)
     assert set(gpu.folder.glob(f"{stage}-*")) - before
+
+
+def test_a_real_engine_gets_as_far_as_the_gpu(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """What the real builder writes is found, checked and handed to the real runtime, which lacks a driver."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra rtx")
+    from flashcocos.export.tensorrt_builder import build
+
+    list(build(bundle, targets=[86, 89], profiles=[profile()]))
+    gpu = FakeDevice(CLASSES, total=1 << 30, capability=89)
+    monkeypatch.setattr(device_pipeline, "open_device", lambda: gpu)
+    write_kernels(default_folder(bundle) / "kernels", CLASSES)
+    with pytest.raises(
+        BackendError, match=r"tensorrt-rtx .* cannot load engine query-\w+ on Fake RTX \(sm_89"
+    ) as caught:
+        Translator(bundle, backend="tensorrt-rtx")
+    if "cudaError 35" not in str(caught.value):
+        pytest.skip(f"this machine has a driver: {caught.value}")
+    assert gpu.closed

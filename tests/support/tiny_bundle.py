@@ -93,11 +93,12 @@ def _graph(stage: str, config: ModelConfig, seed: int) -> ModelProto:
 def _planes(config: ModelConfig, constants: dict[str, np.ndarray]) -> list[NodeProto]:
     if config.label_kind == "channels":
         return [_node("Identity", ["label"], "planes")]
-    constants["ids"] = np.arange(config.label_channels, dtype=np.uint8).reshape(1, -1, 1, 1)
+    constants["ids"] = np.arange(config.label_channels, dtype=np.int32).reshape(1, -1, 1, 1)
     constants["one"] = np.array([1], np.int64)
     return [
         _node("Unsqueeze", ["label", "one"], "stacked"),
-        _node("Equal", ["stacked", "ids"], "is_class"),
+        _node("Cast", ["stacked"], "wide", to=TensorProto.INT32),  # the standard's Equal takes no uint8
+        _node("Equal", ["wide", "ids"], "is_class"),
         _node("Cast", ["is_class"], "planes", to=TensorProto.FLOAT),
     ]
 
