@@ -9,6 +9,8 @@ What a torch-free runtime launches, in this order, all through the driver API:
     pack        theta, phi (padded = C) and values (padded = V rounded up to 8): float32 (B, C, H, W) -> rows of `dtype`
     statistics  mean and inverse norm of the patches, once for theta and once for phi
     warp        out (B, V, Hq, Wq) and lse, float32; or `match`: index, probability and entropy
+Of the two forward kernels the rule of `configs.nine_tap_tile` takes one; their arguments are the same, in one launch.
+The nine-tap kernel is not split over the keys here, and has smaller bands of queries for it.
 Strides and sizes are in elements. Shared memory is dynamic: above 48 KiB the function's limit has to be raised first.
 The cubins have been compiled and inspected, never launched: no GPU was at hand.
 """
@@ -88,6 +90,7 @@ def _jobs(sm: int, dtype: str, values: Sequence[int], patch: int, channels: int)
     except ModuleNotFoundError as error:
         raise BackendError("compiling the kernels needs the triton package: pip install triton") from error
     from .triton_kernels import forward_kernel, pack_kernel, statistics_kernel
+    from .triton_nine_tap import nine_tap_kernel
 
     if not isinstance(forward_kernel, triton.JITFunction):
         raise BackendError("TRITON_INTERPRET is set, so Triton interprets and cannot compile; unset it")
@@ -117,12 +120,14 @@ def _jobs(sm: int, dtype: str, values: Sequence[int], patch: int, channels: int)
     for count in (*values, None):
         match = count is None
         width = 1 if count is None else count
-        tile = configs.forward_tile(sm, itemsize, width)
+        # of unknown size, and taken to have less than 2^31 elements
+        nine_tap = configs.nine_tap_tile(sm, itemsize, patch, 0)
+        tile = nine_tap or configs.forward_tile(sm, itemsize, width)
         outputs = {"index": "*i64", "probability": "*fp32", "entropy": "*fp32"}
         carried = {"values": element, "out": "*fp32", "lse": "*fp32"}
         yield _Job(
             f"match_p{patch}_c{channels}_{dtype}" if match else f"warp_p{patch}_c{channels}_v{count}_{dtype}",
-            forward_kernel,
+            nine_tap_kernel if nine_tap else forward_kernel,
             tile,
             {**maps, **(outputs if match else carried)},
             {
@@ -133,11 +138,17 @@ def _jobs(sm: int, dtype: str, values: Sequence[int], patch: int, channels: int)
                 "BN": tile.queries,
                 "BM": tile.keys,
                 "BC": tile.channels,
-                "BV": configs.value_block(width),
+                "BV": configs.NINE_TAP_VALUES if nine_tap else configs.value_block(width),
                 "MATCH": match,
+                **({"BAND": configs.WHOLE_BAND} if nine_tap else {}),
             },
-            (f"ceil(height_q * width_q / {tile.queries})", "batch", "1"),
+            (_lanes_grid(tile) if nine_tap else f"ceil(height_q * width_q / {tile.queries})", "batch", "1"),
         )
+
+
+def _lanes_grid(tile: configs.Tile) -> str:
+    """`triton_nine_tap.query_tiles` as a rule."""
+    return f"ceil(ceil(height_q / {configs.WHOLE_BAND}) * width_q / {tile.queries - 2})"
 
 
 def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:

@@ -64,8 +64,8 @@ ARCHITECTURES: dict[int, Architecture] = {
     89: Architecture(99, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
     # H100, H200: warpgroup products read both operands from shared memory, so one stage more, 128 KiB
     90: Architecture(227, Tile(128, 128, 64, 8, 4), _WIDE, _BACKWARD, _NINE_TAP),
-    # RTX 50: Ampere-style products; 128 x 128, and the nine-tap tile, spill with 64 channels and not with 32
-    120: Architecture(99, Tile(128, 128, 32, 8, 3), _WIDE, _BACKWARD, Tile(64, 64, 32, 8, 3)),
+    # RTX 50: Ampere-style products; 128 x 128 spills with 64 channels and not with 32, nine taps in a third stage too
+    120: Architecture(99, Tile(128, 128, 32, 8, 3), _WIDE, _BACKWARD, Tile(64, 64, 32, 8, 2)),
 }
 
 # float32 maps are multiplied exactly, by FMA, on every architecture: operands and sums live in registers, so the tiles
@@ -126,17 +126,19 @@ def nine_tap_tile(capability: int, itemsize: int, patch: int, elements: int) -> 
 
 
 def splits(programs: int, walks: int, multiprocessors: int, most: int) -> int:
-    """Programs among which to split the `walks` over the keys, for the least time of whole waves; at most `most`.
+    """Programs among which to split the `walks` over the keys: the fewest within an eighth of the least time.
 
-    A block of `nine_tap_kernel` takes all registers of a multiprocessor, so a wave is one block on each.
+    A block of `nine_tap_kernel` takes all registers of a multiprocessor, so time is counted in waves of one block on
+    each. At most `most`, and none is left without a walk.
     """
 
     def time(count: int) -> int:
         return -(-programs * count // multiprocessors) * -(-walks // count)
 
-    best = min(range(1, min(most, walks) + 1), key=time)
-    # no split may be left without a walk
-    return -(-walks // -(-walks // best))
+    counts = range(1, min(most, walks) + 1)
+    least = min(map(time, counts))
+    chosen = next(count for count in counts if 8 * time(count) <= 9 * least)
+    return -(-walks // -(-walks // chosen))
 
 
 def backward_tile(capability: int, itemsize: int) -> Tile:

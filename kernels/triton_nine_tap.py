@@ -274,7 +274,9 @@ def nine_tap_kernel(
             for first_v in range(0, V, BV):
                 p_out = out + (i_out * V + first_v) * N + (o_out + r * width_q)
                 m_out = m_n[:, None] & (first_v + o_v < V)[None, :]
-                tl.store(p_out, tl.load(p_out, mask=m_out, other=0.0) / b_sum[:, None], mask=m_out)
+                # a split's last walk may meet no key of a query: its lse is -inf, and its output stays 0
+                b_total = tl.where(b_sum > 0.0, b_sum, 1.0)
+                tl.store(p_out, tl.load(p_out, mask=m_out, other=0.0) / b_total[:, None], mask=m_out)
             tl.store(p_sum + o_row, (pick(b_max, o_r, r) + tl.log2(b_sum)) * LN_2, mask=m_n)
 
 

@@ -16,8 +16,9 @@ import pytest
 
 from flashcocos.errors import BackendError
 from flashcocos.kernels import aot, configs
+from flashcocos.runtime.cubins import evaluate
 
-pytest.importorskip("triton", reason="compiling the kernels needs the triton package")
+triton_nine_tap = pytest.importorskip("flashcocos.kernels.triton_nine_tap", reason="needs the triton package")
 
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # what a block may use, from NVIDIA's tables
 
@@ -60,16 +61,40 @@ for sm, (dtype, size) in itertools.product((75, 80, 90), (("float16", 2), ("floa
 """
 
 
+# what only a launch from Python takes: the bands of a split, maps of one pixel (sizes become constants), the merge
+SPLIT = """
+import dataclasses, sys
+from pathlib import Path
+from flashcocos.kernels import aot, configs, triton_nine_tap as kernels
+
+configs.WHOLE_BAND = configs.SPLIT_BAND
+for sm, dtype in ((80, "float16"), (90, "bfloat16"), (120, "float16")):
+    job = next(job for job in aot._jobs(sm, dtype, [151], 3, 256) if job.name.startswith("warp"))
+    aot._compile(Path(sys.argv[1]), sm, dtype, dataclasses.replace(job, name=f"split_{dtype}"))
+sizes = dict.fromkeys(("height_q", "width_q", "height_k", "width_k"), 1)
+types = {name: kind for name, kind in job.types.items() if name not in sizes}
+pixel = dataclasses.replace(job, name="pixel_float16", types=types, constants={**job.constants, **sizes})
+aot._compile(Path(sys.argv[1]), 120, "float16", pixel)
+types = {"parts": "*fp32", "part_lse": "*fp32", "out": "*fp16", "lse": "*fp32", "positions": "i32", "splits": "i32"}
+tile = configs.MERGE
+constants = {"V": 48, "BN": tile.queries, "BV": tile.channels}
+job = aot._Job("merge_float16", kernels.merge_kernel, tile, types, constants, ("", "", ""))
+aot._compile(Path(sys.argv[1]), 80, "float16", job)
+"""
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The descriptions of all kernels: the narrow forward everywhere, the rest once for each different tile."""
+    """The descriptions of all kernels: the warp of 48 channels everywhere, the rest once for each different tile."""
     folder = tmp_path_factory.mktemp("cubins")
     commands = [
-        ("-m", "flashcocos.kernels.aot", "-o", folder, "--sm", 75, 80, 86),
-        ("-m", "flashcocos.kernels.aot", "-o", folder, "--sm", 89, 90, 120),
-        ("-m", "flashcocos.kernels.aot", "-o", folder, "--sm", 75, 90, "--values", 151),
+        ("-m", "flashcocos.kernels.aot", "-o", folder, "--sm", 75, 80, 90),
+        ("-m", "flashcocos.kernels.aot", "-o", folder, "--sm", 86, 89, 120, "--values", 48),
+        ("-m", "flashcocos.kernels.aot", "-o", folder, "--sm", 75, "--values", 151),
+        ("-m", "flashcocos.kernels.aot", "-o", folder, "--sm", 80, 90, 120, "--patch", 5, "--values", 3, 151),
         ("-m", "flashcocos.kernels.aot", "-o", folder, "--sm", 80, "--values", 3, 48, 151, "--dtype", "float32"),
         ("-c", BACKWARD, folder),
+        ("-c", SPLIT, folder),
     ]
     with ThreadPoolExecutor(2) as pool:
         for done in pool.map(lambda command: python(*command, TRITON_CACHE_DIR=str(folder / "cache")), commands):
@@ -79,8 +104,7 @@ def compiled(tmp_path_factory):
 
 def test_every_architecture_has_every_kernel(compiled):
     folder, descriptions = compiled
-    warps = [f"warp_p3_c256_v{v}_float16" for v in (3, 48)]
-    expected = {"pack_float16", "statistics_p3_c256_float16", "match_p3_c256_float16", *warps}
+    expected = {f"{name}_float16" for name in ("pack", "statistics_p3_c256", "match_p3_c256", "warp_p3_c256_v48")}
     for sm in SHARED_KIB:
         assert {d["kernel"] for d in descriptions if d["architecture"] == sm} >= expected
     for description in descriptions:
@@ -88,6 +112,15 @@ def test_every_architecture_has_every_kernel(compiled):
         assert cubin.startswith(b"\x7fELF")
         assert hashlib.sha256(cubin).hexdigest() == description["sha256"]
     assert len(list(folder.glob("*.cubin"))) == len(descriptions)
+
+
+def test_the_rule_chooses_the_kernel(compiled):
+    _, descriptions = compiled
+    for description in descriptions:
+        if description["kernel"].startswith(("warp", "match")):
+            tensor_cores = description["architecture"] >= 80 and description["dtype"] != "float32"
+            nine_tap = tensor_cores and description["constants"]["PATCH"] == 3
+            assert description["entry"] == ("nine_tap_kernel" if nine_tap else "forward_kernel"), description["kernel"]
 
 
 def test_nothing_spills_and_shared_memory_fits(compiled):
@@ -112,11 +145,22 @@ def test_a_description_is_all_that_a_launch_needs(compiled):
     assert types["theta"] == types["values"] == "*fp16"
     assert types["out"] == types["lse"] == "*fp32"
     assert types["scale"] == "fp32"
-    tile = configs.forward_tile(80, 2, 48)
-    assert warp["entry"] == "forward_kernel"
-    assert warp["grid"] == [f"ceil(height_q * width_q / {tile.queries})", "batch", "1"]
+    tile = configs.nine_tap_tile(80, 2, 3, 0)
+    assert warp["entry"] == "nine_tap_kernel"
+    assert warp["grid"] == [f"ceil(ceil(height_q / 4) * width_q / {tile.queries - 2})", "batch", "1"]
     assert warp["threads"] == 32 * tile.warps
     assert warp["constants"]["V"] == warp["constants"]["VP"] == 48
+    old = next(d for d in descriptions if d["kernel"] == "warp_p3_c256_v48_float16" and d["architecture"] == 75)
+    assert old["arguments"] == warp["arguments"]
+    assert old["grid"] == [f"ceil(height_q * width_q / {configs.forward_tile(75, 2, 48).queries})", "batch", "1"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (9, 7), (64, 64), (33, 200)])
+def test_the_grid_is_that_of_the_launch_from_python(height, width):
+    tile = configs.nine_tap_tile(80, 2, 3, 0)
+    sizes = {"height_q": height, "width_q": width}
+    blocks = evaluate(aot._lanes_grid(tile), sizes)
+    assert blocks == triton_nine_tap.query_tiles(height, width, configs.WHOLE_BAND, tile.queries)
 
 
 def test_help_has_an_example():
