@@ -88,8 +88,7 @@ def table(rows: Sequence[Row]) -> str:
         chosen = row["parameters"]
         start = [chosen["backend"], chosen["precision"], str(chosen["size"]), str(chosen["batch"])]
         if row["status"] != "timed":
-            reason = f": {row['reason']}" if row["status"] == "failed" else ""
-            lines.append([*start, *["-"] * (len(columns) - 3), unmeasured(row) + reason])
+            lines.append([*start, *["-"] * (len(columns) - 3), unmeasured(row)])
             continue
         times = [row["facts"]["load_ms"], row["facts"]["exemplar_ms"], row["ms"]["median"]]
         lines.append([*start, *(f"{value:.0f}" for value in times), f"{row['ms']['p5']:.0f} to {row['ms']['p95']:.0f}"])

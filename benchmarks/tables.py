@@ -291,7 +291,7 @@ def unmeasured(row: Row) -> str:
     if row["status"] == "outside":
         found = ", ".join(f"{name} {value:.4g}" for name, value in row["quality"].items())
         return f"too far off ({found}), not timed"
-    return f"{row['status']}: {row['reason']}" if row["status"] == "skipped" else row["status"]
+    return f"{row['status']}: {row['reason']}" if row["status"] in ("skipped", "timeout", "failed") else row["status"]
 
 
 def origin(rows: Sequence[Row]) -> str:
