@@ -3,7 +3,8 @@
     python -m flashcocos.benchmarks.corr_warp_gpu            # 64, 128 and 256 square maps, C 256, patch 3, V 3 and 48
     python -m flashcocos.benchmarks.corr_warp_gpu --smoke    # tiny maps in Triton's interpreter, to test this script
 
-    triton    flashcocos.kernels.corr_warp(backend="triton")
+    triton    flashcocos.kernels.corr_warp(backend="triton"), a row for each of --kernels that can run: "nine_tap" and
+              "straightforward" are its forward kernels, "auto" the one its rule takes
     eager     the published form: unfold, centre, normalise, N x N matrix, softmax, product
     compiled  torch.compile of the same
     sdpa      torch's scaled_dot_product_attention on the unfolded and normalised features
@@ -28,6 +29,7 @@ from typing import Any
 from .harness import write_results
 
 IMPLEMENTATIONS = ("triton", "eager", "compiled", "sdpa")
+KERNELS = ("auto", "nine_tap", "straightforward")
 TEMPERATURE = 0.01
 MAX_ERROR = 0.01
 
@@ -40,12 +42,15 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=3, choices=(1, 3, 5))
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
+    parser.add_argument(
+        "--kernels", nargs="+", default=["nine_tap", "straightforward"], choices=KERNELS, help="of triton's forward"
+    )
     parser.add_argument("--name", default="corr_warp_gpu", help="of the results file")
-    parser.add_argument("--smoke", action="store_true", help="one run of 8 x 8 maps on the CPU, nothing written")
+    parser.add_argument("--smoke", action="store_true", help="one run of 4 x 4 maps on the CPU, nothing written")
     options = parser.parse_args()
     if options.smoke:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-        options.sides, options.values, options.channels = [8], [3], 16
+        options.sides, options.values, options.channels = [4], [3], 16
         options.implementations = ["triton", "eager", "sdpa"]
     import torch
 
@@ -56,23 +61,33 @@ def main() -> None:
     for side in options.sides:
         for values in options.values:
             for name in options.implementations:
-                for backward in (False, True):
-                    row = measure(name, side, values, backward, options, device)
-                    rows.append(row)
-                    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+                for kernel in options.kernels if name == "triton" else [""]:
+                    for backward in (False, True):
+                        row = measure(name, kernel, side, values, backward, options, device)
+                        rows.append(row)
+                        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if not options.smoke:
         command = f"python -m flashcocos.benchmarks.corr_warp_gpu {' '.join(sys.argv[1:])}".rstrip()
         print(write_results(options.name, command, rows))
 
 
 def measure(
-    name: str, side: int, values: int, backward: bool, options: argparse.Namespace, device: str
+    name: str, kernel: str, side: int, values: int, backward: bool, options: argparse.Namespace, device: str
 ) -> dict[str, Any]:
-    """One row."""
+    """One row; kernel: which of `KERNELS`, for triton."""
     import torch
 
+    from ..errors import InputError
+
     dtype, channels = getattr(torch, options.dtype), options.channels
-    row = {"implementation": name, "side": side, "values": values, "backward": backward, "dtype": options.dtype}
+    row = {
+        "implementation": name,
+        **({"kernel": kernel} if kernel else {}),
+        "side": side,
+        "values": values,
+        "backward": backward,
+        "dtype": options.dtype,
+    }
     row |= {"channels": channels, "patch": options.patch, "device": device}
     if device == "cuda":
         row |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
@@ -80,7 +95,7 @@ def measure(
     shapes = ((1, channels, side, side), (1, channels, side, side), (1, values, side, side), (1, values, side, side))
     tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     leaves, grad = [x.requires_grad_() for x in tensors[:3]], tensors[3]
-    function = implementation(name, options.patch)
+    function = implementation(name, kernel, options.patch)
 
     def run() -> torch.Tensor:
         if backward:
@@ -98,6 +113,8 @@ def measure(
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         times = timed(run, device)
+    except InputError as error:
+        return row | {"result": str(error)}
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         return row | {"result": "out of memory"}
@@ -114,7 +131,7 @@ def measure(
     return row
 
 
-def implementation(name: str, patch: int) -> Callable[..., Any]:
+def implementation(name: str, kernel: str, patch: int) -> Callable[..., Any]:
     """A function of theta, phi and values."""
     import torch
     import torch.nn.functional as F
@@ -130,7 +147,10 @@ def implementation(name: str, patch: int) -> Callable[..., Any]:
         return out.transpose(1, 2).unflatten(2, theta.shape[2:])
 
     def ours(theta: Any, phi: Any, values: Any) -> Any:
-        return corr_warp(theta, phi, values, patch=patch, temperature=TEMPERATURE, backend="triton")
+        from ..kernels.triton_warp import choose_forward
+
+        with choose_forward(kernel):
+            return corr_warp(theta, phi, values, patch=patch, temperature=TEMPERATURE, backend="triton")
 
     compiled = torch.compile(published) if name == "compiled" else published
     return {"triton": ours, "eager": published, "compiled": compiled, "sdpa": attention}[name]

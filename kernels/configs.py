@@ -81,7 +81,7 @@ _FOLD_SINGLE = Tile(64, 32, 64, 4, 2)
 # make four times the programs, for launches that are not split over the keys
 SPLIT_BAND = 16
 WHOLE_BAND = 4
-NINE_TAP_VALUES = 16  # value channels of one product there; more take turns, since most tiles are skipped before it
+NINE_TAP_VALUES = 16  # value channels of one product there; more take turns, so that no number of them spills
 MERGE = Tile(256, 0, 16, 4, 1)  # merge_kernel: positions and value channels
 
 PACK = Tile(64, 0, 64, 4, 1)  # pack_kernel: a square of positions and channels, transposed through shared memory

@@ -1,4 +1,4 @@
-"""The forward by the nine-tap identity: a patch of 3 at about a seventh of the multiply-adds of `forward_kernel`.
+"""The forward by the nine-tap identity: a patch of 3 at about a sixth of the multiply-adds of `forward_kernel`.
 
 The patch correlation is a diagonal sum of plain products. With A(r, s) the tile of theta's row r times phi's row s,
 

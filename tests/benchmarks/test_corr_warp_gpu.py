@@ -19,9 +19,10 @@ def test_smoke_measures_each_implementation_both_ways():
     done = run("--smoke")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 6
-    for line, name in zip(lines[::2], ("triton", "eager", "sdpa"), strict=True):
-        assert line.startswith(f"implementation {name}  side 8")
+    assert len(lines) == 8
+    names = ("triton  kernel nine_tap", "triton  kernel straightforward", "eager", "sdpa")
+    for line, name in zip(lines[::2], names, strict=True):
+        assert line.startswith(f"implementation {name}  side 4")
     for line in lines:
         fields = dict(part.split(" ", 1) for part in line.split("  "))
         assert float(fields["median_ms"]) > 0
