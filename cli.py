@@ -519,7 +519,7 @@ def _run_bench(options: argparse.Namespace) -> int:
     if options.profile:
         if clashing := [name for name in ("quick", "backend", "output") if getattr(options, name)]:
             raise InputError(f"--profile runs ONNX Runtime and prints; leave --{clashing[0]} out")
-        from .benchmarks.profile import profile, report
+        from .benchmarks.profiling import profile, report
 
         for size in options.size or [None]:
             print(report(profile(bundle, size=size, repeats=options.repeats, threads=options.threads)))

@@ -18,6 +18,6 @@ model are others (`--fresh` begins it anew). What is compared and is outside its
 what memory does not suffice for. `--device cuda` runs the cases that a GPU has; none of them has run on one yet.
 
 registry: types, selection. catalogue: the cases. runner, worker: processes and files. warp, translation, training,
-machine: what runs. naive: the published form that all is compared with. tables, plots: what is shown. bundle, profile:
-behind `flashcocos bench`. corr_warp_gpu: a script of its own.
+machine: what runs. naive: the published form that all is compared with. tables, plots: what is shown. bundle,
+profiling: behind `flashcocos bench`. corr_warp_gpu: a script of its own.
 """

@@ -11,9 +11,9 @@ import pytest
 from tiny_bundle import write_tiny_bundle
 
 from flashcocos.benchmarks import bundle as module
-from flashcocos.benchmarks import profile as profile_module
+from flashcocos.benchmarks import profiling
 from flashcocos.benchmarks.bundle import bench, cases, table
-from flashcocos.benchmarks.profile import operator_times, profile, report
+from flashcocos.benchmarks.profiling import operator_times, profile, report
 from flashcocos.benchmarks.registry import Case, Material
 from flashcocos.benchmarks.runner import References
 from flashcocos.benchmarks.worker import measure
@@ -150,14 +150,14 @@ def test_a_loop_counts_without_what_it_holds() -> None:
     timed += [event("Conv", 1000 + start, 300) for start in (500, 1500)]
     found = operator_times([*runs, *warm_up, *timed], 2)
     assert found == {"MatMul": (2.0, 0.4), "Conv": (1.0, 0.3), "Loop": (1.0, pytest.approx(0.1))}
-    text = report([profile_module.StageProfile("query", 1.0, found)])
+    text = report([profiling.StageProfile("query", 1.0, found)])
     assert "| MatMul | 2 | 0.4 | 40% |" in text
     assert "| between operators | 0 | 0.2 | 20% |" in text
 
 
 def test_the_profile_shows_ten_kinds_and_the_rest() -> None:
     found = {f"Kind{place}": (1.0, 12.0 - place) for place in range(12)}
-    text = report([profile_module.StageProfile("query", 100.0, found)])
+    text = report([profiling.StageProfile("query", 100.0, found)])
     assert "Kind9" in text
     assert "Kind10" not in text
     assert "| 2 other kinds | 2 | 3.0 | 3% |" in text
