@@ -13,6 +13,7 @@ from typing import Any
 
 from . import __version__
 from .errors import FlashcocosError, InputError
+from .export.commands import add_build
 
 # the extra that brings a package which a command may find missing
 _EXTRAS = {
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(command)
     _add_train(command)
     _add_export(command)
+    add_build(command)
     _add_verify(command)
     _add_pairs(command)
     _add_evaluate(command)
@@ -359,17 +361,26 @@ def _add_export(command: Command) -> None:
     )
     sub.add_argument("--precision", choices=("float32", "float16"), default="float32", help="of the stored weights")
     sub.add_argument("--license", default="", metavar="TEXT", help="licence of the weights, kept in the manifest")
+    sub.add_argument("--aot", nargs="+", metavar="SM", help="also the warp, compiled for GPUs: --aot sm_86 sm_89")
 
 
 def _run_export(options: argparse.Namespace) -> int:
     if options.single:
+        if options.aot:
+            raise InputError("--aot puts kernels into a bundle; --single writes one graph without any")
         from .export.single import export_single
 
         print(export_single(options.model, options.output, precision=options.precision, license=options.license))
     else:
         from .export.bundle_writer import export_bundle
+        from .runtime.engine_store import parse_target
 
-        print(export_bundle(options.model, options.output, precision=options.precision, license=options.license))
+        targets = [parse_target(target) for target in options.aot or ()]
+        print(
+            export_bundle(
+                options.model, options.output, precision=options.precision, license=options.license, targets=targets
+            )
+        )
     return 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from .. import __version__
 from ..bundle import PRECISIONS, STAGES, Manifest, StageSpec, write_bundle
+from ..config import ModelConfig
 from ..errors import InputError
 from ..files import sha256
 from ..progress import Progress
@@ -25,11 +28,13 @@ def export_bundle(
     *,
     precision: str = "float32",
     license: str = "",
+    targets: Sequence[int] = (),
 ) -> Path:
     """Export the model file `model_path` to the bundle `output`, a zip file if it ends in ".zip", else a folder.
 
     precision: how the weights are stored, "float32" or "float16" (half the size; arithmetic stays float32).
     license: of the weights, free text for the manifest.
+    targets: compute capabilities, 89 for 8.9, for which the warp's kernels are compiled into the bundle (needs triton).
     Returns `output`. Raises `InputError` for a bad option or weights that do not fit float16, `CheckpointError` for a
     bad model file. The same model file gives the same content again under the same versions of torch and onnx.
     """
@@ -44,8 +49,33 @@ def export_bundle(
             files[f"{stage}.onnx"] = graph.SerializeToString(deterministic=True)
             stages[stage] = StageSpec(f"{stage}.onnx", *stage_tensors(model.config)[stage])
             progress.advance()
+    if targets:
+        files |= compiled_kernels(model.config, targets)
     manifest = Manifest(model.config, precision, OPSET, stages, {}, license, provenance(model_path))
     return write_bundle(output, manifest, files)
+
+
+def compiled_kernels(
+    config: ModelConfig, targets: Sequence[int], dtypes: Sequence[str] = ("float16", "float32")
+) -> dict[str, bytes]:
+    """The warp of a network of `config` for the compute capabilities `targets`: file name -> content.
+
+    A cubin and its JSON description for each kernel, architecture and dtype; see `kernels.aot`. Raises `InputError` for
+    a target that the kernels have no line for, `BackendError` where triton is missing.
+    """
+    from ..kernels.aot import compile_kernels
+
+    with tempfile.TemporaryDirectory() as folder, Progress("kernels", unit="kernel") as progress:
+        for _ in compile_kernels(
+            Path(folder),
+            sorted(set(targets)),
+            values=[config.warped_channels],
+            patch=config.patch,
+            channels=config.feature_channels,
+            dtypes=dtypes,
+        ):
+            progress.advance()
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def provenance(model_path: str | os.PathLike[str]) -> dict[str, Any]:

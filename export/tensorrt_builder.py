@@ -29,6 +29,8 @@ from ..bundle import STAGES, Bundle, TensorSpec
 from ..errors import BackendError, InputError
 from ..files import atomic_path
 from ..progress import Progress
+from ..runtime.cubins import FOLDER
+from ..runtime.device_engine import device_tensors
 from ..runtime.engine_store import (
     PRECISIONS,
     EngineKey,
@@ -41,13 +43,13 @@ from ..runtime.engine_store import (
     write_engine,
 )
 from ..runtime.stages import check_stages, signature, stage_tensors
+from .bundle_writer import compiled_kernels
 from .memory_estimate import estimate
 from .tensorrt_graphs import bundle_graph
 
 if TYPE_CHECKING:
     import tensorrt  # its stubs, for both flavours
 
-KERNELS = "kernels"  # folder of the warp's cubins, inside that of the engines
 _FIGURES = {"activation": "Total Activation Memory", "weights": "Total Weights Memory"}
 
 
@@ -84,7 +86,7 @@ def build(
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
     trt = import_flavour(flavour)
-    architectures = tuple(sorted(set(targets))) or (_current_architecture(),)
+    architectures = tuple(sorted(set(targets))) or (current_architecture(),)
     _check_targets(trt, flavour, architectures)
     side = opened.manifest.config.image_size
     profiles = list(profiles) or [Profile((1, 1, 1), (side, side, side), (side, side, side))]
@@ -143,36 +145,13 @@ def stage_shapes(bundle: Bundle, stage: str, profile: Profile, which: int) -> di
     }
 
 
-def engine_outputs(bundle: Bundle, stage: str) -> tuple[TensorSpec, ...]:
-    """What an engine of `stage` gives; see `runtime.engine_store`."""
-    outputs = stage_tensors(bundle.manifest.config)[stage][1]
-    if stage != "synthesis":
-        return outputs
-    pictures = [dataclasses.replace(t, dtype="uint8", shape=("batch", "height", "width", 3)) for t in outputs]
-    return (*pictures, TensorSpec("invalid", "float32", ()))
-
-
 def build_kernels(bundle: str | os.PathLike[str], folder: Path, targets: Sequence[int], precision: str) -> list[str]:
-    """Compile the warp of `bundle` for `targets` into `folder`/kernels; the kernels' names.
-
-    Raises `BackendError` where triton is missing; `InputError` for a target that the kernels have no line for.
-    """
-    from ..kernels.aot import compile_kernels
-
-    config = Bundle(bundle).manifest.config
-    names = []
-    with Progress("kernels", unit="kernel") as progress:
-        for done in compile_kernels(
-            folder / KERNELS,
-            targets,
-            values=[config.warped_channels],
-            patch=config.patch,
-            channels=config.feature_channels,
-            dtypes=[precision],
-        ):
-            names.append(f"{done['kernel']}_sm{done['architecture']}")
-            progress.advance()
-    return names
+    """Compile the warp of `bundle` for `targets` into `folder`/kernels; the cubins' names. See `compiled_kernels`."""
+    files = compiled_kernels(Bundle(bundle).manifest.config, targets, [precision])
+    for name, content in files.items():
+        with atomic_path(folder / FOLDER / name) as temporary:
+            temporary.write_bytes(content)
+    return sorted(name.removesuffix(".cubin") for name in files if name.endswith(".cubin"))
 
 
 def _build_one(
@@ -195,7 +174,7 @@ def _build_one(
     config.add_optimization_profile(profile)
     if key.flavour == "tensorrt-rtx":
         _set_architectures(trt, config, key.architectures)
-    inputs, outputs = stage_tensors(bundle.manifest.config)[key.stage][0], engine_outputs(bundle, key.stage)
+    inputs, outputs = device_tensors(bundle.manifest.config, key.stage, packed=True)
     _check_network(trt, network, what, inputs, outputs)
     with _timing_cache(config, key, folder), Progress(f"build {key.stage}", unit="step") as progress:
         monitor = _monitor(trt, progress)
@@ -296,7 +275,8 @@ def _failure(errors: Sequence[str]) -> str:
     return f"the build failed: {_one_line(text) or 'TensorRT gave no reason'}"
 
 
-def _current_architecture() -> int:
+def current_architecture() -> int:
+    """Compute capability of the GPU at hand; `BackendError` where there is none."""
     from ..runtime.pycuda_device import PycudaDevice
 
     try:
@@ -315,7 +295,7 @@ def _check_targets(trt: Any, flavour: str, architectures: Sequence[int]) -> None
                     f"{flavour} {trt.__version__} builds for {_sms(known)}, not for sm_{architecture}; "
                     "use flavour tensorrt on such a GPU"
                 )
-    elif tuple(architectures) != (here := (_current_architecture(),)):
+    elif tuple(architectures) != (here := (current_architecture(),)):
         raise BackendError(
             f"tensorrt builds for the GPU at hand alone, {_sms(here)}, not for {_sms(architectures)}; "
             "use flavour tensorrt-rtx, or build on the GPU that is to run it"

@@ -1,0 +1,85 @@
+"""The command line of `flashcocos build`; like cli.py it imports nothing heavy until the command runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+_PRECISIONS = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16"}
+
+
+def add_build(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the sub-command; `command` is that of cli.py."""
+    sub = command(
+        "build",
+        _run_build,
+        "Build TensorRT engines of a bundle, and compile the warp's kernels, for GPUs that need not be present.",
+        "flashcocos build model.zip --target sm_89 --precision float16 --size 512 --size 256:512:1024",
+    )
+    sub.add_argument("bundle", metavar="BUNDLE", help="model bundle, a folder or a .zip")
+    sub.add_argument(
+        "--target", nargs="+", default=[], metavar="SM",
+        help="compute capabilities as sm_89; one engine serves all (default: the GPU at hand)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--precision", choices=tuple(_PRECISIONS), default="float16", help="of the arithmetic (default: float16)"
+    )
+    sub.add_argument(
+        "--flavour", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx",
+        help="tensorrt-rtx builds for GPUs that are not there; tensorrt for the one at hand (default: tensorrt-rtx)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--size", action="append", default=[], metavar="SIZE",
+        help="pixels: SIDE, HEIGHTxWIDTH, or least:optimal:most of them for any size between; may be repeated "
+        "(default: the model's own)",
+    )  # fmt: skip
+    sub.add_argument("--batch", default="1", metavar="N", help="images at once: N or least:optimal:most (default: 1)")
+    sub.add_argument("-o", "--output", metavar="DIR", help="folder of the engines (default: beside the bundle)")
+    sub.add_argument("--check", action="store_true", help="first compare the graphs with the bundle's, on the CPU")
+    sub.add_argument("--no-kernels", action="store_true", help="leave out the warp's kernels, which need triton")
+
+
+def _run_build(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ..bundle import Bundle
+    from ..runtime.engine_store import default_folder, import_flavour, parse_target
+    from ..runtime.memory_plan import plan_memory
+    from .tensorrt_builder import build, build_kernels, current_architecture, parse_profile
+    from .tensorrt_check import require_agreement
+
+    bundle, precision = Bundle(options.bundle), _PRECISIONS[options.precision]
+    config = bundle.manifest.config
+    profiles = [parse_profile(size, options.batch) for size in options.size or [str(config.image_size)]]
+    import_flavour(options.flavour)  # what is missing is told before anything is built
+    targets = [parse_target(target) for target in options.target] or [current_architecture()]
+    folder = Path(options.output) if options.output else default_folder(options.bundle)
+    if options.check:
+        found = require_agreement(bundle, precision, config.image_size)
+        print(f"{precision} against the bundle's graphs on the CPU, {config.image_size} px: {found:.1f} dB")
+    if not options.no_kernels:
+        names = build_kernels(options.bundle, folder, targets, precision)
+        print(f"kernels: {', '.join(names)}", flush=True)
+    built: list[Any] = []
+    for one in build(
+        options.bundle, targets=targets, precision=precision, flavour=options.flavour, profiles=profiles, output=folder
+    ):
+        built.append(one.record)
+        record = one.record
+        print(
+            f"{record.key.stage} at {record.key.profile}: {'kept' if one.kept else 'built'}, {_mib(record.bytes)}; "
+            f"weights {_mib(record.weight_bytes)}, working memory {_mib(record.activation_bytes)} "
+            f"(estimated {_mib(one.estimated_bytes)})",
+            flush=True,
+        )
+    for profile in profiles:
+        batch, height, width = (axis[2] for axis in (profile.batch, profile.height, profile.width))
+        chosen = [record for record in built if record.key.profile == profile]
+        print(f"device memory: {plan_memory(config, chosen, height, width, batch=batch)}")
+    print(folder)
+    return 0
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

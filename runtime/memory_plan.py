@@ -1,0 +1,94 @@
+"""How much device memory a translation takes with TensorRT engines, before a GPU is at hand.
+
+Weights of all stages lie on the device together. The stages run one after another and share their working memory, the
+most that one of them asks for, by TensorRT's own figure at the engine's largest shape. Between the stages lie the
+buffers of labels, features and pictures, and those of the warp; N = H W / 16 positions, so all grow with the picture
+and nothing with its square. The context of the driver, some 300 to 500 MiB, comes on top and is not counted.
+
+Arithmetic alone: no plan has been compared with a measurement, for no GPU was at hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from ..bundle import STAGES
+from ..config import ModelConfig
+from ..errors import BackendError
+from .device import mebibytes
+from .device_engine import concrete, device_tensors
+from .device_plan import translate_tensors
+from .device_warp import WarpTensors, total_bytes
+from .engine_store import EngineRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of device memory for a batch of pictures of height x width, with an exemplar of the same size.
+
+    weights, working: of each stage. stages, warp: of the buffers between them. exemplar: of one encoded exemplar in the
+    cache; encoding: of the buffers that encoding one takes, which stay allocated.
+    """
+
+    batch: int
+    height: int
+    width: int
+    weights: Mapping[str, int]
+    working: Mapping[str, int]
+    stages: int
+    warp: int
+    exemplar: int
+    encoding: int
+
+    @property
+    def total(self) -> int:
+        """All of it at once."""
+        shared = max(self.working.values())
+        return sum(self.weights.values()) + shared + self.stages + self.warp + self.exemplar + self.encoding
+
+    def __str__(self) -> str:
+        rows = [f"{stage} weights {mebibytes(self.weights[stage])}" for stage in STAGES]
+        rows += [f"working memory {mebibytes(max(self.working.values()))}"]
+        rows += [f"{name} {mebibytes(getattr(self, name))}" for name in ("stages", "warp", "exemplar", "encoding")]
+        return f"{self.height} x {self.width}, batch {self.batch}: {mebibytes(self.total)} ({', '.join(rows)})"
+
+
+def plan_memory(
+    config: ModelConfig, records: Sequence[EngineRecord], height: int, width: int, *, batch: int = 1
+) -> MemoryPlan:
+    """The plan for `batch` pictures with the engines of `records`, of one flavour and precision, static ones first.
+
+    Raises `BackendError` where a stage has no engine for the shape.
+    """
+    chosen: dict[str, EngineRecord] = {}
+    for stage in STAGES:
+        least = 1 if stage == "exemplar" else batch  # an exemplar is encoded alone
+        held = [
+            record for record in records if record.key.stage == stage and record.key.profile.holds(least, height, width)
+        ]
+        if not held:
+            there = "; ".join(str(record.key.profile) for record in records if record.key.stage == stage) or "none"
+            raise BackendError(
+                f"no engine of {stage} for {height} x {width}, batch {least}, only {there}; "
+                f"flashcocos build BUNDLE --size {height}x{width} --batch {batch}"
+            )
+        chosen[stage] = held[0]
+    warp = WarpTensors.of(config, chosen["query"].key.precision)
+    shape, map_ = (batch, height, width), (height // config.down_scale, width // config.down_scale)
+    stages, keys, results = translate_tensors(config, warp, True, shape, map_)
+    encoding = [
+        concrete(side, (1, height, width), config.down_scale)
+        for side in device_tensors(config, "exemplar", packed=True)
+    ]
+    return MemoryPlan(
+        batch,
+        height,
+        width,
+        {stage: record.weight_bytes for stage, record in chosen.items()},
+        {stage: record.activation_bytes for stage, record in chosen.items()},
+        total_bytes([stages]),
+        total_bytes([keys, results]),
+        total_bytes([warp.keys(1, *map_)]),
+        total_bytes(encoding),
+    )

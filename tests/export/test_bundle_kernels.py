@@ -1,0 +1,60 @@
+"""`flashcocos export --aot`: a bundle that brings the warp, compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from exported import model_file
+
+from flashcocos import cli
+from flashcocos.bundle import Bundle
+from flashcocos.config import ModelConfig
+from flashcocos.errors import BackendError
+from flashcocos.export import bundle_writer
+from flashcocos.runtime.cubins import BundleKernels, find_kernels
+
+TINY = ModelConfig.preset("tiny")
+# this process's Triton interprets and cannot compile
+_COMPILE = """
+import json, sys
+from flashcocos.config import ModelConfig
+from flashcocos.export.bundle_writer import compiled_kernels
+files = compiled_kernels(ModelConfig.preset("tiny"), [86, 120], ["float16"])
+print(json.dumps({name: data.hex() for name, data in files.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", _COMPILE], capture_output=True, text=True, env=environment, check=True)
+    return {name: bytes.fromhex(data) for name, data in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def test_the_kernels_become_files_of_the_bundle(kernels, make_bundle, monkeypatch, tmp_path):
+    asked = []
+
+    def compiled(config, targets):
+        asked.append((config, targets))
+        return kernels
+
+    monkeypatch.setattr(bundle_writer, "compiled_kernels", compiled)
+    plain = Bundle(make_bundle(TINY, "plain"))
+    bundle = Bundle(bundle_writer.export_bundle(model_file(TINY), tmp_path / "model.zip", targets=[86, 120]))
+    assert asked == [(TINY, [86, 120])]
+    assert set(bundle.manifest.files) - set(plain.manifest.files) == set(kernels)
+    bundle.verify()
+    for capability in (86, 89, 120):  # 8.9 runs the cubins of 8.6
+        assert find_kernels((BundleKernels(bundle),), TINY, capability, ["float16"], "").dtype == "float16"
+    with pytest.raises(BackendError, match="there are: float16 for sm_86, sm_120"):
+        find_kernels((BundleKernels(bundle),), TINY, 90, ["float16"], "build them")
+
+
+def test_single_takes_no_kernels(capsys, tmp_path):
+    command = ["export", "model.safetensors", "-o", str(tmp_path / "one.onnx"), "--single", "--aot", "sm_89"]
+    assert cli.main(command) == 1
+    assert "--aot puts kernels into a bundle" in capsys.readouterr().err
