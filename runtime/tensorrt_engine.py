@@ -151,19 +151,14 @@ class TensorRtEngine:
                 f"(sm_{device.capability}, CUDA {device.driver}): {self._tensorrt.complaint()}; it was built "
                 "for another GPU or driver: run flashcocos build on this machine, or update the driver"
             )
-        module = self._tensorrt.module
-        found: tuple[list[TensorSpec], list[TensorSpec]] = ([], [])
-        for index in range(engine.num_io_tensors):
-            name = engine.get_tensor_name(index)
-            side = found[engine.get_tensor_mode(name) != module.TensorIOMode.INPUT]
-            kind = _dtype(module, engine.get_tensor_dtype(name))
-            side.append(TensorSpec(name, kind, tuple(engine.get_tensor_shape(name))))
-        for actual, stated in zip(found, (record.inputs, record.outputs), strict=True):
-            if axis_names(actual) != axis_names(stated):
-                raise BackendError(
-                    f"{self._folder}: engine {record.key.stem} has the tensors {axis_names(actual)}, its description "
-                    f"states {axis_names(stated)}; remove it and run flashcocos build again"
-                )
+        actual = _tensors(self._tensorrt.module, engine)
+        stated = axis_names(record.inputs), axis_names(record.outputs)
+        if actual != stated:
+            del engine  # which the error's frames would keep
+            raise BackendError(
+                f"{self._folder}: engine {record.key.stem} has the tensors {actual}, its description states {stated}; "
+                "remove it and run flashcocos build again"
+            )
         return engine
 
 
@@ -249,6 +244,17 @@ def open_tensorrt(
             engine.close()
         raise
     return engines
+
+
+def _tensors(module: Any, engine: Any) -> tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int]]]:
+    """Inputs and outputs of an engine, as `axis_names` gives them."""
+    found: tuple[list[TensorSpec], list[TensorSpec]] = ([], [])
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        side = found[engine.get_tensor_mode(name) != module.TensorIOMode.INPUT]
+        kind = _dtype(module, engine.get_tensor_dtype(name))
+        side.append(TensorSpec(name, kind, tuple(engine.get_tensor_shape(name))))
+    return axis_names(found[0]), axis_names(found[1])
 
 
 def _dtype(module: Any, kind: Any) -> str:

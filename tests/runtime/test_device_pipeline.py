@@ -249,6 +249,43 @@ def test_a_failing_launch_leaves_nothing(gpu: FakeGpu, after: int) -> None:
     assert nothing_left(gpu)
 
 
+def test_an_exemplar_that_is_forgotten_after_a_failure(gpu: FakeGpu) -> None:
+    """Its memory is not freed while copies of it are under way."""
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        translator.translate(LABEL, exemplar)
+        translator.translate(LABEL, exemplar_of(translator, seed=1))
+        gpu.device.fail_at = 5  # after the exemplar's copies
+        with pytest.raises(BackendError, match="as the test asked for"):
+            translator.translate(LABEL, exemplar)
+        del exemplar
+        translator.translate(LABEL, exemplar_of(translator, seed=2))
+    assert nothing_left(gpu)
+
+
+def test_short_memory_is_told_or_made(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """However much there is beyond weights and working memory, at every point of a translation that needs some."""
+    told = []
+    for spare in range(0, 4 * MIB, MIB // 4):
+        total = 3 * WEIGHTS + SCRATCH + spare
+        gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 64, 256), (64, 64, 256), (1, 1, 4))], total=total)
+        errors = 0
+        with gpu.translator() as translator:
+            for size in ((64, 64), (256, 256)):
+                try:
+                    exemplar = exemplar_of(translator, size)
+                    for count in (1, 3):
+                        translator.translate([LABEL] * count, exemplar)
+                except BackendError as error:
+                    told.append(str(error))
+                    errors += 1
+        assert nothing_left(gpu)
+    assert errors == 0  # with the most there is enough
+    assert all("more device memory" in one for one in told)
+    whats = ("batch 1 of 64 x 64", "batch 1 of 256 x 256", "batch 3 of 64 x 64", "an exemplar needs")
+    assert all(any(one.startswith(what) for one in told) for what in whats), told
+
+
 @pytest.mark.parametrize("stage", ["query", "exemplar", "synthesis"])
 def test_an_engine_that_fails(gpu: FakeGpu, stage: str) -> None:
     with gpu.translator() as translator:

@@ -225,6 +225,7 @@ class FakeDevice:
     def close(self) -> None:
         if not self.closed:
             self.flush()
+            assert self.live == (0, 0, 0), "closed before everything was given back"
             self.closed = True
 
     def put(self, operation: Callable[[], None]) -> None:

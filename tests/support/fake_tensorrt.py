@@ -175,7 +175,7 @@ class Engine:
 
     def create_execution_context(self, strategy: Any) -> Any:
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
-        return Context(self)
+        return Context(self) if self.trt.capturable is None else RtxContext(self)
 
 
 def _unload(trt: FakeTensorRt, weights: Any) -> None:
@@ -190,8 +190,6 @@ class Context:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
-        if self.trt.capturable is not None:
-            self.is_stream_capturable = lambda stream: self.trt.capturable and stream == self.device.stream
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         _, sides, mode = self.engine.tensors[name]
@@ -254,3 +252,10 @@ class Context:
             view(name)[...] = np.stack([to_uint8(one) for one in array]) if packed else array
         if stage == "synthesis":
             view("invalid")[...] = float(self.trt.nan)
+
+
+class RtxContext(Context):
+    """Of the flavour that compiles kernels as it goes."""
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.trt.capturable and stream == self.device.stream
