@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,14 +171,18 @@ def test_the_shifts_in_numpy(size):
             assert len(np.unique(addresses[lanes] % 32)) == lanes.sum()
 
 
-# side of both maps, and the multiply-adds of a score in units of the channels: 9 without the identity, 1 at the least
-COUNTS = {64: 1.48, 128: 1.41, 256: 1.32}
-
-
-@pytest.mark.parametrize(("side", "factor"), COUNTS.items())
-def test_multiply_adds_that_the_notes_state(side, factor):
-    size = (side, side)
-    assert triton_nine_tap.tile_products(size, size, configs.SPLIT_BAND, 64, 64)[1] == pytest.approx(factor, abs=0.005)
+def test_the_notes_state_the_multiply_adds():
+    table = re.findall(
+        r"^\| (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$",
+        (Path(triton_nine_tap.__file__).parent / "NOTES.md").read_text(),
+        re.MULTILINE,
+    )
+    assert [int(row[1]) for row in table] == [configs.SPLIT_BAND, configs.WHOLE_BAND] * 4
+    for side, band, programs, factor, gain in table:
+        size = (int(side), int(side))
+        _, expected = triton_nine_tap.tile_products(size, size, int(band), 64, 64)
+        assert int(programs) == triton_nine_tap.query_tiles(*size, int(band), 64)
+        assert (factor, gain) == (f"{expected:.2f}", f"{9 / expected:.1f}")
 
 
 def test_products_counted_are_products_made(products, device):
