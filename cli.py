@@ -217,12 +217,15 @@ def _add_info(command: Command) -> None:
     )
     sub.add_argument("bundle", nargs="?", metavar="BUNDLE", help="model bundle, a folder or a .zip")
     sub.add_argument("--engines", metavar="DIR", help="its TensorRT engines (default: beside the bundle)")
+    sub.add_argument(
+        "--size", type=_sides, metavar="SIZE", help="plan their GPU memory: SIDE or HEIGHTxWIDTH in pixels"
+    )
 
 
 def _run_info(options: argparse.Namespace) -> int:
     from .runtime.info import describe_bundle
 
-    print(describe_bundle(options.bundle, options.engines))
+    print(describe_bundle(options.bundle, options.engines, options.size))
     return 0
 
 

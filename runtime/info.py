@@ -14,7 +14,8 @@ from ..errors import BackendError, BundleError
 from .cubins import FOLDER, BundleKernels, KernelFolder, available_kernels
 from .device import mebibytes
 from .engine import available_providers
-from .engine_store import default_folder, list_engines
+from .engine_store import EngineRecord, default_folder, list_engines
+from .memory_plan import plan_memory
 from .openvino_engine import cpu_precisions
 from .pycuda_device import PycudaDevice
 from .stages import check_stages
@@ -38,10 +39,15 @@ PACKAGES = (
 )
 
 
-def describe_bundle(path: str | os.PathLike[str] | None = None, engines: str | os.PathLike[str] | None = None) -> str:
+def describe_bundle(
+    path: str | os.PathLike[str] | None = None,
+    engines: str | os.PathLike[str] | None = None,
+    size: tuple[int, int] | None = None,
+) -> str:
     """Lines on this machine's packages and GPU and, where `path` is given, on that bundle, whose hashes are checked.
 
     engines: folder of the bundle's TensorRT engines and kernels; None for the one beside it.
+    size: height and width in pixels, for which the device memory that the engines take is planned.
     Raises `InputError` where there is no bundle at `path` and `BundleError` where it cannot be read at all; a file that
     does not match its hash is told in the text, line "hashes".
     """
@@ -57,7 +63,9 @@ def describe_bundle(path: str | os.PathLike[str] | None = None, engines: str | o
     if path is not None:
         bundle = Bundle(path)
         folder = default_folder(path) if engines is None else Path(engines)
-        lines += ["", *_bundle_lines(bundle), *_engine_lines(bundle, folder), _hashes(bundle)]
+        lines += ["", *_bundle_lines(bundle), *_engine_lines(bundle, folder)]
+        lines += _memory_lines(bundle, folder, size) if size else []
+        lines.append(_hashes(bundle))
     return "\n".join(lines)
 
 
@@ -101,6 +109,30 @@ def _engine_lines(bundle: Bundle, folder: Path) -> list[str]:
     kernels = available_kernels((KernelFolder(folder / FOLDER), BundleKernels(bundle)), manifest.config)
     text = "; ".join(f"{dtype} for {', '.join(f'sm_{sm}' for sm in chips)}" for dtype, chips in kernels.items())
     return [*lines, f"kernels     {text or 'none; flashcocos build, or flashcocos export --aot, makes them'}"]
+
+
+def _memory_lines(bundle: Bundle, folder: Path, size: tuple[int, int]) -> list[str]:
+    """What a picture of `size` takes with each set of engines in `folder`."""
+    manifest = bundle.manifest
+    sets: dict[tuple[str, str, tuple[int, ...], str], list[EngineRecord]] = {}
+    graphs = {manifest.files[stage.file].sha256 for stage in manifest.stages.values()}
+    try:
+        for record in list_engines(folder):
+            key = record.key
+            if key.graph_sha256 in graphs:
+                alike = key.flavour, key.version, key.architectures, key.precision
+                sets.setdefault(alike, []).append(record)
+    except BackendError:
+        return []  # said before
+    lines = []
+    for (flavour, version, _, precision), records in sorted(sets.items()):
+        records.sort(key=lambda record: not record.key.profile.static)
+        try:
+            plan = str(plan_memory(manifest.config, records, *size))
+        except BackendError as error:
+            plan = str(error)
+        lines.append(f"memory      {flavour} {version} in {precision}: {plan}")
+    return lines
 
 
 def _hashes(bundle: Bundle) -> str:

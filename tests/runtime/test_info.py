@@ -55,6 +55,11 @@ def test_engines_and_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     stated = "query in float16, 64 x 64, batch 1, sm_86, tensorrt 10.9.0: 1 MiB weights, 2 MiB working memory"
     assert f"engine      {stated}" in lines
     assert "kernels     float32 for sm_86" in text
+    assert "memory" not in "".join(line.split()[0] for line in text.splitlines() if line)
+    (plan,) = (line for line in describe_bundle(path, size=(64, 64)).splitlines() if line.startswith("memory "))
+    assert plan.startswith("memory      tensorrt 10.9.0 in float16: 64 x 64, batch 1: ")
+    (refusal,) = (line for line in describe_bundle(path, size=(2048, 64)).splitlines() if line.startswith("memory "))
+    assert "no engine of query for 2048 x 64, batch 1, only " in refusal
     write_tiny_bundle(path, seed=1)
     assert f"{stated}; of another bundle" in describe_bundle(path)
     gpu.folder.rename(tmp_path / "c")
