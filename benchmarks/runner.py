@@ -23,10 +23,11 @@ from ..bundle import Bundle
 from ..errors import InputError
 from ..files import sha256
 from ..progress import Progress
-from .harness import CHANGED, conditions, provenance
+from .harness import CHANGED, conditions, free_memory, provenance
 from .registry import Case, Material
 
 Row = dict[str, Any]
+GIB = 2**30
 FINAL = ("timed", "measured", "outside", "out of memory", "timeout", "skipped")  # a failed case is tried again
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|MemoryError|alloc\w* .*memory|memory.* alloc", re.IGNORECASE)
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -196,6 +197,10 @@ def _run(case: Case, material: Material, compared: References) -> Row:
             return {"status": "skipped", "reason": "torch.compile finds no C++ compiler"}
         if need not in (*_MATERIAL, *_NO_PACKAGES) and importlib.util.find_spec(need) is None:
             return {"status": "skipped", "reason": f"the package {need} is not installed"}
+    free = free_memory(material.device) if case.memory else None
+    if free is not None and case.memory > free:
+        reason = f"not started: its matrices take {case.memory / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
+        return {"status": "out of memory", "reason": reason, "needed_mib": round(case.memory / 2**20)}
     if case.reference and (reason := compared.missing(case.reference)):
         return {"status": "skipped", "reason": reason}
     return isolated(case, material)

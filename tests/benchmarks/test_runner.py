@@ -111,7 +111,7 @@ def test_a_file_of_another_setup_is_refused(log: Path, tmp_path: Path) -> None:
 
 
 def test_memory_that_does_not_suffice_is_a_row(tmp_path: Path) -> None:
-    large = case("large", memory=2**60)
+    large = case("large", memory=2**60, reference="test/never-made")
     rows = run_cases([case("killed", "killed"), case("hungry", "hungry"), large], NOTHING, tmp_path)
     assert [row["status"] for row in rows] == ["out of memory"] * 3
     assert "SIGKILL" in rows[0]["reason"]
