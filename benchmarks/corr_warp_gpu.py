@@ -113,8 +113,8 @@ def measure(
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         times = timed(run, device)
-    except InputError as error:
-        return row | {"result": str(error)}
+    except InputError as refused:
+        return row | {"result": str(refused)}
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         return row | {"result": "out of memory"}

@@ -121,7 +121,7 @@ def _jobs(sm: int, dtype: str, values: Sequence[int], patch: int, channels: int)
         match = count is None
         width = 1 if count is None else count
         # of unknown size, and taken to have less than 2^31 elements
-        nine_tap = configs.nine_tap_tile(sm, itemsize, patch, 0)
+        nine_tap = configs.nine_tap_tile(sm, itemsize, patch, channels, 0)
         tile = nine_tap or configs.forward_tile(sm, itemsize, width)
         outputs = {"index": "*i64", "probability": "*fp32", "entropy": "*fp32"}
         carried = {"values": element, "out": "*fp32", "lse": "*fp32"}

@@ -81,6 +81,7 @@ _FOLD_SINGLE = Tile(64, 32, 64, 4, 2)
 # make four times the programs, for launches that are not split over the keys
 SPLIT_BAND = 16
 WHOLE_BAND = 4
+NINE_TAP_CHANNELS = 128  # with fewer, what it does beside the products is predicted to cost more than it saves
 NINE_TAP_VALUES = 16  # value channels of one product there; more take turns, so that no number of them spills
 MERGE = Tile(256, 0, 16, 4, 1)  # merge_kernel: positions and value channels
 
@@ -112,15 +113,16 @@ def forward_tile(capability: int, itemsize: int, values: int) -> Tile:
     return line.wide if wide else line.narrow
 
 
-def nine_tap_tile(capability: int, itemsize: int, patch: int, elements: int) -> Tile | None:
+def nine_tap_tile(
+    capability: int, itemsize: int, patch: int, channels: int, elements: int, least: int = NINE_TAP_CHANNELS
+) -> Tile | None:
     """The rule that chooses the forward kernel: the tile of `nine_tap_kernel`, or None for `forward_kernel`.
 
-    Nine taps are for a patch of 3, 16-bit maps and chips on which Triton's products of them run on tensor cores (80
-    on), where fewer multiply-adds for more work beside them is a gain; float32 maps are multiplied by FMA from
-    registers, which this kernel needs for its sums. elements: of the largest map or output of one batch element, which
-    32-bit offsets must reach.
+    Nine taps are for a patch of 3, 16-bit maps, chips on which Triton's products of them run on tensor cores (80 on),
+    and at least `least` channels. Float32 maps are multiplied by FMA from registers, which this kernel needs for its
+    sums. elements: of the largest map or output of one batch element, which 32-bit offsets must reach.
     """
-    if patch != 3 or itemsize != 2 or elements >= 1 << 31:
+    if patch != 3 or itemsize != 2 or channels < least or elements >= 1 << 31:
         return None
     return architecture(capability).nine_tap
 

@@ -234,16 +234,19 @@ def nine_tap_kernel(
                     b_p = tl.exp2(b_s - b_new[:, None])
                     b_max = tl.where(o_r == i_r, b_new[None, :], b_max)
                     b_sum = tl.load(p_sum + o_row, mask=m_n, other=0.0)
-                    tl.store(p_sum + o_row, b_sum * b_decay + tl.sum(b_p, 1), mask=m_n)
+                    b_total = b_sum * b_decay + tl.sum(b_p, 1)
                     if MATCH:
-                        b_terms = tl.where(m_m[None, :], b_p * (b_s - b_new[:, None]), 0.0)
                         p_spread = entropy + i_b * N + o_row  # sum of 2^(s - max) (s - max)
+                        b_terms = tl.where(m_m[None, :], b_p * (b_s - b_new[:, None]), 0.0)
                         b_spread = tl.load(p_spread, mask=m_n, other=0.0) + (b_old - b_new) * b_sum
-                        tl.store(p_spread, b_decay * b_spread + tl.sum(b_terms, 1), mask=m_n)
+                        b_spread = b_decay * b_spread + tl.sum(b_terms, 1)
                         # the walks do not meet the keys in order
                         b_best = tl.min(tl.where(b_s == b_tile_max[:, None], o_key[None, :], M), 1)
                         b_index = tl.load(index + i_b * N + o_row, mask=m_n, other=0)
                         m_index = (b_tile_max > b_old) | ((b_tile_max == b_old) & (b_best < b_index))
+                        # a value that several threads hold was loaded by each of them
+                        tl.debug_barrier()
+                        tl.store(p_spread, b_spread, mask=m_n)
                         tl.store(index + i_b * N + o_row, b_best.to(tl.int64), mask=m_n & m_index)
                     else:
                         b_p = b_p.to(values.dtype.element_ty)
@@ -258,6 +261,8 @@ def nine_tap_kernel(
                             b_out = tl.load(p_out, mask=m_out, other=0.0) * b_decay[:, None]
                             b_out += tl.dot(b_p, b_v, input_precision="ieee")  # [BN, BM] @ [BM, BV]
                             tl.store(p_out, b_out, mask=m_out)
+                        tl.debug_barrier()
+                    tl.store(p_sum + o_row, b_total, mask=m_n)
             b_two = b_one + b_tile
             b_one = b_tile
     tl.debug_barrier()
@@ -267,17 +272,20 @@ def nine_tap_kernel(
         b_sum = tl.load(p_sum + o_row, mask=m_n, other=1.0)
         if MATCH:
             p_spread = entropy + i_b * N + o_row
-            b_spread = tl.load(p_spread, mask=m_n, other=0.0)
-            tl.store(p_spread, (tl.log2(b_sum) - b_spread / b_sum) * LN_2, mask=m_n)
-            tl.store(p_sum + o_row, 1.0 / b_sum, mask=m_n)
+            b_entropy = (tl.log2(b_sum) - tl.load(p_spread, mask=m_n, other=0.0) / b_sum) * LN_2
+            b_last = 1.0 / b_sum
+            tl.debug_barrier()
+            tl.store(p_spread, b_entropy, mask=m_n)
         else:
+            # a split's last walk may meet no key of a query: its lse is -inf, and its output stays 0
+            b_total = tl.where(b_sum > 0.0, b_sum, 1.0)
             for first_v in range(0, V, BV):
                 p_out = out + (i_out * V + first_v) * N + (o_out + r * width_q)
                 m_out = m_n[:, None] & (first_v + o_v < V)[None, :]
-                # a split's last walk may meet no key of a query: its lse is -inf, and its output stays 0
-                b_total = tl.where(b_sum > 0.0, b_sum, 1.0)
                 tl.store(p_out, tl.load(p_out, mask=m_out, other=0.0) / b_total[:, None], mask=m_out)
-            tl.store(p_sum + o_row, (pick(b_max, o_r, r) + tl.log2(b_sum)) * LN_2, mask=m_n)
+            b_last = (pick(b_max, o_r, r) + tl.log2(b_sum)) * LN_2
+            tl.debug_barrier()
+        tl.store(p_sum + o_row, b_last, mask=m_n)
 
 
 @triton.jit

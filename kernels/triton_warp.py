@@ -252,13 +252,14 @@ def _nine_tap_tile(query: _Side, key: _Side, channels: int, patch: int) -> confi
     """The tile of the nine-tap kernel if it is to run, for `channels` value channels."""
     if _choice.get() == "straightforward":
         return None
-    pixels = query.pixels
-    most = max(query.positions, key.positions) * max(pixels.shape[-1], configs.padded_values(channels))
-    tile = configs.nine_tap_tile(_capability(pixels), pixels.element_size(), patch, most)
-    if tile is None and _choice.get() == "nine_tap":
+    pixels, forced = query.pixels, _choice.get() == "nine_tap"
+    maps = max(query.positions, key.positions) * max(pixels.shape[-1], configs.padded_values(channels))
+    least = 1 if forced else configs.NINE_TAP_CHANNELS
+    tile = configs.nine_tap_tile(_capability(pixels), pixels.element_size(), patch, pixels.shape[-1], maps, least)
+    if tile is None and forced:
         raise InputError(
             "the nine-tap kernel takes patch 3 and float16 or bfloat16 maps of less than 2^31 elements on compute "
-            f"capability 80 or newer, got patch {patch}, {pixels.dtype} and {most} elements on "
+            f"capability 80 or newer, got patch {patch}, {pixels.dtype} and {maps} elements on "
             f'{_capability(pixels)}; choose "auto"'
         )
     return tile

@@ -145,7 +145,7 @@ def test_a_description_is_all_that_a_launch_needs(compiled):
     assert types["theta"] == types["values"] == "*fp16"
     assert types["out"] == types["lse"] == "*fp32"
     assert types["scale"] == "fp32"
-    tile = configs.nine_tap_tile(80, 2, 3, 0)
+    tile = configs.nine_tap_tile(80, 2, 3, 256, 0)
     assert warp["entry"] == "nine_tap_kernel"
     assert warp["grid"] == [f"ceil(ceil(height_q / 4) * width_q / {tile.queries - 2})", "batch", "1"]
     assert warp["threads"] == 32 * tile.warps
@@ -157,7 +157,7 @@ def test_a_description_is_all_that_a_launch_needs(compiled):
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (9, 7), (64, 64), (33, 200)])
 def test_the_grid_is_that_of_the_launch_from_python(height, width):
-    tile = configs.nine_tap_tile(80, 2, 3, 0)
+    tile = configs.nine_tap_tile(80, 2, 3, 256, 0)
     sizes = {"height_q": height, "width_q": width}
     blocks = evaluate(aot._lanes_grid(tile), sizes)
     assert blocks == triton_nine_tap.query_tiles(height, width, configs.WHOLE_BAND, tile.queries)

@@ -15,7 +15,7 @@ import torch
 from tolerances import TRITON, assert_close
 
 from flashcocos.errors import InputError
-from flashcocos.kernels import configs, corr_match, reference
+from flashcocos.kernels import configs, corr_match, corr_warp, reference
 
 triton_warp = pytest.importorskip("flashcocos.kernels.triton_warp", reason="needs the triton package")
 from flashcocos.kernels import triton_nine_tap  # noqa: E402
@@ -91,11 +91,12 @@ def test_skipping_happens_and_changes_no_bit(products, device, monkeypatch):
     # a query is one of the keys that it meets early: at this temperature few later tiles can matter
     theta, phi, values = make((2, 3), (9, 3), 3, HALF, device, channels=32)
     theta.copy_(phi[:, :, :2])
-    skipped = triton_warp.warp_forward(theta, phi, values, 3, 1e-3)
+    with triton_warp.choose_forward("nine_tap"):
+        skipped = triton_warp.warp_forward(theta, phi, values, 3, 1e-3)
     some = products.count(configs.NINE_TAP_VALUES)
     monkeypatch.setattr(triton_nine_tap, "SKIP_BITS", triton_nine_tap.tl.constexpr(1 << 20))
-    everything = triton_warp.warp_forward(theta, phi, values, 3, 1e-3)
-    assert triton_warp.last_forward() == "nine_tap"
+    with triton_warp.choose_forward("nine_tap"):
+        everything = triton_warp.warp_forward(theta, phi, values, 3, 1e-3)
     assert all(torch.equal(a, b) for a, b in zip(skipped, everything, strict=True))
     # each of 2 rows meets each of 9 key rows in one tile
     assert products.count(configs.NINE_TAP_VALUES) - some == 2 * 9
@@ -120,6 +121,19 @@ def test_match_finds_the_first_of_equals(device):
     assert_close("entropy", found.entropy.flatten(1), entropy, TRITON["out", SINGLE])
 
 
+def test_gradients_are_those_of_its_results(device):
+    tensors = [x.requires_grad_() for x in make((3, 4), (4, 5), 3, HALF, device)]
+    grad = make((3, 4), (3, 4), 3, HALF, device, seed=1)[2]
+    with triton_warp.choose_forward("nine_tap"):
+        out = corr_warp(*tensors, backend="triton")
+        assert triton_warp.last_forward() == "nine_tap"
+        grads = torch.autograd.grad(out, tensors, grad)
+    leaves = [x.detach().double().requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(reference.warp(*leaves, 3, 0.01)[0], leaves, grad.double())
+    for name, got, want in zip(("theta", "phi", "values"), grads, expected, strict=True):
+        assert_close(f"gradient of {name}", got, want, TRITON["grad", HALF])
+
+
 def test_both_forwards_agree_and_say_who_ran(device):
     tensors = make((3, 5), (4, 6), 3, HALF, device, channels=20)
     results = []
@@ -132,16 +146,27 @@ def test_both_forwards_agree_and_say_who_ran(device):
 
 
 def test_the_rule_and_its_override(device):
-    assert configs.nine_tap_tile(80, 2, 3, 1) is configs.ARCHITECTURES[80].nine_tap
-    for refused in ((75, 2, 3, 1), (80, 4, 3, 1), (80, 2, 1, 1), (80, 2, 5, 1), (80, 2, 3, 1 << 31)):
+    assert configs.nine_tap_tile(80, 2, 3, 256, 1) is configs.ARCHITECTURES[80].nine_tap
+    for refused in (
+        (75, 2, 3, 256, 1),
+        (80, 4, 3, 256, 1),
+        (80, 2, 5, 256, 1),
+        (80, 2, 3, 32, 1),
+        (80, 2, 3, 256, 1 << 31),
+    ):
         assert configs.nine_tap_tile(*refused) is None
     with pytest.raises(InputError, match=r"expected one of auto, nine_tap, straightforward, got 'fast'"):
         triton_warp.choose_forward("fast").__enter__()
     tensors = make((2, 3), (3, 2), 1, SINGLE, device)
     with triton_warp.choose_forward("nine_tap"), pytest.raises(InputError, match=r"takes patch 3 and .*float32"):
         triton_warp.warp_forward(*tensors, 3, 0.01)
-    triton_warp.warp_forward(*tensors, 3, 0.01)
-    assert triton_warp.last_forward() == "straightforward"
+    for channels, dtype, name in (
+        (128, HALF, "nine_tap"),
+        (127, HALF, "straightforward"),
+        (128, SINGLE, "straightforward"),
+    ):
+        triton_warp.warp_forward(*make((1, 1), (1, 2), 1, dtype, device, channels=channels), 3, 0.01)
+        assert triton_warp.last_forward() == name
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 24), (64, 64)])
@@ -187,8 +212,9 @@ def test_the_notes_state_the_multiply_adds():
 
 def test_products_counted_are_products_made(products, device):
     query, key = (3, 4), (4, 30)
-    triton_warp.warp_forward(*make(query, key, 1, HALF, device), 3, 0.01)
-    tile = configs.nine_tap_tile(max(configs.ARCHITECTURES), 2, 3, 0)
+    with triton_warp.choose_forward("nine_tap"):
+        triton_warp.warp_forward(*make(query, key, 1, HALF, device), 3, 0.01)
+    tile = configs.ARCHITECTURES[max(configs.ARCHITECTURES)].nine_tap
     count, _ = triton_nine_tap.tile_products(query, key, configs.SPLIT_BAND, tile.queries, tile.keys)
     assert products.count(tile.keys) == count
 
