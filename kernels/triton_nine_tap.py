@@ -228,7 +228,8 @@ def nine_tap_kernel(
                 b_s = tl.where(m_m[None, :], b_s, float("-inf"))
                 b_old = pick(b_max, o_r, i_r)
                 b_tile_max = tl.max(b_s, 1)
-                if tl.max(b_tile_max - b_old) > -skip:
+                # asked this way round, no tile of NaN is skipped
+                if (tl.max(b_tile_max - b_old) <= -skip) == 0:
                     b_new = tl.maximum(b_old, b_tile_max)
                     b_decay = tl.exp2(b_old - b_new)
                     b_p = tl.exp2(b_s - b_new[:, None])

@@ -121,6 +121,19 @@ def test_match_finds_the_first_of_equals(device):
     assert_close("entropy", found.entropy.flatten(1), entropy, TRITON["out", SINGLE])
 
 
+def test_nan_reaches_the_queries_whose_patch_holds_it_and_no_other(device):
+    theta, phi, values = make((5, 5), (2, 3), 3, HALF, device)
+    clean, _ = check(theta, phi, values)
+    theta[0, 0, 3, 1] = math.nan
+    with triton_warp.choose_forward("nine_tap"):
+        out, lse = triton_warp.warp_forward(theta, phi, values, 3, 0.01)
+    holds = torch.zeros(5, 5, dtype=torch.bool, device=device)
+    holds[2:5, 0:3] = True
+    assert torch.equal(out.isnan(), holds.expand_as(out))
+    assert torch.equal(lse.isnan(), holds.expand_as(lse))
+    assert torch.equal(out[..., ~holds], clean[..., ~holds])
+
+
 def test_gradients_are_those_of_its_results(device):
     tensors = [x.requires_grad_() for x in make((3, 4), (4, 5), 3, HALF, device)]
     grad = make((3, 4), (3, 4), 3, HALF, device, seed=1)[2]
