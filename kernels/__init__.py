@@ -17,6 +17,8 @@ One naming grammar for every file of this folder:
   a, b              reciprocal norms of the centred query and key patch vectors
   product           theta(i) . phi(j), channels only; taps: its diagonal sum over the patch; logits: / temperature
   BN, BM, BC, BV    tile sizes along N, M, C, V
+  lane, band, walk  a column of a map that a row or column of a tile stands for, the query rows it takes in turn, and
+                    one pass down a diagonal of query and key rows (`triton_nine_tap`)
   i_ program or loop index, o_ offsets, m_ mask, p_ pointer, b_ a block held in registers
   d*                a gradient (d_theta, d_logits); delta  sum over V of grad_out * out, the softmax's own term
 """
