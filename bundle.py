@@ -34,7 +34,8 @@ FORMAT = "flashcocos-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STAGES = ("query", "exemplar", "synthesis")
-PRECISIONS = ("float32", "float16")  # in which the weights are stored; graphs take and give float32
+# in which the weights are stored, "int8" those of the generator; graphs take and give float32
+PRECISIONS = ("float32", "float16", "int8")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 2 << 30  # protobuf's own limit for an ONNX file
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import __version__
 from .errors import FlashcocosError, InputError
-from .export.commands import add_build
+from .export.commands import add_build, add_quantize
 
 # the extra that brings a package which a command may find missing
 _EXTRAS = {
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(command)
     _add_export(command)
     add_build(command)
+    add_quantize(command)
     _add_verify(command)
     _add_pairs(command)
     _add_evaluate(command)

@@ -90,6 +90,8 @@ def provenance(model_path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_precision(precision: str) -> None:
-    """Raise `InputError` unless `precision` is one that weights can be stored in."""
+    """Raise `InputError` unless `precision` is one that an export stores weights in."""
+    if precision == "int8":
+        raise InputError("precision 'int8' needs pictures to calibrate on: export in float32, then flashcocos quantize")
     if precision not in PRECISIONS:
-        raise InputError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+        raise InputError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS[:2])}")

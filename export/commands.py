@@ -1,4 +1,4 @@
-"""The command line of `flashcocos build`; like cli.py it imports nothing heavy until the command runs."""
+"""The command lines of `flashcocos build` and `quantize`; like cli.py, nothing heavy is imported until one runs."""
 
 from __future__ import annotations
 
@@ -78,6 +78,45 @@ def _run_build(options: argparse.Namespace) -> int:
         chosen = [record for record in built if record.key.profile == profile]
         print(f"device memory: {plan_memory(config, chosen, height, width, batch=batch)}")
     print(folder)
+    return 0
+
+
+def add_quantize(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the sub-command; `command` is that of cli.py."""
+    sub = command(
+        "quantize",
+        _run_quantize,
+        "Write a bundle whose generator computes in int8, calibrated on one's own labels and exemplars.",
+        "flashcocos quantize model.zip --input labels/ --exemplar photos/ --exemplar-label photo_labels/ -o int8.zip",
+    )
+    sub.add_argument("bundle", metavar="BUNDLE", help="model bundle, a folder or a .zip")
+    sub.add_argument("--input", metavar="PATH", help="label file, or folder of label files")
+    sub.add_argument("--exemplar", metavar="PATH", help="exemplar image for all, or folder of images paired by name")
+    sub.add_argument("--exemplar-label", metavar="PATH", help="label file of the exemplar, or folder paired by name")
+    sub.add_argument("--pairs", metavar="CSV", help="list of input,exemplar[,exemplar_label] to use instead")
+    sub.add_argument("--count", type=int, default=32, metavar="N", help="pairs to use at most (default: 32)")
+    sub.add_argument("--min-psnr", type=float, default=32.0, metavar="DB", help="least quality to accept (default: 32)")
+    sub.add_argument("-o", "--output", required=True, metavar="PATH", help="bundle to write, a folder or a .zip")
+
+
+def _run_quantize(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ..runtime.jobs import plan_jobs
+    from .quantize import quantize_bundle
+
+    def path(name: str) -> Path | None:
+        return Path(value) if (value := getattr(options, name)) else None
+
+    nowhere = Path(options.output).with_name("pictures")  # the plan wants to know where results would go
+    jobs = plan_jobs(path("input"), path("exemplar"), path("exemplar_label"), nowhere, pairs=path("pairs"))
+    step = max(1, len(jobs) // max(1, options.count))
+    done = quantize_bundle(options.bundle, options.output, jobs[::step][: options.count], min_psnr=options.min_psnr)
+    print(
+        f"{done.quantized} of {done.convolutions} convolutions in int8; "
+        f"{min(done.psnr):.1f} to {max(done.psnr):.1f} dB on {len(done.psnr)} held-out pairs"
+    )
+    print(done.path)
     return 0
 
 

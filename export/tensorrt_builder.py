@@ -85,6 +85,10 @@ def build(
     check_stages(opened.manifest)
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    if opened.manifest.precision == "int8":
+        raise InputError(
+            f"{bundle}: TensorRT engines are built of float bundles, not of int8: name that it was made of"
+        )
     trt = import_flavour(flavour)
     architectures = tuple(sorted(set(targets))) or (current_architecture(),)
     _check_targets(trt, flavour, architectures)

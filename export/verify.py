@@ -48,6 +48,8 @@ class Bound(NamedTuple):
 BOUNDS = {
     "float32": {"stage": Bound(3e-5, 100.0), "end to end": Bound(math.inf, 80.0)},
     "float16": {"stage": Bound(1e-2, 55.0), "end to end": Bound(math.inf, 45.0)},
+    # random labels and pictures are not what it was calibrated on
+    "int8": {"stage": Bound(math.inf, 25.0), "end to end": Bound(math.inf, 25.0)},
 }
 
 
@@ -157,7 +159,7 @@ def verify(
                 equal = all(np.array_equal(outputs[name], again[name]) for name in outputs)
                 report.add("two runs give the same bits", equal)
             if size in seen:
-                _compare_items(report, size, batch, seen[size], outputs)
+                _compare_items(report, precision, size, batch, seen[size], outputs)
             else:
                 seen[size] = outputs
             if model is not None:
@@ -223,7 +225,7 @@ def _check_stage(bundle: Bundle, stage: str) -> int:
     graph = onnx.load_model_from_string(content)
     check_graph(graph, stage, spec.inputs, spec.outputs)
     halves = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.graph.initializer)
-    if halves != (precision == "float16"):
+    if precision != "int8" and halves != (precision == "float16"):  # its float stages may be either
         raise BundleError(f"{stage}: the manifest states {precision} weights, the graph has others")
     return int(graph.opset_import[0].version)
 
@@ -277,10 +279,10 @@ def _compare_model(
             )
 
 
-def _compare_items(report: Report, size: Size, batch: int, few: Arrays, many: Arrays) -> None:
+def _compare_items(report: Report, precision: str, size: Size, batch: int, few: Arrays, many: Arrays) -> None:
     """The first items of a batch against the same items in a smaller one; only the order of sums may differ."""
     count = len(few["image"])
-    bounds = BOUNDS["float32"]
+    bounds = BOUNDS["int8" if precision == "int8" else "float32"]
     scopes = {"theta": "stage", "phi": "stage", "image": "end to end"}
     for name, scope in scopes.items():
         found = compare(size, batch, scope, name, many[name][:count], few[name], bounds[scope])

@@ -207,7 +207,7 @@ def test_compare_by_hand() -> None:
 
 
 def test_every_precision_has_bounds_and_inputs_keep_their_items() -> None:
-    assert set(BOUNDS) == {"float32", "float16"}
+    assert set(BOUNDS) == {"float32", "float16", "int8"}
     one, two = random_inputs(CLASSES, (64, 96), 1), random_inputs(CLASSES, (64, 96), 2)
     for name, array in one.items():
         assert np.array_equal(two[name][:1], array)
