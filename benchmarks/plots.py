@@ -50,7 +50,7 @@ def ladder(axes: Any, rows: Sequence[Row]) -> None:
     ]
     axes.bar_label(bars, texts, padding=4, fontsize=9)
     axes.margins(x=0.3)
-    axes.set_xlabel("seconds for one translation, and PSNR against the first row")
+    axes.set_xlabel("seconds a translation, PSNR against the first row")
 
 
 def memory(axes: Any, rows: Sequence[Row]) -> None:
