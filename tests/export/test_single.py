@@ -173,8 +173,8 @@ def test_the_file(tmp_path: Path, shared_graphs: None) -> None:
 def test_bad_requests_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"name it \*\.onnx"):
         export_single(model_file(CLASSES), tmp_path / "single.zip")
-    with pytest.raises(InputError, match="precision 'int8' is unknown"):
-        export_single(model_file(CLASSES), tmp_path / "single.onnx", precision="int8")
+    with pytest.raises(InputError, match="precision 'int4' is unknown"):
+        export_single(model_file(CLASSES), tmp_path / "single.onnx", precision="int4")
     (tmp_path / "no.safetensors").write_bytes(b"no model")
     with pytest.raises(CheckpointError, match=r"no\.safetensors"):
         export_single(tmp_path / "no.safetensors", tmp_path / "single.onnx")

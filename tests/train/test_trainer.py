@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -210,7 +209,7 @@ def test_signals_save_after_the_step(
 
     def interrupted(pieces: list[dict[str, torch.Tensor]]) -> StepResult:
         if running.step == 1:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return step(pieces)
 
     usual = signal.getsignal(number)
@@ -229,7 +228,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         for pause in (0.0, 0.0, 0.3):
             time.sleep(pause)
             sent.append(pause)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # in this thread: another may take a process's signal too late
         raise AssertionError("the second signal did not stop it")
 
     monkeypatch.setattr(running, "train_step", interrupted)
