@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from ..bundle import STAGES, Bundle
+from ..bundle import Bundle
 from ..errors import BackendError
-from ..kernels.corr_warp import warp_arrays
 from ..preprocess.images import to_uint8
 from ..runtime.engine import OnnxRuntimeEngine
 from .tensorrt_graphs import bundle_graph
-from .verify import random_inputs, stage_inputs
+from .verify import random_inputs, run_stages
 
 # dB; measured with float16: 59 on full-size ade20k with seeded weights at 256 px, 65 on avatars-128 at 128 px
 MIN_PSNR = {"float32": 75.0, "float16": 45.0}
@@ -33,17 +32,8 @@ def agreement(bundle: Bundle, precision: str, size: int) -> float:
     config = bundle.manifest.config
     inputs = random_inputs(config, (size, size), 1)
 
-    def translate(run: Any) -> dict[str, npt.NDArray[Any]]:
-        stages = stage_inputs(config, inputs)
-        theta = run("query", stages["query"])["theta"]
-        exemplar = run("exemplar", stages["exemplar"])
-        warp = warp_arrays(
-            theta, exemplar["phi"], exemplar["values"], patch=config.patch, temperature=config.temperature
-        )
-        return run("synthesis", stage_inputs(config, inputs, warp.out)["synthesis"])
-
-    expected = translate(lambda stage, feeds: OnnxRuntimeEngine(bundle, stage).run(feeds))
-    found = translate(lambda stage, feeds: _run(bundle, stage, precision, feeds))
+    expected = run_stages(config, lambda stage, feeds: OnnxRuntimeEngine(bundle, stage).run(feeds), inputs)
+    found = run_stages(config, lambda stage, feeds: _run(bundle, stage, precision, feeds), inputs)
     if found["invalid"]:
         raise BackendError(f"{bundle.path}: gives NaN in {precision}: its weights overflow; use precision float32")
     difference = found["image"][0].astype(np.float64) - to_uint8(expected["image"][0])
@@ -63,7 +53,6 @@ def require_agreement(bundle: Bundle, precision: str, size: int) -> float:
 
 
 def _run(bundle: Bundle, stage: str, precision: str, feeds: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    assert stage in STAGES
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     graph = bundle_graph(bundle, stage, precision).SerializeToString()

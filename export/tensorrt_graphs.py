@@ -61,7 +61,7 @@ def tensorrt_graph(graph: bytes, stage: str, *, classes: int, half: bool) -> onn
             _let_every_class_occur(model.graph, classes)
             _cast_label(model.graph)
         _join_attention(model.graph)
-        if stage == "synthesis":
+        if stage == "fine":
             _pack_pictures(model.graph)
         optimizer.fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40)
         RemoveUnusedNodesPass()(model)
