@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import STAGES, Bundle, TensorSpec
+from ..config import SIZE_MULTIPLE
 from ..errors import BackendError, InputError
 from ..files import atomic_path
+from .tiles import tile_side
 
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}  # flavour -> extra that installs it
 PRECISIONS = ("float32", "float16")  # from the slowest to the fastest
@@ -54,11 +56,10 @@ class Profile:
 
     def tiled(self, tile: int | None) -> Profile:
         """What the fine stage needs for pictures of this profile in tiles of side `tile`."""
-        if tile is None:
-            return self
 
         def cut(axis: Range) -> Range:
-            return min(axis[0], tile), min(axis[1], tile), min(axis[2], tile)
+            sides = [tile_side(side, tile) for side in range(axis[0], axis[2] + 1, SIZE_MULTIPLE)]
+            return min(sides), tile_side(axis[1], tile), max(sides)
 
         return Profile(self.batch, cut(self.height), cut(self.width))
 

@@ -1,8 +1,9 @@
 """Tiles of a picture for the fine half of the synthesis, which sees less than `TILE_OVERLAP` pixels around each.
 
-All tiles of a picture have one size, so that they share buffers, engines and CUDA graphs. They are spread evenly, the
-outermost end where the picture ends, and of each the outer `TILE_OVERLAP` pixels towards its neighbours are thrown
-away: what is kept is what the whole picture would have there, not a blend.
+All tiles of a picture have one size, so that they share buffers, engines and CUDA graphs: the smallest that is enough
+for as few tiles as the side asked for. They are spread evenly, the outermost end where the picture ends, and of each
+the outer `TILE_OVERLAP` pixels towards its neighbours are thrown away: what is kept is what the whole picture would
+have there, not a blend.
 """
 
 from __future__ import annotations
@@ -96,8 +97,16 @@ def placed(
 
 
 def tile_size(height: int, width: int, tile: int | None) -> tuple[int, int]:
-    """(height, width) of the tiles of a picture; its own where `tile` is None or as large."""
-    return (height, width) if tile is None else (min(height, tile), min(width, tile))
+    """(height, width) of the tiles of a picture, at most `tile` a side; its own where `tile` is None or as large."""
+    return tile_side(height, tile), tile_side(width, tile)
+
+
+def tile_side(length: int, tile: int | None) -> int:
+    """Side of the tiles along an axis: as small as their number allows, for what overlaps is made twice."""
+    if tile is None or length <= tile:
+        return length
+    count = 1 + _gaps(length, tile)
+    return -(-(length + 2 * TILE_OVERLAP * (count - 1)) // (count * SIZE_MULTIPLE)) * SIZE_MULTIPLE
 
 
 def tiles(height: int, width: int, tile: int | None) -> Iterator[Tile]:
@@ -111,8 +120,12 @@ def tiles(height: int, width: int, tile: int | None) -> Iterator[Tile]:
 def _spans(length: int, size: int) -> Sequence[Span]:
     if size == length:
         return [Span(0, size, 0, length)]
-    fresh = size - 2 * TILE_OVERLAP  # what a tile between two others adds
-    gaps = -(-(length - size) // fresh)
+    gaps = _gaps(length, size)
     starts = [(length - size) * gap // gaps // _ALIGNED * _ALIGNED for gap in range(gaps + 1)]
     ends = [start + size - TILE_OVERLAP for start in starts[:-1]] + [length]
     return [Span(start, size, first, last) for start, first, last in zip(starts, [0, *ends], ends, strict=False)]
+
+
+def _gaps(length: int, size: int) -> int:
+    """How many tiles of `size` follow the first."""
+    return -(-(length - size) // (size - 2 * TILE_OVERLAP))

@@ -12,6 +12,7 @@ from flashcocos.bundle import STAGES, Bundle
 from flashcocos.errors import BackendError, InputError
 from flashcocos.runtime import engine_store
 from flashcocos.runtime.engine_store import EngineKey, EngineRecord, Profile, find_engines, read_engine, write_engine
+from flashcocos.runtime.tiles import tile_size
 
 SQUARE = Profile((1, 1, 1), (64, 64, 64), (64, 64, 64))
 RANGE = Profile((1, 1, 4), (64, 128, 256), (64, 128, 256))
@@ -169,3 +170,13 @@ def test_a_missing_flavour_names_its_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(BackendError, match=r"tensorrt cannot be imported .*pip install flashcocos\[tensorrt\]"):
         engine_store.import_flavour("tensorrt")
+
+
+def test_the_profile_of_a_tiled_stage_holds_every_tile(bundle):
+    assert SQUARE.tiled(64) == SQUARE == SQUARE.tiled(None)
+    assert Profile((1, 1, 1), (512,) * 3, (1024,) * 3).tiled(512) == Profile((1, 1, 1), (512,) * 3, (384,) * 3)
+    for tile in (64, 96, 160, 512):
+        tiled = RANGE.tiled(tile)
+        sizes = {tile_size(height, width, tile) for height in range(64, 257, 32) for width in range(64, 257, 32)}
+        assert all(tiled.holds(4, *size) for size in sizes)
+        assert tiled.height == (min(h for h, _ in sizes), tile_size(128, 128, tile)[0], max(h for h, _ in sizes))

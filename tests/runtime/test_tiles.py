@@ -12,7 +12,7 @@ from flashcocos.bundle import TensorSpec
 from flashcocos.config import TILE_OVERLAP
 from flashcocos.errors import InputError
 from flashcocos.runtime import Translator
-from flashcocos.runtime.tiles import check_tile, is_cut, placed, tile_size, tiles
+from flashcocos.runtime.tiles import check_tile, is_cut, placed, tile_side, tile_size, tiles
 
 
 @pytest.mark.parametrize("tile", [64, 96, 160, 512])
@@ -20,7 +20,8 @@ def test_every_pixel_is_kept_once_and_far_from_a_cut(tile: int) -> None:
     for side in range(64, 1100, 32):
         spans = [one.columns for one in tiles(64, side, tile)]
         assert [pixel for span in spans for pixel in range(span.first, span.last)] == list(range(side))
-        assert {span.size for span in spans} == {min(side, tile)}
+        (size,) = {span.size for span in spans}
+        assert size == tile_side(side, tile) <= min(side, tile)
         for span in spans:
             end = span.start + span.size
             assert 0 <= span.start < end <= side
@@ -28,8 +29,9 @@ def test_every_pixel_is_kept_once_and_far_from_a_cut(tile: int) -> None:
             assert span.start == 0 or span.first - span.start >= TILE_OVERLAP
             assert end == side or end - span.last >= TILE_OVERLAP
             assert span.first < span.last
-        # no tile more than are needed
+        # as few tiles as the side allows, and none larger than so many need
         assert len(spans) == 1 or (len(spans) - 1) * (tile - 2 * TILE_OVERLAP) + 2 * TILE_OVERLAP < side
+        assert size == 64 or len(spans) * (size - 32 - 2 * TILE_OVERLAP) + 2 * TILE_OVERLAP < side
 
 
 def test_tiles_lie_row_by_row() -> None:
@@ -87,8 +89,7 @@ def test_a_picture_in_tiles_is_the_picture(tmp_path: Path, config) -> None:
             shapes, run = [], fine.run
             fine.run = lambda inputs, run=run, shapes=shapes: shapes.append(inputs["label"].shape[-2:]) or run(inputs)
             results.append(translator.translate(labels, exemplar, "input"))
-            side = tile or 224
-            assert set(shapes) == {(min(160, side), min(224, side))}
+            assert set(shapes) == {tile_size(160, 224, tile)}
             assert len(shapes) == len(list(tiles(160, 224, tile)))
     for parts in results[1:]:
         for one, whole in zip(parts, results[0], strict=True):
