@@ -58,7 +58,8 @@ def _run_build(options: argparse.Namespace) -> int:
     folder = Path(options.output) if options.output else default_folder(options.bundle)
     if options.check:
         found = require_agreement(bundle, precision, config.image_size)
-        print(f"{precision} against the bundle's graphs on the CPU, {config.image_size} px: {found:.1f} dB")
+        apart = ", int8 apart" if bundle.manifest.precision == "int8" else ""
+        print(f"{precision} against the bundle's graphs on the CPU, {config.image_size} px{apart}: {found:.1f} dB")
     if not options.no_kernels:
         names = build_kernels(options.bundle, folder, targets, precision)
         print(f"kernels: {', '.join(names)}", flush=True)

@@ -11,7 +11,7 @@ What the graphs of a bundle do to save work on a CPU is put back, for TensorRT w
 `float16` is declared here, tensor by tensor, and a strongly typed network keeps it: convolutions, attention and what
 joins them are half; statistics stay single, for they square and sum (positional and instance norm, the vectors' lengths
 with their epsilon of 2e-16, mean colours), and so do the final tanh and every input and output. What is int8 in a
-bundle of `flashcocos quantize` stays so (`tensorrt_int8`).
+bundle of `flashcocos quantize` stays so, but for the results of its convolutions (`tensorrt_int8`).
 
 The graph's function is unchanged otherwise; tests run both forms in ONNX Runtime and compare.
 """
@@ -31,7 +31,7 @@ from onnxscript import optimizer
 
 from ..bundle import Bundle
 from ..errors import BundleError
-from .tensorrt_int8 import is_quantized, restore_biases
+from .tensorrt_int8 import is_quantized, prepare_int8
 
 # they square, sum, divide or end the network: float32 at any precision
 _SINGLE = {
@@ -63,7 +63,7 @@ def tensorrt_graph(graph: bytes, stage: str, *, classes: int, half: bool) -> onn
             _let_every_class_occur(model.graph, classes)
             _cast_label(model.graph)
         _join_attention(model.graph)
-        restore_biases(model.graph)
+        prepare_int8(model.graph)
         if stage == "synthesis":
             _pack_pictures(model.graph)
         optimizer.fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40)

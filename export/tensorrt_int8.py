@@ -1,14 +1,19 @@
 """The convolutions that `flashcocos quantize` put in int8, in the form that TensorRT takes.
 
-TensorRT runs a convolution in int8 where DequantizeLinear makes its picture and its weight, without zero points. Both
-are float32 in a network of any precision, and so is the convolution that they are fused into: float16 would round the
-scales, to nothing below 6e-8, and save nothing, for the sums leave the int8 kernel as float32 either way. Casts join
-these islands with what is half around them. Biases, which ONNX Runtime keeps as int32, are float32 again.
+TensorRT runs a convolution in int8 where DequantizeLinear makes its input and its weight, without zero points. The rest
+of what ONNX Runtime's quantiser writes is for ONNX Runtime's kernels and undone here:
 
-Source: what tensorrt-rtx 1.7 makes of both forms. For sm 86, 89 and 120 its plan has every such convolution read int8
-pictures and int8 weights, with Q and the padding before it fused into the operator that comes first; a test reads that
-out of the builder's log. Which kernel does it is chosen where the engine is loaded, and none has been: no GPU was at
-hand. NVIDIA's table of precisions (TensorRT for RTX 1.5) names int8 for weights of matrix products alone.
+    biases in int32     float32 again, rounded as they were
+    results in int8     as they are: ONNX Runtime wants them rounded to call a convolution int8; TensorRT's int8 kernels
+                        give float32, and rounding that costs 2.6 dB on avatars-128, 1 dB on full-size ade20k
+
+What is int8 is float32 around it in a network of any precision: float16 would round the scales, to nothing below 6e-8.
+Casts, which TensorRT fuses with Q and with what follows the convolution, join these islands with what is half.
+
+Source: the plans that tensorrt-rtx 1.7 makes for sm 86, 89 and 120. Each of these convolutions reads int8 and an int8
+weight there, and a test takes that from the builder's log; float16 scales give the same plan. Which kernel computes it
+is chosen where the engine is loaded, which has never been done, for no GPU was at hand: that int8 is faster is not
+shown, and NVIDIA's table of precisions (TensorRT for RTX 1.5) has int8 for the weights of matrix products alone.
 """
 
 from __future__ import annotations
@@ -22,27 +27,48 @@ def is_quantized(node: ir.Node | None) -> bool:
     """Whether `node` is one of the int8 islands: quantises, dequantises, or is a convolution of what that gives."""
     if node is None or node.op_type != "Conv":
         return node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear")
-    picture = node.inputs[0]
-    made = picture.producer() if picture is not None else None
-    return made is not None and made.op_type == "DequantizeLinear"
-
-
-def restore_biases(graph: ir.Graph) -> None:
-    """Replace each int32 constant and its DequantizeLinear by the float32 constant that they stand for."""
-    for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
-        stored, scale = (value.const_value if value is not None else None for value in node.inputs[:2])
-        if stored is None or scale is None or stored.dtype != ir.DataType.INT32:
-            continue
-        output = node.outputs[0]
-        tensor = ir.tensor((stored.numpy() * scale.numpy()).astype(np.float32), name=f"{output.name}_restored")
-        restored = ir.Value(
-            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
-        )
-        graph.register_initializer(restored)
-        ir.convenience.replace_all_uses_with(output, restored)
-        graph.remove(node, safe=True)
+    maker = _maker(node, 0)
+    return maker is not None and maker.op_type == "DequantizeLinear"
 
 
 def int8_convolutions(graph: onnx.ModelProto) -> int:
     """How many convolutions of `graph` are in int8."""
     return sum(node.op_type == "Conv" and is_quantized(node) for node in ir.from_proto(graph).graph)
+
+
+def prepare_int8(graph: ir.Graph) -> None:
+    """Undo in `graph` what TensorRT has no use for: int8 results and int32 biases. Graphs without int8 stay as is."""
+    _drop_rounding(graph, results_only=True)
+    for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
+        stored, scale = (value.const_value if value is not None else None for value in node.inputs[:2])
+        if stored is not None and scale is not None and stored.dtype == ir.DataType.INT32:
+            name = f"{node.outputs[0].name}_restored"
+            tensor = ir.tensor((stored.numpy() * scale.numpy()).astype(np.float32), name=name)
+            bias = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            graph.register_initializer(bias)
+            ir.convenience.replace_all_uses_with(node.outputs[0], bias)
+            graph.remove(node, safe=True)
+
+
+def unrounded(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """`graph` without the rounding of activations to int8; weights stay as they are."""
+    model = ir.from_proto(graph)
+    _drop_rounding(model.graph, results_only=False)
+    return ir.to_proto(model)
+
+
+def _drop_rounding(graph: ir.Graph, *, results_only: bool) -> None:
+    """Remove each QuantizeLinear with its DequantizeLinear, or those of the results of convolutions alone."""
+    for node in [node for node in graph if node.op_type == "QuantizeLinear"]:
+        source, maker = node.inputs[0], _maker(node, 0)
+        if source is None or (results_only and (maker is None or maker.op_type != "Conv")):
+            continue
+        for reader in [use.node for use in node.outputs[0].uses()]:
+            ir.convenience.replace_all_uses_with(reader.outputs[0], source)
+            graph.remove(reader, safe=True)
+        graph.remove(node, safe=True)
+
+
+def _maker(node: ir.Node, index: int) -> ir.Node | None:
+    value = node.inputs[index]
+    return value.producer() if value is not None else None
