@@ -27,7 +27,8 @@ def is_quantized(node: ir.Node | None) -> bool:
     """Whether `node` is one of the int8 islands: quantises, dequantises, or is a convolution of what that gives."""
     if node is None or node.op_type != "Conv":
         return node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear")
-    maker = _maker(node, 0)
+    value = node.inputs[0]
+    maker = value.producer() if value is not None else None
     return maker is not None and maker.op_type == "DequantizeLinear"
 
 
@@ -38,13 +39,16 @@ def int8_convolutions(graph: onnx.ModelProto) -> int:
 
 def prepare_int8(graph: ir.Graph) -> None:
     """Undo in `graph` what TensorRT has no use for: int8 results and int32 biases. Graphs without int8 stay as is."""
-    _drop_rounding(graph, results_only=True)
+    _drop_rounding(graph, every=False)
     for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
         stored, scale = (value.const_value if value is not None else None for value in node.inputs[:2])
         if stored is not None and scale is not None and stored.dtype == ir.DataType.INT32:
             name = f"{node.outputs[0].name}_restored"
-            tensor = ir.tensor((stored.numpy() * scale.numpy()).astype(np.float32), name=name)
-            bias = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            array = (stored.numpy() * scale.numpy()).astype(np.float32)
+            tensor = ir.tensor(array, name=name)
+            bias = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+            )
             graph.register_initializer(bias)
             ir.convenience.replace_all_uses_with(node.outputs[0], bias)
             graph.remove(node, safe=True)
@@ -53,22 +57,18 @@ def prepare_int8(graph: ir.Graph) -> None:
 def unrounded(graph: onnx.ModelProto) -> onnx.ModelProto:
     """`graph` without the rounding of activations to int8; weights stay as they are."""
     model = ir.from_proto(graph)
-    _drop_rounding(model.graph, results_only=False)
+    _drop_rounding(model.graph, every=True)
     return ir.to_proto(model)
 
 
-def _drop_rounding(graph: ir.Graph, *, results_only: bool) -> None:
-    """Remove each QuantizeLinear with its DequantizeLinear, or those of the results of convolutions alone."""
+def _drop_rounding(graph: ir.Graph, *, every: bool) -> None:
+    """Remove each QuantizeLinear with its DequantizeLinear, or those alone that no convolution reads."""
     for node in [node for node in graph if node.op_type == "QuantizeLinear"]:
-        source, maker = node.inputs[0], _maker(node, 0)
-        if source is None or (results_only and (maker is None or maker.op_type != "Conv")):
+        source, readers = node.inputs[0], [use.node for use in node.outputs[0].uses()]
+        convolved = any(use.node.op_type == "Conv" for reader in readers for use in reader.outputs[0].uses())
+        if source is None or (convolved and not every):
             continue
-        for reader in [use.node for use in node.outputs[0].uses()]:
+        for reader in readers:
             ir.convenience.replace_all_uses_with(reader.outputs[0], source)
             graph.remove(reader, safe=True)
         graph.remove(node, safe=True)
-
-
-def _maker(node: ir.Node, index: int) -> ir.Node | None:
-    value = node.inputs[index]
-    return value.producer() if value is not None else None
