@@ -182,11 +182,25 @@ def _build_one(
         config.progress_monitor = monitor
         engine = builder.build_serialized_network(network, config)
     if engine is None:
+        _clear(trt, key)
         raise BackendError(f"{what} for {_sms(key.architectures)}: {_failure(logger.errors)}")
     figures = {name: logger.figures.get(text, 0) for name, text in _FIGURES.items()}
     weights, activation = figures["weights"], figures["activation"]
     record = EngineRecord(key, inputs, outputs, weights, activation, 0, "", int8_convolutions(graph))
     return record, bytes(engine)
+
+
+def _clear(trt: Any, key: EngineKey) -> None:
+    """Build next to nothing, for tensorrt-rtx 1.7 compiles as for sm_75 what follows a failed build for that."""
+    if key.flavour != "tensorrt-rtx":
+        return
+    builder = trt.Builder(_logger(trt))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    layer = network.add_identity(network.add_input("input", trt.float32, (1,)))
+    network.mark_output(layer.get_output(0))
+    config = builder.create_builder_config()
+    _set_architectures(trt, config, key.architectures)
+    builder.build_serialized_network(network, config)
 
 
 def _set_architectures(trt: Any, config: Any, architectures: Sequence[int]) -> None:

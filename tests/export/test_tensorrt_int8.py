@@ -11,6 +11,7 @@ import pytest
 
 from flashcocos import cli
 from flashcocos.bundle import STAGES, Bundle
+from flashcocos.errors import BackendError
 from flashcocos.export import tensorrt_builder
 from flashcocos.export.memory_estimate import estimate
 from flashcocos.export.quantize import MIN_PSNR as QUALITY
@@ -167,8 +168,8 @@ def test_other_stages_are_those_of_the_float_bundle(quantized):
         assert int8_convolutions(graphs[0]) == 0
 
 
-def test_the_plan_of_tensorrt_has_the_convolutions_in_int8(rtx, quantized, half):
-    """Int8 activations and weights into each of them, by the layers that the builder logs; nothing runs here."""
+def planned(rtx, bundle, graphs):
+    """Types of the activation and weight that each convolution of the engines reads, by what the builder logs."""
 
     class Logger(rtx.ILogger):
         def __init__(self):
@@ -179,23 +180,35 @@ def test_the_plan_of_tensorrt_has_the_convolutions_in_int8(rtx, quantized, half)
             self.lines += message.splitlines()
 
     logger = Logger()
-    for stage in GENERATOR:
+    for stage, graph in graphs.items():
         builder = rtx.Builder(logger)
         network = builder.create_network(1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = rtx.OnnxParser(network, logger)
-        assert parser.parse(half[stage].SerializeToString())
+        assert parser.parse(graph.SerializeToString())
         config = builder.create_builder_config()
         config.profiling_verbosity = rtx.ProfilingVerbosity.DETAILED
         tensorrt_builder._set_architectures(rtx, config, (86, 89, 120))
         profile = builder.create_optimization_profile()
-        for name, shape in stage_shapes(Bundle(quantized), stage, SQUARE, 1).items():
+        for name, shape in stage_shapes(bundle, stage, SQUARE, 1).items():
             profile.set_shape(name, shape, shape, shape)
         config.add_optimization_profile(profile)
         assert builder.build_serialized_network(network, config) is not None
     layers = [line for line in logger.lines if "LayerType: correlation, " in line]
-    reads = [tuple(re.findall(r"Datatype: (\w+)", line)[:2]) for line in layers]  # activation and weight
+    return [tuple(re.findall(r"Datatype: (\w+)", line)[:2]) for line in layers]
+
+
+def test_the_plan_of_tensorrt_has_the_convolutions_in_int8(rtx, quantized, half):
+    reads = planned(rtx, Bundle(quantized), half)
     assert reads.count(("Int8", "Int8")) == CONVOLUTIONS
     assert set(reads) == {("Int8", "Int8"), ("Half", "Half")}
+
+
+def test_a_failed_build_leaves_nothing_to_the_next(rtx, quantized, half, tmp_path, monkeypatch):
+    """Without int8, as for sm_75, tensorrt-rtx 1.7 would make the next engine."""
+    monkeypatch.setattr(tensorrt_builder, "STAGES", GENERATOR)
+    with pytest.raises(BackendError, match="for sm_75: the build failed: "):
+        list(build(quantized, targets=[75], precision="float32", profiles=[SQUARE], output=tmp_path))
+    assert planned(rtx, Bundle(quantized), half).count(("Int8", "Int8")) == CONVOLUTIONS
 
 
 def test_engines_are_built_and_say_that_they_are_int8(rtx, quantized, tmp_path, monkeypatch):
