@@ -9,9 +9,12 @@ Stages of a translation, each an ONNX graph with dynamic batch, height and width
 
     query      label                        -> theta (batch, C, h, w) float32, h = height / 4
     exemplar   image (+ label if mixing)    -> phi (batch, C, h, w), values (batch, V, h, w) float32
-    synthesis  warped (batch, V, h, w), label -> image, warped_image (batch, 3, height, width) in [-1, 1]
+    coarse     warped (batch, V, h, w), label -> features (batch, F, height / 2, width / 2) float32
+    fine       features, warped, label       -> image, warped_image (batch, 3, height, width) in [-1, 1]
 
-The warp itself, theta x phi x values -> warped, runs between them in `flashcocos.kernels`.
+The warp itself, theta x phi x values -> warped, runs after the first two in `flashcocos.kernels`. The last two are the
+synthesis; with `warp_skip` they pass means (batch, label_channels, 3) on as well. The fine one looks less than
+`TILE_OVERLAP` pixels around each, so it runs on a whole picture or on overlapping tiles of it, with one result.
 """
 
 from __future__ import annotations
@@ -31,9 +34,9 @@ from .errors import BundleError, InputError
 from .files import atomic_path
 
 FORMAT = "flashcocos-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-STAGES = ("query", "exemplar", "synthesis")
+STAGES = ("query", "exemplar", "coarse", "fine")
 # in which the weights are stored, "int8" those of the generator; graphs take and give float32
 PRECISIONS = ("float32", "float16", "int8")
 MAX_MANIFEST_BYTES = 1 << 20

@@ -124,6 +124,7 @@ def _add_translate(command: Command) -> None:
     sub.add_argument("--pairs", metavar="CSV", help="instead of these: lines of input,exemplar[,exemplar_label]")
     sub.add_argument("-o", "--output", required=True, metavar="PATH", help="image to write, or folder for a folder")
     sub.add_argument("--size", type=_size, help='SIDE, HEIGHTxWIDTH or "input" (default: the model\'s own)')
+    sub.add_argument("--tile", type=int, metavar="PIXELS", help="finish larger pictures in tiles of this side")
     sub.add_argument("--format", choices=("png", "jpg"), default="png", help="of the images in a folder")
     sub.add_argument("--save", default="", metavar="LIST", help="also write any of warped,matches,confidence,grid")
     sub.add_argument("--grid", action="store_true", help="same as --save grid: input, exemplar, warped, result in one")
@@ -163,7 +164,11 @@ def _run_translate(options: argparse.Namespace) -> int:
     save = {name for name in options.save.split(",") if name} | ({"grid"} if options.grid else set())
     with (
         Translator(
-            options.model, **_engine(options), engines=options.engines, exemplar_budget=options.exemplar_budget
+            options.model,
+            **_engine(options),
+            engines=options.engines,
+            exemplar_budget=options.exemplar_budget,
+            tile=options.tile,
         ) as translator,
         Progress("translate", unit="image") as progress,
     ):
@@ -221,12 +226,13 @@ def _add_info(command: Command) -> None:
     sub.add_argument(
         "--size", type=_sides, metavar="SIZE", help="plan their GPU memory: SIDE or HEIGHTxWIDTH in pixels"
     )
+    sub.add_argument("--tile", type=int, metavar="PIXELS", help="plan it for tiles of this side")
 
 
 def _run_info(options: argparse.Namespace) -> int:
     from .runtime.info import describe_bundle
 
-    print(describe_bundle(options.bundle, options.engines, options.size))
+    print(describe_bundle(options.bundle, options.engines, options.size, options.tile))
     return 0
 
 

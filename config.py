@@ -13,6 +13,7 @@ from typing import Any
 from .errors import InputError
 
 SIZE_MULTIPLE = 32  # the generator starts at 1/32 of the image and doubles five times
+TILE_OVERLAP = 16  # pixels around a tile that are made and thrown away; the generator's fine half sees no further
 LABEL_KINDS = ("classes", "channels")
 WARP_UPSAMPLINGS = ("nearest", "bilinear", "patch")
 

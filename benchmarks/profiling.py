@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle import Bundle
+from ..bundle import STAGES, Bundle
 from ..errors import InputError
 from ..progress import Progress
+from ..runtime.stages import stage_inputs
 from ..runtime.translator import resolve_size
 from .inputs import inputs
 from .tables import table
@@ -54,25 +55,26 @@ def profile(
     if repeats < 1:
         raise InputError(f"repeats: expected at least 1, got {repeats}")
     label, image, image_label = inputs(config, side)
-    feeds: Arrays = {"label": load_label(config, label)[None]}
-    exemplar: Arrays = {"image": load_image(image)[None]}
+    arrays: Arrays = {"label": load_label(config, label)[None], "image": load_image(image)[None]}
     if config.mask_mixing:
-        exemplar["label"] = load_label(config, image_label)[None]
-    with Progress("profile", 4, unit="stage") as bar:
-        first, outputs = _stage(opened, "exemplar", exemplar, repeats, threads)
-        bar.advance()
-        second, theta = _stage(opened, "query", feeds, repeats, threads)
-        bar.advance()
+        arrays["exemplar_label"] = load_label(config, image_label)[None]
 
-        def warp() -> npt.NDArray[Any]:
-            sides = theta["theta"], outputs["phi"], outputs["values"]
-            return warp_arrays(*sides, patch=config.patch, temperature=config.temperature, match=True).out
+    def warp() -> npt.NDArray[Any]:
+        sides = arrays["theta"], arrays["phi"], arrays["values"]
+        return warp_arrays(*sides, patch=config.patch, temperature=config.temperature, match=True).out
 
-        third, warped = _repeated(warp, repeats)
-        bar.advance()
-        last, _ = _stage(opened, "synthesis", {"warped": warped, **feeds}, repeats, threads)
-        bar.advance()
-    return [first, second, StageProfile("warp", third, {}), last]
+    profiles = []
+    with Progress("profile", len(STAGES) + 1, unit="stage") as bar:
+        for stage in ("exemplar", "query", "warp", "coarse", "fine"):
+            if stage == "warp":
+                took, arrays["warped"] = _repeated(warp, repeats)
+                profiles.append(StageProfile("warp", took, {}))
+            else:
+                measured, outputs = _stage(opened, stage, stage_inputs(config, stage, arrays), repeats, threads)
+                profiles.append(measured)
+                arrays |= outputs
+            bar.advance()
+    return profiles
 
 
 def report(profiles: Sequence[StageProfile]) -> str:

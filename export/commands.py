@@ -36,6 +36,9 @@ def add_build(command: Callable[..., argparse.ArgumentParser]) -> None:
         "(default: the model's own)",
     )  # fmt: skip
     sub.add_argument("--batch", default="1", metavar="N", help="images at once: N or least:optimal:most (default: 1)")
+    sub.add_argument(
+        "--tile", type=int, metavar="PIXELS", help="side of the tiles that larger pictures are finished in; less memory"
+    )
     sub.add_argument("-o", "--output", metavar="DIR", help="folder of the engines (default: beside the bundle)")
     sub.add_argument("--check", action="store_true", help="first compare the graphs with the bundle's, on the CPU")
     sub.add_argument("--no-kernels", action="store_true", help="leave out the warp's kernels, which need triton")
@@ -65,7 +68,13 @@ def _run_build(options: argparse.Namespace) -> int:
         print(f"kernels: {', '.join(names)}", flush=True)
     built: list[Any] = []
     for one in build(
-        options.bundle, targets=targets, precision=precision, flavour=options.flavour, profiles=profiles, output=folder
+        options.bundle,
+        targets=targets,
+        precision=precision,
+        flavour=options.flavour,
+        profiles=profiles,
+        output=folder,
+        tile=options.tile,
     ):
         built.append(one.record)
         record = one.record
@@ -78,8 +87,8 @@ def _run_build(options: argparse.Namespace) -> int:
         )
     for profile in profiles:
         batch, height, width = (axis[2] for axis in (profile.batch, profile.height, profile.width))
-        chosen = [record for record in built if record.key.profile == profile]
-        print(f"device memory: {plan_memory(config, chosen, height, width, batch=batch)}")
+        chosen = [record for record in built if record.key.profile in (profile, profile.tiled(options.tile))]
+        print(f"device memory: {plan_memory(config, chosen, height, width, batch=batch, tile=options.tile)}")
     print(folder)
     return 0
 

@@ -1,4 +1,4 @@
-"""The three stages of a bundle as ONNX graphs, by torch's dynamo exporter.
+"""The stages of a bundle as ONNX graphs, by torch's dynamo exporter.
 
 The graphs hold standard operators of one pinned opset and their weights: no random nodes, no other domains.
 Batch, height and width are dynamic; inputs and outputs are those of `stage_tensors`, which the manifest repeats. What
@@ -35,7 +35,7 @@ RANDOM = {
 }  # fmt: skip
 _DTYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
 # sizes of the traced example; none is 1, which the exporter would take for a constant, and no two are equal
-_EXAMPLE = {"batch": 2, "height": 64, "width": 96, "h": 16, "w": 24}
+_EXAMPLE = {"batch": 2, "height": 64, "width": 96, "half_height": 32, "half_width": 48, "h": 16, "w": 24}
 
 
 def export_stage(model: CoCosNet, stage: str) -> ModelProto:
@@ -55,7 +55,7 @@ def export_stage(model: CoCosNet, stage: str) -> ModelProto:
         )
     assert program is not None  # with dynamo=True there always is one
     exported = program.model_proto
-    if stage == "synthesis" and model.config.attention:
+    if stage == "coarse" and model.config.attention:
         _replace(exported.graph, *loop_attention(exported.graph))
     clean(exported, stage, inputs, outputs)
     check_graph(exported, stage, inputs, outputs)
@@ -165,6 +165,8 @@ def _axes(config: ModelConfig) -> dict[str, torch.export.Dim]:
         "batch": torch.export.Dim("batch", min=1, max=4096),
         "height": SIZE_MULTIPLE * rows,
         "width": SIZE_MULTIPLE * columns,
+        "half_height": SIZE_MULTIPLE // 2 * rows,
+        "half_width": SIZE_MULTIPLE // 2 * columns,
         "h": quarter * rows,
         "w": quarter * columns,
     }

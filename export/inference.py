@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..config import SIZE_MULTIPLE
 from ..errors import BundleError
 from ..train.networks import CoCosNet
-from ..train.networks.layers import SelfAttention, subsample
+from ..train.networks.generator import class_means
+from ..train.networks.layers import SelfAttention
 
 # every size has a multiple of as many queries, (H / 2)(W / 2) for H and W that 32 divides; at 256 px the rows take
 # 4 MiB, which stay in the cache
@@ -31,7 +32,7 @@ ATTENTION_ROWS = (SIZE_MULTIPLE // 2) ** 2
 def stage_module(model: CoCosNet, stage: str) -> nn.Module:
     """`model`, in evaluation mode, with the inputs and outputs of `stage_tensors(model.config)[stage]`; shares weights.
 
-    In a synthesis with attention the matrix is formed whole; `loop_attention` mends that in its graph.
+    In a coarse stage with attention the matrix is formed whole; `loop_attention` mends that in its graph.
     """
     return _STAGES[stage](model).eval()
 
@@ -54,27 +55,30 @@ class _Stage(nn.Module):
             if name.endswith("shared") or name in ("first", "layers.0"):
                 part.set_submodule(name, _PresentConv2d(convolution, self.classes, self.present))
 
+    def find(self, label: Tensor) -> None:
+        """Let the classes that occur in `label` be those of `planes`."""
+        if self.classes:
+            # class 0 counts as present, so that there always is a plane; ids past the classes belong to none
+            found = (torch.arange(self.classes + 1) == 0).to(torch.float32)
+            found = found.scatter(0, label.clamp_max(self.classes).flatten().long(), 1.0)[: self.classes]
+            self.present.classes = found.nonzero()[:, 0]
+
     def planes(self, label: Tensor) -> Tensor:
-        """Label planes (B, nc, H, W) as they are; for class ids (B, H, W) those of the classes that occur."""
+        """Label planes (B, nc, H, W) as they are; for class ids (B, H, W) those of the classes that `find` found."""
         if not self.classes:
             return label
-        # class 0 counts as present, so that there always is a plane; ids past the classes belong to none
-        found = (torch.arange(self.classes + 1) == 0).to(torch.float32)
-        found = found.scatter(0, label.clamp_max(self.classes).flatten().long(), 1.0)[: self.classes]
-        self.present.classes = found.nonzero()[:, 0]
         return (label[:, None] == self.present.classes.to(torch.int32).reshape(1, -1, 1, 1)).to(self.dtype)
 
     def read(self, label: Tensor) -> Tensor:
         """The label as the graph's other operators take it: TensorRT refuses uint8 that anything but a cast reads."""
         return label.to(torch.int32) if self.classes else label
 
-    def coarse(self, label: Tensor) -> Tensor:
-        """All planes of the label (B, nc, H/4, W/4), as the correspondence network mixes them in."""
-        step = self.model.config.down_scale
+    def every_plane(self, label: Tensor) -> Tensor:
+        """All planes of a label, (B, nc, H, W)."""
         if not self.classes:
-            return subsample(label, step)
+            return label
         ids = torch.arange(self.classes, dtype=torch.int32).reshape(1, -1, 1, 1)
-        return (label[:, None, ::step, ::step] == ids).to(self.dtype)
+        return (label[:, None] == ids).to(self.dtype)
 
 
 class _Query(_Stage):
@@ -84,29 +88,63 @@ class _Query(_Stage):
 
     def forward(self, label: Tensor) -> Tensor:
         correspondence, label = self.model.correspondence, self.read(label)
-        return correspondence.query(correspondence.label_adaptor(self.planes(label)), self.coarse(label))
+        self.find(label)
+        mixed = self.every_plane(quarter(label))
+        return correspondence.query(correspondence.label_adaptor(self.planes(label)), mixed)
 
 
 class _Exemplar(_Stage):
     def forward(self, image: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         correspondence = self.model.correspondence
-        mixed = None if label is None else self.coarse(self.read(label))
+        mixed = None if label is None else self.every_plane(quarter(self.read(label)))
         return correspondence.key(correspondence.image_adaptor(image), mixed), self.model.warp_values(image)
 
 
-class _Synthesis(_Stage):
+class _Coarse(_Stage):
     def __init__(self, model: CoCosNet) -> None:
         super().__init__(model)
         self.sparse(self.model.generator)
         if isinstance(attention := self.model.generator.attention, SelfAttention):
             attention.attend = _matrix_attention
 
-    def forward(self, warped: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, warped: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        generator, label = self.model.generator, self.read(label)
+        self.find(label)
         warped_image = self.model.upsample_warp(warped)
-        return self.model.generator(warped_image, self.planes(self.read(label))), warped_image
+        means = class_means(warped_image, self.planes(label)) if generator.warp_skip else None
+        features = generator.coarse(generator.condition(quarter(warped_image), self.planes(quarter(label)), means))
+        return (features,) if means is None else (features, self._of_every_class(means))
+
+    def _of_every_class(self, means: Tensor) -> Tensor:
+        """Means (B, K, 3) of the classes that occur -> (B, nc, 3), 0 for the others."""
+        if not self.classes:
+            return means
+        places = torch.arange(self.classes)[:, None] == self.present.classes
+        return places.to(self.dtype) @ means
 
 
-_STAGES = {"query": _Query, "exemplar": _Exemplar, "synthesis": _Synthesis}
+class _Fine(_Stage):
+    def __init__(self, model: CoCosNet) -> None:
+        super().__init__(model)
+        self.sparse(self.model.generator)
+
+    def forward(
+        self, features: Tensor, warped: Tensor, label: Tensor, means: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        generator, label = self.model.generator, self.read(label)
+        self.find(label)
+        warped_image = self.model.upsample_warp(warped)
+        if means is not None and self.classes:
+            means = means.index_select(1, self.present.classes)
+        return generator.fine(features, generator.condition(warped_image, self.planes(label), means)), warped_image
+
+
+_STAGES = {"query": _Query, "exemplar": _Exemplar, "coarse": _Coarse, "fine": _Fine}
+
+
+def quarter(x: Tensor) -> Tensor:
+    """Every fourth pixel of images (B, C, H, W) or class ids (B, H, W)."""
+    return x[..., ::4, ::4]
 
 
 class _Present:
@@ -133,14 +171,14 @@ def _matrix_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def loop_attention(graph: GraphProto) -> tuple[list[NodeProto], list[TensorProto]]:
-    """Nodes and initialisers of a synthesis whose one softmax(query key^T) value is a Loop over rows instead."""
+    """Nodes and initialisers of a coarse stage whose one softmax(query key^T) value is a Loop over rows instead."""
     nodes = list(graph.node)
     places = [place for place, node in enumerate(nodes) if node.op_type == "Softmax"]
     if len(places) != 1:
-        raise BundleError(f"synthesis: expected one softmax, that of the self-attention; found {len(places)}")
+        raise BundleError(f"coarse: expected one softmax, that of the self-attention; found {len(places)}")
     scores, softmax, product = trio = nodes[places[0] - 1 : places[0] + 2]
     if [node.op_type for node in trio] != ["MatMul", "Softmax", "MatMul"] or product.input[0] != softmax.output[0]:
-        raise BundleError("synthesis: the self-attention is not the three operators that its export makes")
+        raise BundleError("coarse: the self-attention is not the three operators that its export makes")
     names = {"query": scores.input[0], "key": scores.input[1], "value": product.input[1], "out": product.output[0]}
     loop = onnx.parser.parse_graph(_ATTENTION.format(**names))
     nodes[places[0] - 1 : places[0] + 2] = loop.node

@@ -38,14 +38,14 @@ from onnxscript import optimizer
 from ..bundle import Bundle, write_bundle
 from ..config import ModelConfig
 from ..errors import BackendError, InputError
-from ..kernels.corr_warp import warp_arrays
 from ..preprocess.images import load_image, to_uint8
 from ..preprocess.labels import load_label, resize_nearest
 from ..progress import Progress
 from ..runtime.engine import OnnxRuntimeEngine
 from ..runtime.jobs import Job
-from ..runtime.stages import check_stages
+from ..runtime.stages import check_stages, stage_inputs
 from .graphs import check_graph, clean
+from .verify import run_stages
 
 MIN_PSNR = 32.0  # dB, of a held-out picture against the float one; less is refused unless asked for
 Arrays = dict[str, npt.NDArray[Any]]
@@ -76,6 +76,7 @@ def quantize_bundle(
     `BackendError` where a held-out picture is below `min_psnr`; nothing is written then.
     """
     opened = Bundle(bundle)
+    config = opened.manifest.config
     check_stages(opened.manifest)
     if opened.manifest.precision == "int8":
         raise InputError(f"{bundle}: its generator is int8 already")
@@ -86,34 +87,52 @@ def quantize_bundle(
     with Progress("calibrate", len(pairs), unit="pair") as progress:
         feeds = []
         for pair in pairs:
-            feeds.append(_feed(opened.manifest.config, engines, pair))
+            feeds.append(run_stages(config, lambda stage, inputs: engines[stage].run(inputs), _inputs(config, pair)))
             progress.advance()
-    model = ir.from_proto(onnx.load_model_from_string(opened.read_stage("synthesis")))
-    # weights that are stored in float16 become constants again
-    optimizer.fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40)
-    RemoveUnusedNodesPass()(model)
-    graph = ir.to_proto(model)
-    convolutions = [node for node in graph.graph.node if node.op_type == "Conv"]
-    kept = [node.name for node in convolutions if not _quantizable(graph.graph, node)] + [convolutions[-1].name]
-    small = _quantize(graph, feeds[held_out:], kept)
-    spec = opened.manifest.stages["synthesis"]
-    clean(small, "synthesis", spec.inputs, spec.outputs)
-    check_graph(small, "synthesis", spec.inputs, spec.outputs)
     files = {name: opened.read(name) for name in opened.manifest.files}
-    files[spec.file] = small.SerializeToString(deterministic=True)
+    convolutions = quantized = 0
+    for stage in ("coarse", "fine"):
+        calibration = [stage_inputs(config, stage, arrays) for arrays in feeds[held_out:]]
+        graph, counts = _quantize_stage(opened, stage, calibration)
+        files[opened.manifest.stages[stage].file] = graph.SerializeToString(deterministic=True)
+        quantized, convolutions = quantized + counts[0], convolutions + counts[1]
     manifest = dataclasses.replace(opened.manifest, precision="int8")
     with tempfile.TemporaryDirectory() as folder:
         # measured as it will be read
         trial = Bundle(write_bundle(Path(folder) / "trial", manifest, files))
-        engine = OnnxRuntimeEngine(trial, "synthesis")
-        psnr = [_psnr(engine.run(feed)["image"], engines["synthesis"].run(feed)["image"]) for feed in feeds[:held_out]]
+        psnr = [_psnr(_synthesise(trial, arrays), arrays["image"]) for arrays in feeds[:held_out]]
     if min(psnr) < min_psnr:
         raise BackendError(
             f"{bundle}: int8 gives {min(psnr):.1f} dB on a held-out pair, expected {min_psnr:g} or more; calibrate on "
             "more pairs of the kind that will be translated, or keep the float bundle"
         )
     path = write_bundle(output, manifest, files)
-    return Quantized(path, psnr, len(convolutions) - len(set(kept)), len(convolutions))
+    return Quantized(path, psnr, quantized, convolutions)
+
+
+def _quantize_stage(bundle: Bundle, stage: str, feeds: Sequence[Arrays]) -> tuple[onnx.ModelProto, tuple[int, int]]:
+    """A stage in int8, calibrated on `feeds`, and how many of its convolutions are, of how many."""
+    model = ir.from_proto(onnx.load_model_from_string(bundle.read_stage(stage)))
+    # weights that are stored in float16 become constants again
+    optimizer.fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40)
+    RemoveUnusedNodesPass()(model)
+    graph = ir.to_proto(model)
+    convolutions = [node for node in graph.graph.node if node.op_type == "Conv"]
+    kept = {node.name for node in convolutions if not _quantizable(graph.graph, node)}
+    if stage == "fine":
+        kept.add(convolutions[-1].name)
+    small = _quantize(graph, feeds, sorted(kept))
+    spec = bundle.manifest.stages[stage]
+    clean(small, stage, spec.inputs, spec.outputs)
+    check_graph(small, stage, spec.inputs, spec.outputs)
+    return small, (len(convolutions) - len(kept), len(convolutions))
+
+
+def _synthesise(bundle: Bundle, arrays: Arrays) -> npt.NDArray[Any]:
+    """The picture of `bundle` for what the stages before have given."""
+    for stage in ("coarse", "fine"):
+        arrays = arrays | OnnxRuntimeEngine(bundle, stage).run(stage_inputs(bundle.manifest.config, stage, arrays))
+    return arrays["image"]
 
 
 def _quantizable(graph: onnx.GraphProto, node: onnx.NodeProto) -> bool:
@@ -161,28 +180,19 @@ def _quantize_file(source: Path, target: Path, reader: CalibrationDataReader, ke
     )
 
 
-def _feed(config: ModelConfig, engines: dict[str, OnnxRuntimeEngine], pair: Job) -> Arrays:
-    """What the synthesis of a pair is given."""
+def _inputs(config: ModelConfig, pair: Job) -> Arrays:
+    """The inputs of all stages for a pair, by their names in `stage_inputs`."""
     size = (config.image_size, config.image_size)
 
     def label(path: Path) -> npt.NDArray[Any]:
         return resize_nearest(load_label(config, path), size)[None]
 
-    exemplar: Arrays = {"image": load_image(pair.exemplar, size)[None]}
+    inputs: Arrays = {"label": label(pair.label), "image": load_image(pair.exemplar, size)[None]}
     if config.mask_mixing:
         if pair.exemplar_label is None:
             raise InputError(f"{pair.exemplar}: a model for {config.task} needs the exemplar's label")
-        exemplar["label"] = label(pair.exemplar_label)
-    query = {"label": label(pair.label)}
-    features = engines["exemplar"].run(exemplar)
-    warp = warp_arrays(
-        engines["query"].run(query)["theta"],
-        features["phi"],
-        features["values"],
-        patch=config.patch,
-        temperature=config.temperature,
-    )
-    return {"warped": warp.out, **query}
+        inputs["exemplar_label"] = label(pair.exemplar_label)
+    return inputs
 
 
 def _psnr(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:

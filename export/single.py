@@ -83,7 +83,7 @@ def single_tensors(config: ModelConfig) -> tuple[tuple[TensorSpec, ...], tuple[T
         return TensorSpec(_EXEMPLAR[tensor.name], tensor.dtype, tuple(own.get(str(a), a) for a in tensor.shape))
 
     inputs = (*tensors["query"][0], *map(exemplar, tensors["exemplar"][0]))
-    return inputs, tensors["synthesis"][1]
+    return inputs, tensors["fine"][1]
 
 
 def single_graph(config: ModelConfig, stages: Mapping[str, ModelProto]) -> ModelProto:
@@ -95,7 +95,7 @@ def single_graph(config: ModelConfig, stages: Mapping[str, ModelProto]) -> Model
         names = {tensor.name: tensor.name for tensors in stage_tensors(config)[stage] for tensor in tensors}
         if stage == "exemplar":
             names |= _EXEMPLAR
-        if stage == "synthesis":
+        if stage == "coarse":
             nodes += warp.graph.node
         added, weights = renamed(stages[stage].graph, f"{stage}/", names)
         nodes += added

@@ -42,7 +42,8 @@ from ..runtime.engine_store import (
     read_engine,
     write_engine,
 )
-from ..runtime.stages import check_stages, signature, stage_tensors
+from ..runtime.stages import axis_sizes, check_stages, concrete_shape, signature, stage_tensors
+from ..runtime.tiles import check_tile
 from .bundle_writer import compiled_kernels
 from .memory_estimate import estimate
 from .tensorrt_graphs import bundle_graph
@@ -72,6 +73,7 @@ def build(
     flavour: str = "tensorrt-rtx",
     profiles: Sequence[Profile] = (),
     output: str | os.PathLike[str] | None = None,
+    tile: int | None = None,
 ) -> Iterator[Built]:
     """Build what is missing and yield every engine, stage by stage and profile by profile, once it is stored.
 
@@ -79,6 +81,7 @@ def build(
         but that of the GPU at hand.
     precision: "float32" or "float16", of all but what a bundle of `quantize` has in int8.
     profiles: the shapes; without any, one picture of the model's own size. output: folder, beside the bundle.
+    tile: side of the fine stage's tiles, as `Translator` takes it; None builds it for whole pictures.
     Raises `InputError` for options that do not fit, `BundleError` for a bundle that cannot be used, and `BackendError`
     where the flavour is missing, does not know a target, or fails, say for memory.
     """
@@ -86,6 +89,7 @@ def build(
     check_stages(opened.manifest)
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    check_tile(tile)
     trt = import_flavour(flavour)
     architectures = tuple(sorted(set(targets))) or (current_architecture(),)
     _check_targets(trt, flavour, architectures)
@@ -95,7 +99,8 @@ def build(
     known = {record.key: record for record in list_engines(folder)}
     for stage in STAGES:
         graph = None
-        for profile in profiles:
+        for asked in profiles:
+            profile = asked.tiled(tile) if stage == "fine" else asked
             sha256 = opened.manifest.files[opened.manifest.stages[stage].file].sha256
             key = EngineKey(stage, sha256, flavour, str(trt.__version__), architectures, precision, profile)
             path = folder / f"{key.stem}.engine"
@@ -137,13 +142,9 @@ def parse_profile(size: str, batch: str) -> Profile:
 
 def stage_shapes(bundle: Bundle, stage: str, profile: Profile, which: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a stage's inputs at the profile's least (0), optimal (1) or largest (2) size."""
-    scale = bundle.manifest.config.down_scale
-    height, width = profile.height[which], profile.width[which]
-    sides = {"batch": profile.batch[which], "height": height, "width": width, "h": height // scale, "w": width // scale}
-    return {
-        tensor.name: tuple(sides[side] if isinstance(side, str) else side for side in tensor.shape)
-        for tensor in stage_tensors(bundle.manifest.config)[stage][0]
-    }
+    config = bundle.manifest.config
+    sizes = axis_sizes(config, profile.batch[which], profile.height[which], profile.width[which])
+    return {tensor.name: concrete_shape(tensor, sizes) for tensor in stage_tensors(config)[stage][0]}
 
 
 def build_kernels(bundle: str | os.PathLike[str], folder: Path, targets: Sequence[int], precision: str) -> list[str]:

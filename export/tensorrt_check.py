@@ -10,7 +10,6 @@ for, which random ones are not. Neither form of such a bundle rounds activations
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,14 @@ import onnxruntime
 
 from ..bundle import Bundle
 from ..errors import BackendError
-from ..kernels.corr_warp import warp_arrays
 from ..preprocess.images import to_uint8
 from ..runtime.engine import OnnxRuntimeEngine
 from ..runtime.graph_check import refuse_external_data
 from .tensorrt_graphs import bundle_graph
 from .tensorrt_int8 import unrounded
-from .verify import random_inputs, stage_inputs
+from .verify import random_inputs, run_stages
+
+Arrays = dict[str, npt.NDArray[Any]]
 
 # dB; measured with float16: 59 on full-size ade20k with seeded weights at 256 px, 65 on avatars-128 at 128 px; of the
 # int8 bundles of both 62 and 67
@@ -41,17 +41,11 @@ def agreement(bundle: Bundle, precision: str, size: int) -> float:
     config = bundle.manifest.config
     inputs = random_inputs(config, (size, size), 1)
 
-    def translate(run: Any) -> dict[str, npt.NDArray[Any]]:
-        stages = stage_inputs(config, inputs)
-        theta = run("query", stages["query"])["theta"]
-        exemplar = run("exemplar", stages["exemplar"])
-        warp = warp_arrays(
-            theta, exemplar["phi"], exemplar["values"], patch=config.patch, temperature=config.temperature
-        )
-        return run("synthesis", stage_inputs(config, inputs, warp.out)["synthesis"])
+    def rewritten(stage: str, feeds: Arrays) -> Arrays:
+        return _run(unrounded(bundle_graph(bundle, stage, precision)), feeds)
 
-    expected = translate(lambda stage, feeds: _run_own(bundle, stage, feeds))
-    found = translate(lambda stage, feeds: _run(unrounded(bundle_graph(bundle, stage, precision)), feeds))
+    expected = run_stages(config, lambda stage, feeds: _run_own(bundle, stage, feeds), inputs)
+    found = run_stages(config, rewritten, inputs)
     if found["invalid"]:
         raise BackendError(f"{bundle.path}: gives NaN in {precision}: its weights overflow; use precision float32")
     difference = found["image"][0].astype(np.float64) - to_uint8(expected["image"][0])
@@ -70,7 +64,7 @@ def require_agreement(bundle: Bundle, precision: str, size: int) -> float:
     return found
 
 
-def _run_own(bundle: Bundle, stage: str, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+def _run_own(bundle: Bundle, stage: str, feeds: Arrays) -> Arrays:
     if bundle.manifest.precision != "int8":
         return OnnxRuntimeEngine(bundle, stage).run(feeds)
     graph = bundle.read_stage(stage)
@@ -78,9 +72,9 @@ def _run_own(bundle: Bundle, stage: str, feeds: Mapping[str, npt.NDArray[Any]]) 
     return _run(unrounded(onnx.load_model_from_string(graph)), feeds)
 
 
-def _run(graph: onnx.ModelProto, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+def _run(graph: onnx.ModelProto, feeds: Arrays) -> Arrays:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    return dict(zip(names, session.run(names, feeds), strict=True))

@@ -64,7 +64,7 @@ def tensorrt_graph(graph: bytes, stage: str, *, classes: int, half: bool) -> onn
             _cast_label(model.graph)
         _join_attention(model.graph)
         prepare_int8(model.graph)
-        if stage == "synthesis":
+        if stage == "fine":
             _pack_pictures(model.graph)
         optimizer.fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40)
         RemoveUnusedNodesPass()(model)

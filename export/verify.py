@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from ..kernels.corr_warp import corr_warp, warp_arrays
 from ..progress import Progress
 from ..runtime.engine import Engine, OnnxRuntimeEngine
 from ..runtime.graph_check import refuse_external_data
-from ..runtime.stages import check_stages
+from ..runtime.stages import check_stages, stage_inputs
 from ..train.checkpoint import load_model
 from ..train.networks import CoCosNet
 from ..train.networks.cocosnet import MIN_SIDE
@@ -142,6 +142,11 @@ def verify(
     engines = _open(report, bundle)
     if engines is None:
         return report
+    opened = engines
+
+    def run(stage: str, feeds: Arrays) -> Arrays:
+        return opened[stage].run(feeds)
+
     model = None
     if checkpoint is not None:
         model = load_model(checkpoint)
@@ -152,10 +157,10 @@ def verify(
     with Progress("verify", len(cases), unit="case") as progress:
         for size, batch in cases:
             inputs = random_inputs(config, size, batch)
-            outputs = _translate(config, engines, inputs)
+            outputs = run_stages(config, run, inputs)
             report.add(f"finite results at {size}, batch {batch}", _finite(outputs))
             if not seen:
-                again = _translate(config, engines, inputs)
+                again = run_stages(config, run, inputs)
                 equal = all(np.array_equal(outputs[name], again[name]) for name in outputs)
                 report.add("two runs give the same bits", equal)
             if size in seen:
@@ -163,7 +168,7 @@ def verify(
             else:
                 seen[size] = outputs
             if model is not None:
-                _compare_model(report, model, engines, precision, size, inputs, outputs)
+                _compare_model(report, model, run, precision, size, inputs, outputs)
             progress.advance()
     return report
 
@@ -230,31 +235,21 @@ def _check_stage(bundle: Bundle, stage: str) -> int:
     return int(graph.opset_import[0].version)
 
 
-def stage_inputs(config: ModelConfig, inputs: Arrays, warped: npt.NDArray[Any] | None = None) -> dict[str, Arrays]:
-    """The inputs of each stage out of `random_inputs`; of the synthesis where `warped` is given."""
-    exemplar = {"image": inputs["image"]}
-    if config.mask_mixing:
-        exemplar["label"] = inputs["exemplar_label"]
-    stages = {"query": {"label": inputs["label"]}, "exemplar": exemplar}
-    if warped is not None:
-        stages["synthesis"] = {"warped": warped, "label": inputs["label"]}
-    return stages
-
-
-def _translate(config: ModelConfig, engines: dict[str, Engine], inputs: Arrays) -> Arrays:
-    """Every output of all stages, and "warped", as the runtime computes them."""
-    stages = stage_inputs(config, inputs)
-    outputs = engines["query"].run(stages["query"]) | engines["exemplar"].run(stages["exemplar"])
-    features = (outputs["theta"], outputs["phi"], outputs["values"])
-    warp = warp_arrays(*features, patch=config.patch, temperature=config.temperature)
-    synthesis = stage_inputs(config, inputs, warp.out)["synthesis"]
-    return outputs | {"warped": warp.out} | engines["synthesis"].run(synthesis)
+def run_stages(config: ModelConfig, run: Callable[[str, Arrays], Arrays], inputs: Arrays) -> Arrays:
+    """`random_inputs` and what `run(stage, feeds)` makes of them: every output of all stages, and "warped"."""
+    arrays = dict(inputs)
+    for stage in STAGES:
+        if stage == "coarse":
+            features = (arrays["theta"], arrays["phi"], arrays["values"])
+            arrays["warped"] = warp_arrays(*features, patch=config.patch, temperature=config.temperature).out
+        arrays |= run(stage, stage_inputs(config, stage, arrays))
+    return arrays
 
 
 def _compare_model(
     report: Report,
     model: CoCosNet,
-    engines: dict[str, Engine],
+    run: Callable[[str, Arrays], Arrays],
     precision: str,
     size: Size,
     inputs: Arrays,
@@ -270,7 +265,9 @@ def _compare_model(
         result, warped_image = model.synthesise(warped, label)
     expected = {"theta": theta, "phi": phi, "values": values, "image": result, "warped_image": warped_image}
     references = {name: tensor.numpy() for name, tensor in expected.items()}
-    synthesis = engines["synthesis"].run(stage_inputs(config, inputs, warped.numpy())["synthesis"])
+    synthesis = inputs | {"warped": warped.numpy()}
+    for stage in ("coarse", "fine"):
+        synthesis |= run(stage, stage_inputs(config, stage, synthesis))
     for scope, found in (("stage", outputs | synthesis), ("end to end", outputs)):
         names = references if scope == "stage" else ("image", "warped_image")
         for name in names:

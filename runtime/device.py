@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,21 @@ class Recording(Protocol):
         ...
 
 
+class Box(NamedTuple):
+    """So many bytes of so many rows of so many planes."""
+
+    width: int
+    height: int
+    depth: int
+
+
+class Layout(NamedTuple):
+    """How rows lie in memory: bytes from one to the next, and rows from one plane to the next."""
+
+    pitch: int
+    rows: int
+
+
 class Device(Protocol):
     """One GPU. All but the attributes, `active` and `close` is to be called within `active`, in one thread at a time.
 
@@ -114,6 +129,10 @@ class Device(Protocol):
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Put a copy of `size` bytes from address to address on the stream."""
+        ...
+
+    def copy_box(self, target: int, target_layout: Layout, source: int, source_layout: Layout, box: Box) -> None:
+        """Put a copy of a box of bytes on the stream; the addresses are those of its first bytes."""
         ...
 
     def load(self, cubin: bytes, entry: str, formats: str, threads: int, shared_bytes: int) -> Kernel:

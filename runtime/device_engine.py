@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from ..bundle import TensorSpec
 from ..config import ModelConfig
 from .engine import EngineInfo
-from .stages import stage_tensors
+from .stages import axis_sizes, concrete_shape, stage_tensors
 
 Shape = tuple[int, int, int]  # images a batch, height and width in pixels
 
@@ -80,23 +80,21 @@ class DeviceEngine(Protocol):
 def device_tensors(
     config: ModelConfig, stage: str, *, packed: bool
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """(inputs, outputs) of a stage on the device: those of the bundle, but for a synthesis that packs its pictures."""
+    """(inputs, outputs) of a stage on the device: those of the bundle, but for a fine one that packs its pictures."""
     inputs, outputs = stage_tensors(config)[stage]
-    if stage == "synthesis" and packed:
+    if stage == "fine" and packed:
         picture = ("batch", "height", "width", 3)
         images = tuple(TensorSpec(name, "uint8", picture) for name in ("image", "warped_image"))
         outputs = (*images, TensorSpec("invalid", "float32", ()))
     return inputs, outputs
 
 
-def concrete(tensors: Iterable[TensorSpec], shape: Shape, scale: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+def concrete(
+    config: ModelConfig, tensors: Iterable[TensorSpec], shape: Shape
+) -> dict[str, tuple[tuple[int, ...], Any]]:
     """name -> (shape, dtype) with every dynamic axis in numbers."""
-    batch, height, width = shape
-    sides = {"batch": batch, "height": height, "width": width, "h": height // scale, "w": width // scale}
-    return {
-        tensor.name: (tuple(sides[side] if isinstance(side, str) else side for side in tensor.shape), tensor.dtype)
-        for tensor in tensors
-    }
+    sizes = axis_sizes(config, *shape)
+    return {tensor.name: (concrete_shape(tensor, sizes), tensor.dtype) for tensor in tensors}
 
 
 def axis_names(tensors: Iterable[TensorSpec]) -> dict[str, tuple[str, int]]:

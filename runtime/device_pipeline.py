@@ -27,8 +27,8 @@ from ..errors import BackendError, InputError
 from ..preprocess.images import FloatArray, UInt8Array, to_uint8
 from .cubins import FOLDER, BundleKernels, KernelFolder, find_kernels
 from .device import Buffer, Device, mebibytes
-from .device_engine import DeviceEngine, Shape
-from .device_plan import EncodePlan, KeyPlan, Plan, TranslatePlan, UploadPlan, translate_tensors
+from .device_engine import DeviceEngine, Shape, device_tensors
+from .device_plan import EncodePlan, KeyPlan, Plan, TranslatePlan, UploadPlan, tile_shape, translate_tensors
 from .device_warp import DeviceWarp, total_bytes
 from .engine import ARITHMETIC, EngineInfo
 from .engine_store import FLAVOURS, PRECISIONS, default_folder
@@ -36,21 +36,28 @@ from .pipeline import Exemplar, Rendering, require_finite
 
 MAX_PLANS = 16  # shapes whose buffers are kept
 MAX_BATCH = 256
+_TRANSLATE = ("query", "coarse", "fine")
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 
 class DevicePipeline:
     """The stages of `bundle` on `device`, which it owns and closes; so it does the engines.
 
-    budget: bytes of device memory for encoded exemplars.
+    budget: bytes of device memory for encoded exemplars. tile: side of the fine stage's tiles, None for whole pictures.
     """
 
     def __init__(
-        self, bundle: Bundle, device: Device, engines: Mapping[str, DeviceEngine], warp: DeviceWarp, budget: int
+        self,
+        bundle: Bundle,
+        device: Device,
+        engines: Mapping[str, DeviceEngine],
+        warp: DeviceWarp,
+        budget: int,
+        tile: int | None = None,
     ) -> None:
         self._name, self._config = bundle.path, bundle.manifest.config
         self._device, self._engines, self._warp, self._budget = device, engines, warp, budget
-        self._packed = engines["synthesis"].packed
+        self._tile, self._packed = tile, engines["fine"].packed
         self._lock = threading.RLock()
         self._closed = False
         self._plans: collections.OrderedDict[tuple[Any, ...], Plan] = collections.OrderedDict()
@@ -88,7 +95,7 @@ class DevicePipeline:
         with self._running():
             for key_map, indices in alike.items():
                 while indices:
-                    batch = self._batch(("query", "synthesis"), len(indices), height, width)
+                    batch = self._batch(_TRANSLATE, len(indices), height, width)
                     part, indices = indices[:batch], indices[batch:]
                     rendered = self._render(label[part], [exemplars[i] for i in part], (batch, height, width), key_map)
                     results.update(zip(part, rendered, strict=True))
@@ -147,7 +154,7 @@ class DevicePipeline:
         timings = {name: value / len(label) for name, value in plan.run().items()}
         staged = plan.staged
         if "invalid" in staged:
-            self._require_finite("synthesis", "image", staged["invalid"][0] == 0)
+            self._require_finite("fine", "image", not staged["invalid"].any())
         query_map = shape[1] // self._config.down_scale, shape[2] // self._config.down_scale
         return [
             Rendering(
@@ -163,7 +170,7 @@ class DevicePipeline:
     def _picture(self, name: str, staged: npt.NDArray[Any]) -> UInt8Array:
         if staged.dtype == np.uint8:
             return staged.copy()
-        self._require_finite("synthesis", name, np.isfinite(staged).all())
+        self._require_finite("fine", name, np.isfinite(staged).all())
         return to_uint8(staged)
 
     def _require_finite(self, stage: str, what: str, finite: Any) -> None:
@@ -175,18 +182,20 @@ class DevicePipeline:
 
         def held(batches: Iterable[int], stages: Sequence[str] = stages) -> int | None:
             shapes = ((batch, height, width) for batch in batches)
-            return next((one[0] for one in shapes if all(self._engines[stage].holds(one) for stage in stages)), None)
+            return next((one[0] for one in shapes if self._hold(stages, one)), None)
 
         if batch := held(range(wanted, 0, -1)) or held(range(wanted + 1, MAX_BATCH + 1)):
             return batch
         lacking = [stage for stage in stages if held(range(1, MAX_BATCH + 1), [stage]) is None] or stages
-        reasons = "; ".join(self._engines[stage].refusal(height, width) for stage in lacking)
+        reasons = "; ".join(
+            self._engines[stage].refusal(*self._shape(stage, (wanted, height, width))[1:]) for stage in lacking
+        )
         raise InputError(f"{height} x {width} pixels (height x width), batch {wanted}: {reasons}")
 
     def _translate_plan(self, shape: Shape, key_map: tuple[int, int]) -> TranslatePlan:
         return self._plan(
             ("translate", shape, key_map),
-            lambda: TranslatePlan(self._device, self._engines, self._warp, self._config, shape, key_map),
+            lambda: TranslatePlan(self._device, self._engines, self._warp, self._config, shape, key_map, self._tile),
             self._need(shape, key_map),
             shape,
             key_map,
@@ -194,11 +203,12 @@ class DevicePipeline:
 
     def _need(self, shape: Shape, key_map: tuple[int, int]) -> int:
         """Bytes that a new plan takes, with all that its stages still have to load."""
-        tensors = translate_tensors(self._config, self._warp.tensors, self._packed, shape, key_map)
-        return total_bytes(tensors) + self._stages_need(("query", "synthesis"), shape)
+        fine = device_tensors(self._config, "fine", packed=self._packed)
+        tensors = translate_tensors(self._config, self._warp.tensors, fine, shape, key_map, self._tile)
+        return total_bytes(tensors) + self._stages_need(_TRANSLATE, shape)
 
     def _stages_need(self, stages: Sequence[str], shape: Shape) -> int:
-        needs = [self._engines[stage].need(shape) for stage in stages]
+        needs = [self._engines[stage].need(self._shape(stage, shape)) for stage in stages]
         held = 0 if self._scratch is None else self._scratch.bytes
         return sum(need.weights for need in needs) + max(max(need.scratch for need in needs) - held, 0)
 
@@ -270,6 +280,8 @@ class DevicePipeline:
             if not self._evict():
                 what = "an exemplar" if shape is None else f"batch {shape[0]} of {shape[1]} x {shape[2]} pixels"
                 advice = self._largest(free, shape, key_map) if shape and key_map else "lower size or exemplar_budget"
+                if self._tile is None:
+                    advice += ", or tile= makes pictures in parts"
                 raise BackendError(
                     f"{what} needs {mebibytes(need)} more device memory; {mebibytes(free)} of {mebibytes(total)} are "
                     f"free on {self._device.name}; {advice}, or close what else uses the GPU"
@@ -281,12 +293,16 @@ class DevicePipeline:
         for side in range(max(shape[1:]), SIZE_MULTIPLE, -SIZE_MULTIPLE):
             for batch in range(shape[0], 0, -1):
                 one = (batch, side, side)
-                if self._holds(one) and self._need(one, key_map) <= free:
+                if self._hold(_TRANSLATE, one) and self._need(one, key_map) <= free:
                     return f"the largest square that fits is {side} x {side}, batch {batch}"
         return "no size fits: lower exemplar_budget"
 
-    def _holds(self, shape: Shape) -> bool:
-        return all(self._engines[stage].holds(shape) for stage in ("query", "synthesis"))
+    def _hold(self, stages: Sequence[str], shape: Shape) -> bool:
+        return all(self._engines[stage].holds(self._shape(stage, shape)) for stage in stages)
+
+    def _shape(self, stage: str, shape: Shape) -> Shape:
+        """The shape that a stage runs at for pictures of `shape`."""
+        return tile_shape(shape, self._tile) if stage == "fine" else shape
 
     def _evict(self) -> bool:
         """Free the plan that was not used for longest, or else such an exemplar; False where there is none."""
@@ -328,11 +344,13 @@ def open_device_pipeline(
     precision: str | None,
     engines: str | os.PathLike[str] | None,
     budget: int,
+    tile: int | None,
 ) -> DevicePipeline:
     """The pipeline over TensorRT or ONNX Runtime's CUDA provider.
 
     precision: of TensorRT's engines, None for the fastest there are; with ONNX Runtime None, or "float32" for exact
     products. engines: the folder of `flashcocos build`, None for its default. budget: bytes for exemplars.
+    tile: as `DevicePipeline`.
     Raises `BackendError` where the GPU, pycuda, the backend, an engine or the compiled kernels are missing, and
     `InputError` for a precision that the backend has not.
     """
@@ -360,7 +378,7 @@ def open_device_pipeline(
                 from .onnx_cuda_engine import open_onnx_cuda
 
                 opened = open_onnx_cuda(bundle, device, exact=precision == "float32")
-            return DevicePipeline(bundle, device, opened, warp, budget)
+            return DevicePipeline(bundle, device, opened, warp, budget, tile)
     except BaseException:
         device.close()
         raise

@@ -10,17 +10,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..bundle import TensorSpec
 from ..config import ModelConfig
 from ..errors import BackendError
 from .device import Buffer, Device, Event, Recording, Staging, nbytes
 from .device_engine import Binding, DeviceEngine, Shape, concrete, device_tensors
 from .device_warp import Addresses, DeviceWarp, Tensors, WarpTensors, total_bytes
+from .stages import stage_tensors
+from .tiles import Tile, is_cut, placed, tile_size, tiles
 
 _log = logging.getLogger("flashcocos.runtime")
 Engines = Mapping[str, DeviceEngine]
@@ -147,7 +150,7 @@ class EncodePlan(Plan):
     def tensors(engines: Engines, config: ModelConfig, shape: Shape) -> tuple[Tensors, Tensors]:
         """What it holds: the stage's inputs and outputs."""
         inputs, outputs = device_tensors(config, "exemplar", packed=engines["exemplar"].packed)
-        return concrete(inputs, shape, config.down_scale), concrete(outputs, shape, config.down_scale)
+        return concrete(config, inputs, shape), concrete(config, outputs, shape)
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
         """Encode what `inputs` hold, repeated over the batch; `staged` then holds the outputs."""
@@ -161,7 +164,7 @@ class EncodePlan(Plan):
 
 
 class TranslatePlan(Plan):
-    """From labels to pictures at one shape, for exemplars whose maps have one size.
+    """From labels to pictures at one shape, for exemplars whose maps have one size; the fine stage in tiles.
 
     `staged` takes "label" before a run and holds the stages' outputs, "index" and "probability" after.
     """
@@ -174,23 +177,26 @@ class TranslatePlan(Plan):
         config: ModelConfig,
         shape: Shape,
         key_map: tuple[int, int],
+        tile: int | None,
     ) -> None:
         super().__init__(device)
         batch, query_map = shape[0], (shape[1] // config.down_scale, shape[2] // config.down_scale)
-        packed = engines["synthesis"].packed
-        stages, keys, results = translate_tensors(config, warp.tensors, packed, shape, key_map)
-        pictures = [name for name in stages if name not in ("label", "theta")]
+        tensors = device_tensors(config, "fine", packed=engines["fine"].packed)
+        stages, keys, results, parts = translate_tensors(config, warp.tensors, tensors, shape, key_map, tile)
+        pictures = [tensor.name for tensor in tensors[1]]
         self._recording: Recording | None = None
         self._events: list[Event] = []
         self._warm = self._tried = False  # whether it has run, and whether recording was tried since
         self._loaded: dict[int, KeyPlan] = {}  # by slot: what was copied there
         with self._building():
-            addresses = self._allocate(stages)
             self._keys, self._results = self._allocate(keys), self._allocate(results)
+            addresses = {**self._allocate(stages), "warped": self._results["warped"]}
+            own = self._allocate(parts)
             self._stage(stages, ("label", *pictures))
             self._stage(results, ("index", "probability"))
             query = self._bind(engines["query"], shape, addresses)
-            synthesis = self._bind(engines["synthesis"], shape, {**addresses, "warped": self._results["warped"]})
+            coarse = self._bind(engines["coarse"], shape, addresses)
+            fine = self._bind(engines["fine"], tile_shape(shape, tile), {**addresses, **own})
             launches = warp.run(addresses["theta"], self._keys, self._results, batch, query_map, key_map)
             self._events += [device.event() for _ in range(4)]
 
@@ -200,8 +206,51 @@ class TranslatePlan(Plan):
         self._steps: dict[str, list[Work]] = {
             "query": [functools.partial(device.upload, addresses["label"], self.staged["label"]), query.enqueue],
             "warp": list(launches),
-            "synthesis": [synthesis.enqueue, *(download(name) for name in (*pictures, "index", "probability"))],
+            "synthesis": [
+                coarse.enqueue,
+                *self._fine_steps(fine, tensors, {**stages, **results}, addresses, parts, own, tiles(*shape[1:], tile)),
+                *(download(name) for name in (*pictures, "index", "probability")),
+            ],
         }
+
+    def _fine_steps(
+        self,
+        fine: Binding,
+        specs: tuple[Sequence[TensorSpec], Sequence[TensorSpec]],
+        whole: Tensors,
+        addresses: Addresses,
+        parts: Tensors,
+        own: Addresses,
+        places: Iterable[Tile],
+    ) -> Iterator[Work]:
+        """The fine stage for every tile, with its inputs cut out of those of the picture and its results put back.
+
+        whole, addresses: tensors of the picture. parts, own: those of a tile; none where it is the picture.
+        """
+
+        def copy(spec: TensorSpec, there: tuple[slice, ...], here: tuple[slice, ...], *, back: bool) -> Work:
+            sides, dtype = whole[spec.name]
+            size = np.dtype(dtype).itemsize
+            start, layout, box = placed(spec, sides, size, there)
+            own_start, own_layout, _ = placed(spec, parts[spec.name][0], size, here)
+            ends = [(addresses[spec.name] + start, layout), (own[spec.name] + own_start, own_layout)]
+            target, source = ends if back else ends[::-1]
+            return functools.partial(self._device.copy_box, *target, *source, box)
+
+        for number, tile in enumerate(places):
+            if own:
+                for spec in specs[0]:
+                    if is_cut(spec):
+                        yield copy(spec, tile.window(spec), (slice(None),) * len(spec.shape), back=False)
+            yield fine.enqueue
+            if own:
+                for spec in specs[1]:
+                    if is_cut(spec):
+                        yield copy(spec, tile.kept(spec), tile.inner(spec), back=True)
+                    else:  # one value a tile
+                        size = nbytes(*parts[spec.name])
+                        target = addresses[spec.name] + number * size
+                        yield functools.partial(self._device.copy, target, own[spec.name], size)
 
     def load(self, slot: int, keys: KeyPlan) -> None:
         """Copy an exemplar into the place of item `slot` of the batch, unless it is there from the run before."""
@@ -255,16 +304,30 @@ class TranslatePlan(Plan):
 
 
 def translate_tensors(
-    config: ModelConfig, warp: WarpTensors, packed: bool, shape: Shape, key_map: tuple[int, int]
-) -> tuple[Tensors, Tensors, Tensors]:
-    """What a plan of translations holds: of the stages, of the exemplars, and of the warp.
+    config: ModelConfig,
+    warp: WarpTensors,
+    fine: tuple[Sequence[TensorSpec], Sequence[TensorSpec]],
+    shape: Shape,
+    key_map: tuple[int, int],
+    tile: int | None,
+) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+    """What a plan of translations holds: of the stages, of the exemplars, of the warp, and of a tile, if it has tiles.
 
-    packed: as `DeviceEngine`. key_map: height and width of the exemplars' maps.
+    fine: inputs and outputs of the fine stage as its engine has them. key_map: height and width of the exemplars' maps.
     """
     stages: Tensors = {}
-    for stage in ("query", "synthesis"):
-        for side in device_tensors(config, stage, packed=packed):
-            stages |= concrete(side, shape, config.down_scale)
+    for tensors in (*stage_tensors(config)["query"], *stage_tensors(config)["coarse"], fine[1]):
+        stages |= concrete(config, tensors, shape)
     del stages["warped"]  # the warp's
+    parts: Tensors = {}
+    if (part := tile_shape(shape, tile)) != shape:
+        parts = concrete(config, [*filter(is_cut, fine[0]), *fine[1]], part)
+        count = sum(1 for _ in tiles(*shape[1:], tile))
+        stages |= {spec.name: ((count,), spec.dtype) for spec in fine[1] if not is_cut(spec)}
     query_map = shape[1] // config.down_scale, shape[2] // config.down_scale
-    return stages, warp.keys(shape[0], *key_map), warp.results(shape[0], *query_map)
+    return stages, warp.keys(shape[0], *key_map), warp.results(shape[0], *query_map), parts
+
+
+def tile_shape(shape: Shape, tile: int | None) -> Shape:
+    """The shape that the fine stage runs at."""
+    return (shape[0], *tile_size(*shape[1:], tile))

@@ -52,6 +52,16 @@ class Profile:
         axes = ((self.batch, batch), (self.height, height), (self.width, width))
         return all(least <= side <= most for (least, _, most), side in axes)
 
+    def tiled(self, tile: int | None) -> Profile:
+        """What the fine stage needs for pictures of this profile in tiles of side `tile`."""
+        if tile is None:
+            return self
+
+        def cut(axis: Range) -> Range:
+            return min(axis[0], tile), min(axis[1], tile), min(axis[2], tile)
+
+        return Profile(self.batch, cut(self.height), cut(self.width))
+
     @property
     def static(self) -> bool:
         """Whether it is for one shape alone."""

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..bundle import Bundle
-from ..errors import BackendError, BundleError
+from ..errors import BackendError, BundleError, InputError
 from .cubins import FOLDER, BundleKernels, KernelFolder, available_kernels
 from .device import mebibytes
 from .engine import available_providers
@@ -19,6 +19,7 @@ from .memory_plan import plan_memory
 from .openvino_engine import cpu_precisions
 from .pycuda_device import PycudaDevice
 from .stages import check_stages
+from .tiles import check_tile
 
 # what flashcocos can use, and nothing is imported to learn a version
 PACKAGES = (
@@ -43,14 +44,19 @@ def describe_bundle(
     path: str | os.PathLike[str] | None = None,
     engines: str | os.PathLike[str] | None = None,
     size: tuple[int, int] | None = None,
+    tile: int | None = None,
 ) -> str:
     """Lines on this machine's packages and GPU and, where `path` is given, on that bundle, whose hashes are checked.
 
     engines: folder of the bundle's TensorRT engines and kernels; None for the one beside it.
-    size: height and width in pixels, for which the device memory that the engines take is planned.
+    size: height and width in pixels, for which the device memory that the engines take is planned. tile: side of
+        tiles, as for `Translator`.
     Raises `InputError` where there is no bundle at `path` and `BundleError` where it cannot be read at all; a file that
     does not match its hash is told in the text, line "hashes".
     """
+    check_tile(tile)
+    if tile is not None and size is None:
+        raise InputError(f"tile {tile}: it plans memory for a size; give the size too")
     lines = [f"python      {platform.python_version()} on {platform.system()} {platform.machine()}"]
     lines += [f"{name:<11} {_version(name) or 'not installed'}" for name in ("flashcocos", *PACKAGES)]
     try:
@@ -64,7 +70,7 @@ def describe_bundle(
         bundle = Bundle(path)
         folder = default_folder(path) if engines is None else Path(engines)
         lines += ["", *_bundle_lines(bundle), *_engine_lines(bundle, folder)]
-        lines += _memory_lines(bundle, folder, size) if size else []
+        lines += _memory_lines(bundle, folder, size, tile) if size else []
         lines.append(_hashes(bundle))
     return "\n".join(lines)
 
@@ -111,7 +117,7 @@ def _engine_lines(bundle: Bundle, folder: Path) -> list[str]:
     return [*lines, f"kernels     {text or 'none; flashcocos build, or flashcocos export --aot, makes them'}"]
 
 
-def _memory_lines(bundle: Bundle, folder: Path, size: tuple[int, int]) -> list[str]:
+def _memory_lines(bundle: Bundle, folder: Path, size: tuple[int, int], tile: int | None) -> list[str]:
     """What a picture of `size` takes with each set of engines in `folder`."""
     manifest = bundle.manifest
     sets: dict[tuple[str, str, tuple[int, ...], str], list[EngineRecord]] = {}
@@ -128,7 +134,7 @@ def _memory_lines(bundle: Bundle, folder: Path, size: tuple[int, int]) -> list[s
     for (flavour, version, _, precision), records in sorted(sets.items()):
         records.sort(key=lambda record: not record.key.profile.static)
         try:
-            plan = str(plan_memory(manifest.config, records, *size))
+            plan = str(plan_memory(manifest.config, records, *size, tile=tile))
         except BackendError as error:
             plan = str(error)
         lines.append(f"memory      {flavour} {version} in {precision}: {plan}")

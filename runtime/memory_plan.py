@@ -18,7 +18,7 @@ from ..config import ModelConfig
 from ..errors import BackendError
 from .device import mebibytes
 from .device_engine import concrete, device_tensors
-from .device_plan import translate_tensors
+from .device_plan import tile_shape, translate_tensors
 from .device_warp import WarpTensors, total_bytes
 from .engine_store import EngineRecord
 
@@ -55,39 +55,45 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: ModelConfig, records: Sequence[EngineRecord], height: int, width: int, *, batch: int = 1
+    config: ModelConfig,
+    records: Sequence[EngineRecord],
+    height: int,
+    width: int,
+    *,
+    batch: int = 1,
+    tile: int | None = None,
 ) -> MemoryPlan:
     """The plan for `batch` pictures with the engines of `records`, of one flavour and precision, static ones first.
 
+    tile: side of the fine stage's tiles, None for whole pictures.
     Raises `BackendError` where a stage has no engine for the shape.
     """
     chosen: dict[str, EngineRecord] = {}
     for stage in STAGES:
-        least = 1 if stage == "exemplar" else batch  # an exemplar is encoded alone
-        held = [
-            record for record in records if record.key.stage == stage and record.key.profile.holds(least, height, width)
-        ]
+        shape = (1 if stage == "exemplar" else batch, height, width)  # an exemplar is encoded alone
+        if stage == "fine":
+            shape = tile_shape(shape, tile)
+        held = [record for record in records if record.key.stage == stage and record.key.profile.holds(*shape)]
         if not held:
             there = "; ".join(str(record.key.profile) for record in records if record.key.stage == stage) or "none"
+            tiled = "" if tile is None else f" --tile {tile}"
             raise BackendError(
-                f"no engine of {stage} for {height} x {width}, batch {least}, only {there}; "
-                f"flashcocos build BUNDLE --size {height}x{width} --batch {batch}"
+                f"no engine of {stage} for {shape[1]} x {shape[2]}, batch {shape[0]}, only {there}; "
+                f"flashcocos build BUNDLE --size {height}x{width} --batch {batch}{tiled}"
             )
         chosen[stage] = held[0]
     warp = WarpTensors.of(config, chosen["query"].key.precision)
     shape, map_ = (batch, height, width), (height // config.down_scale, width // config.down_scale)
-    stages, keys, results = translate_tensors(config, warp, True, shape, map_)
-    encoding = [
-        concrete(side, (1, height, width), config.down_scale)
-        for side in device_tensors(config, "exemplar", packed=True)
-    ]
+    fine = device_tensors(config, "fine", packed=True)
+    stages, keys, results, parts = translate_tensors(config, warp, fine, shape, map_, tile)
+    encoding = [concrete(config, side, (1, height, width)) for side in device_tensors(config, "exemplar", packed=True)]
     return MemoryPlan(
         batch,
         height,
         width,
         {stage: record.weight_bytes for stage, record in chosen.items()},
         {stage: record.activation_bytes for stage, record in chosen.items()},
-        total_bytes([stages]),
+        total_bytes([stages, parts]),
         total_bytes([keys, results]),
         total_bytes([warp.keys(1, *map_)]),
         total_bytes(encoding),

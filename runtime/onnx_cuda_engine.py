@@ -45,8 +45,8 @@ class OnnxCudaEngine:
         self._info = dataclasses.replace(info, arithmetic="tf32") if rounded else info
         self._session: Any = session
         self._device, self._name = device, f"{bundle.path}: stage {stage}"
-        self._scale = bundle.manifest.config.down_scale
-        self._tensors = device_tensors(bundle.manifest.config, stage, packed=False)
+        self._config = bundle.manifest.config
+        self._tensors = device_tensors(self._config, stage, packed=False)
 
     def holds(self, shape: Shape) -> bool:
         """Always: the graphs are dynamic."""
@@ -64,7 +64,7 @@ class OnnxCudaEngine:
         """The session with its inputs and outputs at `addresses`."""
         binding = self._session.io_binding()
         for bind, tensors in zip((binding.bind_input, binding.bind_output), self._tensors, strict=True):
-            for name, (sides, dtype) in concrete(tensors, shape, self._scale).items():
+            for name, (sides, dtype) in concrete(self._config, tensors, shape).items():
                 bind(name, self._device.kind, self._device.ordinal, np.dtype(dtype).type, list(sides), addresses[name])
         return OnnxCudaBinding(self._session, binding, f"{self._name} at {shape}")
 

@@ -1,8 +1,10 @@
 """The stages of a translation in a row: on the CPU here, on a GPU in device_pipeline.py, behind one protocol.
 
     label -> query -> theta  \\
-                              warp (flashcocos.kernels) -> synthesis -> picture
+                              warp (flashcocos.kernels) -> synthesis: coarse -> fine -> picture
     exemplar -> phi, values  /
+
+The fine stage runs on the whole picture or tile by tile (tiles.py).
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from ..kernels.corr_warp import CorrMatch, last_backend, warp_arrays
 from ..preprocess.images import FloatArray, UInt8Array, to_uint8
 from .engine import BACKENDS, DEVICES, Engine, EngineInfo, has_provider, open_engines
 from .engine_store import FLAVOURS
-from .stages import stage_tensors
+from .stages import axis_sizes, concrete_shape, stage_tensors
+from .tiles import check_tile, tiles
 
 GPU_BACKENDS = tuple(FLAVOURS)
 WARPS = ("auto", "numba", "numpy", "cuda")
@@ -80,11 +83,19 @@ class Pipeline(Protocol):
 class HostPipeline:
     """Engines on numpy arrays, and the warp on the CPU.
 
-    warp: "numba", "numpy", or "auto" (numba where installed). Raises as `open_engines`.
+    warp: "numba", "numpy", or "auto" (numba where installed). tile: side of tiles. Raises as `open_engines`.
     """
 
     def __init__(
-        self, bundle: Bundle, *, backend: str, device: str, threads: int | None, warp: str, precision: str
+        self,
+        bundle: Bundle,
+        *,
+        backend: str,
+        device: str,
+        threads: int | None,
+        warp: str,
+        precision: str,
+        tile: int | None,
     ) -> None:
         self._name, self._config = bundle.path, bundle.manifest.config
         # a warp of one position: what cannot run fails here, and "auto" becomes the name of what it chose
@@ -92,7 +103,8 @@ class HostPipeline:
         self._warp = warp
         self._matched_warp(position, position, position)
         self._warp = last_backend() or warp
-        self._outputs = {stage: outputs for stage, (_, outputs) in stage_tensors(self._config).items()}
+        self._tile = tile
+        self._tensors = stage_tensors(self._config)
         self.engines: dict[str, Engine] = open_engines(
             bundle, backend=backend, device=device, threads=threads, precision=precision
         )
@@ -114,14 +126,13 @@ class HostPipeline:
             for index, exemplar in enumerate(exemplars)
         ]
         clock.append(time.perf_counter())
-        warped = np.concatenate([out for out, _ in warps])
-        pictures = self._run("synthesis", {"warped": warped, "label": label}, size)
+        pictures = self._synthesise(np.concatenate([out for out, _ in warps]), label)
         clock.append(time.perf_counter())
         shares = [float(seconds) * 1e3 / len(label) for seconds in np.diff(clock)]
         timings = dict(zip(("query", "warp", "synthesis"), shares, strict=True))
         images = zip(pictures["image"], pictures["warped_image"], strict=True)
         return [
-            Rendering(to_uint8(image), to_uint8(colours), match.index[0], match.probability[0], timings)
+            Rendering(image, colours, match.index[0], match.probability[0], timings)
             for (image, colours), (_, match) in zip(images, warps, strict=True)
         ]
 
@@ -135,6 +146,21 @@ class HostPipeline:
         for engine in self.engines.values():
             engine.close()
 
+    def _synthesise(self, warped: FloatArray, label: npt.NDArray[Any]) -> dict[str, UInt8Array]:
+        """image and warped_image, each (B, H, W, 3)."""
+        batch, (height, width) = len(label), label.shape[-2:]
+        inputs = {"warped": warped, "label": label}
+        inputs |= self._run("coarse", inputs, (height, width))
+        pictures = {name: np.empty((batch, height, width, 3), np.uint8) for name in ("image", "warped_image")}
+        takes = self._tensors["fine"][0]
+        for tile in tiles(height, width, self._tile):
+            parts = {spec.name: np.ascontiguousarray(inputs[spec.name][tile.window(spec)]) for spec in takes}
+            made = self._run("fine", parts, (tile.rows.size, tile.columns.size))
+            for name, picture in pictures.items():
+                for item, planes in zip(picture, made[name], strict=True):
+                    item[tile.rows.kept, tile.columns.kept] = to_uint8(planes)[tile.rows.inner, tile.columns.inner]
+        return pictures
+
     def _matched_warp(self, theta: FloatArray, phi: FloatArray, values: FloatArray) -> tuple[FloatArray, CorrMatch]:
         patch, temperature = self._config.patch, self._config.temperature
         result = warp_arrays(theta, phi, values, patch=patch, temperature=temperature, match=True, backend=self._warp)
@@ -144,11 +170,9 @@ class HostPipeline:
     def _run(self, stage: str, inputs: Mapping[str, npt.NDArray[Any]], size: tuple[int, ...]) -> dict[str, FloatArray]:
         """Run a stage; what a graph gives is as little trusted as the rest of a bundle."""
         outputs = self.engines[stage].run(inputs)
-        (height, width), scale = size, self._config.down_scale
-        sides = {"height": height, "width": width, "h": height // scale, "w": width // scale}
-        sides["batch"] = next(iter(inputs.values())).shape[0]
-        for spec in self._outputs[stage]:
-            expected = tuple(sides[side] if isinstance(side, str) else side for side in spec.shape)
+        sizes = axis_sizes(self._config, len(next(iter(inputs.values()))), *size)
+        for spec in self._tensors[stage][1]:
+            expected = concrete_shape(spec, sizes)
             if (actual := outputs[spec.name].shape) != expected:
                 raise BundleError(f"{self._name}: stage {stage} gave {spec.name} {actual}, expected {expected}")
             require_finite(f"{self._name}: stage {stage} gave", spec.name, np.isfinite(outputs[spec.name]).all())
@@ -174,6 +198,7 @@ def open_pipeline(
     precision: str | None,
     engines: str | os.PathLike[str] | None,
     exemplar_budget: int | None,
+    tile: int | None,
 ) -> Pipeline:
     """The pipeline that these options of `Translator` ask for; `InputError` where they do not go together."""
     known = (*BACKENDS, *GPU_BACKENDS)
@@ -195,11 +220,14 @@ def open_pipeline(
     budget = EXEMPLAR_BUDGET if exemplar_budget is None else exemplar_budget
     if type(budget) is not int or budget < 1:
         raise InputError(f"exemplar_budget: expected MiB of device memory, from 1; got {budget!r}")
+    check_tile(tile)
 
     def on_device() -> Pipeline:
         from .device_pipeline import open_device_pipeline  # not at the top, for it builds on this module
 
-        return open_device_pipeline(bundle, backend=backend, precision=precision, engines=engines, budget=budget << 20)
+        return open_device_pipeline(
+            bundle, backend=backend, precision=precision, engines=engines, budget=budget << 20, tile=tile
+        )
 
     if on_gpu:
         return on_device()
@@ -212,4 +240,6 @@ def open_pipeline(
             # as text, for a record that is kept would keep the error's frames and what they hold
             _log.warning("device auto: the warp is not on the GPU: %s", str(error))
     host_precision = "float32" if precision is None else precision
-    return HostPipeline(bundle, backend=backend, device=device, threads=threads, warp=warp, precision=host_precision)
+    return HostPipeline(
+        bundle, backend=backend, device=device, threads=threads, warp=warp, precision=host_precision, tile=tile
+    )

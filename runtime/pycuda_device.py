@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ..errors import BackendError
 from .cuda_graph import CudaGraph
-from .device import mebibytes
+from .device import Box, Layout, mebibytes
 
 MIN_DRIVER = 12000  # CUDA 12.0: TensorRT 10, ONNX Runtime since 1.19 and the cubins need it, and it has all of graphs
 LARGE_SHARED = 48 << 10  # bytes of dynamic shared memory above which a kernel has to ask
@@ -103,6 +103,17 @@ class PycudaDevice:
         """See `Device.copy`."""
         with self._errors("a copy on the GPU failed"):
             self._driver.memcpy_dtod_async(target, source, size, self._stream)
+
+    def copy_box(self, target: int, target_layout: Layout, source: int, source_layout: Layout, box: Box) -> None:
+        """See `Device.copy_box`."""
+        with self._errors("a copy on the GPU failed"):
+            copy = self._driver.Memcpy3D()
+            copy.set_src_device(source)
+            copy.src_pitch, copy.src_height = source_layout
+            copy.set_dst_device(target)
+            copy.dst_pitch, copy.dst_height = target_layout
+            copy.width_in_bytes, copy.height, copy.depth = box
+            copy(self._stream)
 
     def load(self, cubin: bytes, entry: str, formats: str, threads: int, shared_bytes: int) -> PycudaKernel:
         """See `Device.load`."""

@@ -113,7 +113,7 @@ class TensorRtEngine:
         engine = self._engines.get(record.key.stem)
         if engine is None:
             engine = self._engines[record.key.stem] = self._load(record)
-        inputs, outputs = (concrete(tensors, shape, self._config.down_scale) for tensors in self._tensors)
+        inputs, outputs = (concrete(self._config, tensors, shape) for tensors in self._tensors)
         name = f"{self._folder}: engine {record.key.stem}"
         static = record.key.profile.static
         return TensorRtBinding(self._tensorrt, engine, self._device, name, inputs, outputs, addresses, static)

@@ -67,6 +67,8 @@ class Translator:
     engines: the folder of TensorRT engines and of the warp's kernels that `flashcocos build` wrote; None for the one
         beside the bundle, NAME.engines.
     exemplar_budget: MiB of device memory for encoded exemplars, 512 unless given.
+    tile: side in pixels, a multiple of 32 from 64, of the tiles that the second half of the synthesis makes larger
+        pictures in: less memory, the same picture, some work twice. None makes pictures whole.
     Raises `InputError` for a missing bundle and for options unknown or that do not go together, `BundleError` for a
     damaged or hostile bundle, and `BackendError` where the backend, device, precision, an engine or the warp's compiled
     kernels are not there.
@@ -83,6 +85,7 @@ class Translator:
         precision: str | None = None,
         engines: str | os.PathLike[str] | None = None,
         exemplar_budget: int | None = None,
+        tile: int | None = None,
     ) -> None:
         if bundle is None:  # and not "", which is a mistake and no wish for the shipped model
             bundle = shipped_bundle()
@@ -100,6 +103,7 @@ class Translator:
             precision=precision,
             engines=engines,
             exemplar_budget=exemplar_budget,
+            tile=tile,
         )
         self._release = weakref.finalize(self, self._pipeline.close)  # also where nobody closes it, and at exit
 

@@ -124,7 +124,7 @@ def test_every_backend_is_a_case() -> None:
 def test_the_profile_tells_every_stage(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(bundle), "--profile", "--threads", "1", "--repeats", "2"]) == 0
     printed = capsys.readouterr().out
-    for stage in ("exemplar", "query", "warp", "synthesis"):
+    for stage in ("exemplar", "query", "warp", "coarse", "fine"):
         assert f"| {stage} | " in printed
     assert "| Conv | 1 | " in printed
     found = profile(bundle, size=96, repeats=1, threads=1)

@@ -51,7 +51,7 @@ def test_exporting_again_replaces_and_gives_the_same_bytes(make_bundle: MakeBund
     first = {path.name: path.read_bytes() for path in make_bundle(CLASSES).iterdir()}
     second = {path.name: path.read_bytes() for path in make_bundle(CLASSES).iterdir()}
     assert first == second
-    assert set(first) == {"manifest.json", "query.onnx", "exemplar.onnx", "synthesis.onnx"}
+    assert set(first) == {"manifest.json", "query.onnx", "exemplar.onnx", "coarse.onnx", "fine.onnx"}
 
 
 def test_bad_requests_leave_nothing(tmp_path: Path, shared_graphs: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from exported import CHANNELS, CLASSES, exported_stage, model_file
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from torch import Tensor
 
 from flashcocos.bundle import STAGES, TensorSpec
 from flashcocos.config import ModelConfig
@@ -28,11 +30,14 @@ from flashcocos.export.graphs import (
     store_float16,
 )
 from flashcocos.export.verify import random_inputs
-from flashcocos.runtime.stages import stage_tensors
+from flashcocos.runtime.stages import axis_sizes, concrete_shape, stage_tensors
 from flashcocos.train.checkpoint import load_model
+from flashcocos.train.networks import CoCosNet
+from flashcocos.train.networks.generator import class_means
+from flashcocos.train.networks.layers import subsample
 
 CONFIGS = {"classes": CLASSES, "channels": CHANNELS}
-IMAGE, MAP = ("height", "width"), ("h", "w")
+IMAGE, HALF, MAP = ("height", "width"), ("half_height", "half_width"), ("h", "w")
 PINNED: dict[str, dict[str, list[tuple[Any, ...]]]] = {
     "classes": {
         "query": [("label", "uint8", "batch", *IMAGE), ("theta", "float32", "batch", 16, *MAP)],
@@ -42,7 +47,13 @@ PINNED: dict[str, dict[str, list[tuple[Any, ...]]]] = {
             ("phi", "float32", "batch", 16, *MAP),
             ("values", "float32", "batch", 3, *MAP),
         ],
-        "synthesis": [
+        "coarse": [
+            ("warped", "float32", "batch", 3, *MAP),
+            ("label", "uint8", "batch", *IMAGE),
+            ("features", "float32", "batch", 16, *HALF),
+        ],
+        "fine": [
+            ("features", "float32", "batch", 16, *HALF),
             ("warped", "float32", "batch", 3, *MAP),
             ("label", "uint8", "batch", *IMAGE),
             ("image", "float32", "batch", 3, *IMAGE),
@@ -56,9 +67,17 @@ PINNED: dict[str, dict[str, list[tuple[Any, ...]]]] = {
             ("phi", "float32", "batch", 16, *MAP),
             ("values", "float32", "batch", 48, *MAP),
         ],
-        "synthesis": [
+        "coarse": [
             ("warped", "float32", "batch", 48, *MAP),
             ("label", "float32", "batch", 5, *IMAGE),
+            ("features", "float32", "batch", 16, *HALF),
+            ("means", "float32", "batch", 5, 3),
+        ],
+        "fine": [
+            ("features", "float32", "batch", 16, *HALF),
+            ("warped", "float32", "batch", 48, *MAP),
+            ("label", "float32", "batch", 5, *IMAGE),
+            ("means", "float32", "batch", 5, 3),
             ("image", "float32", "batch", 3, *IMAGE),
             ("warped_image", "float32", "batch", 3, *IMAGE),
         ],
@@ -78,9 +97,30 @@ def stage_inputs(
     """Inputs of `stage`, in the order of its graph."""
     inputs = random_inputs(config, size, batch)
     inputs["image"] = random_inputs(config, size[::-1], batch)["image"]  # of the label's size: (height, width)
-    shape = (batch, config.warped_channels, size[0] // 4, size[1] // 4)
-    inputs["warped"] = np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
+    rng, sizes = np.random.default_rng(1), axis_sizes(config, batch, *size)
+    for tensor in (*stage_tensors(config)["coarse"][0], *stage_tensors(config)["fine"][0]):
+        if tensor.name not in inputs:
+            inputs[tensor.name] = rng.uniform(-1, 1, concrete_shape(tensor, sizes)).astype(np.float32)
     return {tensor.name: inputs[tensor.name] for tensor in stage_tensors(config)[stage][0]}
+
+
+def network_of(model: CoCosNet, stage: str) -> Callable[..., Any]:
+    """What a stage computes, with all label planes and in PyTorch."""
+    generator = model.generator
+
+    def condition(warped: Tensor, label: Tensor, means: Tensor | None, step: int) -> Tensor:
+        planes = model.label_planes(label)
+        return generator.condition(subsample(model.upsample_warp(warped), step), subsample(planes, step), means)
+
+    def coarse(warped: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        means = class_means(model.upsample_warp(warped), model.label_planes(label)) if generator.warp_skip else None
+        features = generator.coarse(condition(warped, label, means, 4))
+        return (features,) if means is None else (features, means)
+
+    def fine(features: Tensor, warped: Tensor, label: Tensor, means: Tensor | None = None) -> tuple[Tensor, ...]:
+        return generator.fine(features, condition(warped, label, means, 1)), model.upsample_warp(warped)
+
+    return {"query": model.encode_query, "exemplar": model.encode_exemplar, "coarse": coarse, "fine": fine}[stage]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -106,13 +146,13 @@ def test_only_standard_operators_and_nothing_of_this_machine(kind: str, stage: s
     assert not operators & RANDOM
     with_graph = [node for node in model.graph.node if any(attribute.HasField("g") for attribute in node.attribute)]
     # the self-attention, and nothing else, runs in a loop
-    assert [node.op_type for node in with_graph] == ["Loop"] * (stage == "synthesis" and CONFIGS[kind].attention)
+    assert [node.op_type for node in with_graph] == ["Loop"] * (stage == "coarse" and CONFIGS[kind].attention)
     content = model.SerializeToString()
     for trace in (b".py", b"site-packages", str(Path.home()).encode(), b"stack_trace"):
         assert trace not in content
 
 
-@pytest.mark.parametrize("stage", ["query", "exemplar", "synthesis"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_only_a_cast_reads_the_class_ids(stage: str) -> None:
     readers = [node for node in exported_stage(CLASSES, stage).graph.node if "label" in node.input]
     assert {node.op_type for node in readers} <= {"Cast", "Shape"}
@@ -127,7 +167,7 @@ def test_equals_the_network_at_sizes_that_were_not_traced(
 ) -> None:
     config = CONFIGS[kind]
     model = load_model(model_file(config))
-    network = {"query": model.encode_query, "exemplar": model.encode_exemplar, "synthesis": model.synthesise}[stage]
+    network = network_of(model, stage)
     inputs = stage_inputs(config, stage, size, batch)
     with torch.inference_mode():
         expected = network(*(torch.from_numpy(array) for array in inputs.values()))
@@ -137,9 +177,10 @@ def test_equals_the_network_at_sizes_that_were_not_traced(
     for actual, tensor in zip(found, expected, strict=True):
         reference = tensor.numpy()
         assert actual.shape == reference.shape
-        assert reference.std() > 0.01  # something to compare
-        # float32 sums in another order, through some twenty normalised layers
-        np.testing.assert_allclose(actual, reference, rtol=0, atol=2e-5 * np.abs(reference).max())
+        assert reference.std() > 0.001  # something to compare: means of noise are the least
+        # float32 sums in another order, through some twenty normalised layers; features of noise are normalised worst
+        bound = 3e-5 if stage == "fine" else 2e-5
+        np.testing.assert_allclose(actual, reference, rtol=0, atol=bound * np.abs(reference).max())
 
 
 def test_an_id_outside_the_classes_belongs_to_none() -> None:
@@ -191,10 +232,10 @@ def test_a_graph_that_is_not_as_it_should_be(model: ModelProto, inputs: list[Ten
 
 
 def test_float16_halves_the_weights_and_rounds_each_once() -> None:
-    exact = exported_stage(CLASSES, "synthesis")
-    half = exported_stage(CLASSES, "synthesis")
+    exact = exported_stage(CLASSES, "coarse")
+    half = exported_stage(CLASSES, "coarse")
     store_float16(half)
-    check_graph(half, "synthesis", *stage_tensors(CLASSES)["synthesis"])
+    check_graph(half, "coarse", *stage_tensors(CLASSES)["coarse"])
     assert half.ByteSize() < 0.6 * exact.ByteSize()
     stored = {t.name: t for t in half.graph.initializer}
     casts = {node.output[0]: node.input[0] for node in half.graph.node if node.name.startswith("cast_")}

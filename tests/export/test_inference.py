@@ -22,14 +22,16 @@ def test_the_classes_that_occur_give_what_all_give(ids: tuple[int, ...], skip: b
     label = torch.tensor(ids, dtype=torch.uint8)[torch.randint(0, len(ids), (2, 64, 96), generator=generator)]
     warped = torch.rand(2, 3, 16, 24, generator=generator).double()
     seen: list[int] = []
-    query, synthesis = (stage_module(model, stage) for stage in ("query", "synthesis"))
-    for stage in (query, synthesis):
+    query, coarse, fine = (stage_module(model, stage) for stage in ("query", "coarse", "fine"))
+    for stage in (query, coarse, fine):
         for module in stage.modules():
             if type(module).__name__ == "_PresentConv2d":
                 module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
     with torch.inference_mode():
         torch.testing.assert_close(query(label), model.encode_query(label), rtol=0, atol=1e-12)
-        for found, expected in zip(synthesis(warped, label), model.synthesise(warped, label), strict=True):
+        features, *means = coarse(warped, label)
+        made = fine(features, warped, label, *means)
+        for found, expected in zip(made, model.synthesise(warped, label), strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     planes = len({0, *ids})
     others = 6 if skip else 3
@@ -40,7 +42,7 @@ def test_the_classes_that_occur_give_what_all_give(ids: tuple[int, ...], skip: b
 def test_stages_share_the_weights_and_leave_the_model_as_it_was() -> None:
     model = seeded_model(CLASSES)
     names = [name for name, _ in model.named_modules()]
-    stage = stage_module(model, "synthesis")
+    stage = stage_module(model, "fine")
     assert [name for name, _ in model.named_modules()] == names
     assert {id(p) for p in stage.parameters()} == {id(p) for p in model.parameters()}
 

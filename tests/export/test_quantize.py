@@ -32,10 +32,15 @@ def quantized(pairs, tmp_path_factory):
 
 def weights(path):
     """Element type of the weight of every convolution of a bundle's synthesis."""
-    graph = onnx.load_model_from_string(Bundle(path).read_stage("synthesis")).graph
-    stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    made = {node.output[0]: stored.get(node.input[0]) for node in graph.node if node.op_type == "DequantizeLinear"}
-    return {n.input[1]: made.get(n.input[1], stored.get(n.input[1])) for n in graph.node if n.op_type == "Conv"}
+    found = {}
+    for stage in ("coarse", "fine"):
+        graph = onnx.load_model_from_string(Bundle(path).read_stage(stage)).graph
+        stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        made = {node.output[0]: stored.get(node.input[0]) for node in graph.node if node.op_type == "DequantizeLinear"}
+        for node in graph.node:
+            if node.op_type == "Conv":
+                found[stage, node.input[1]] = made.get(node.input[1], stored.get(node.input[1]))
+    return found
 
 
 def test_the_generator_is_int8_and_keeps_its_picture(quantized, pairs):
@@ -71,7 +76,7 @@ def test_float_stays_where_it_has_to(make_bundle, tmp_path):
     jobs = plan_jobs(None, None, None, tmp_path / "pictures", pairs=list_)
     done = quantize_bundle(make_bundle(CLASSES), tmp_path / "int8", jobs, min_psnr=20)
     kinds = weights(done.path)
-    names = [name for name, kind in kinds.items() if kind != onnx.TensorProto.INT8]
+    names = [name for (_, name), kind in kinds.items() if kind != onnx.TensorProto.INT8]
     assert sum(".attention." in name for name in names) == 4
     assert any(name.endswith("generator.last.weight") for name in names)
     assert done.quantized == len(kinds) - len(names)

@@ -70,16 +70,17 @@ def test_what_is_built_is_kept_unless_it_was_damaged(built):
     whole = damaged.path.read_bytes()
     damaged.path.write_bytes(whole[:-1])
     again = list(build(shipped_bundle(), targets=[86, 89, 120], profiles=[SQUARE], output=folder))
-    assert {one.record.key.stage: one.kept for one in again} == {"query": False, "exemplar": True, "synthesis": True}
+    assert {one.record.key.stage: one.kept for one in again} == {stage: stage != "query" for stage in STAGES}
     assert read_engine(folder, again[0].record)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_weights_take_what_the_precision_says(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorrt_builder, "STAGES", ("synthesis",))
+    monkeypatch.setattr(tensorrt_builder, "STAGES", ("fine",))
     (single,) = build(shipped_bundle(), targets=[89], precision="float32", profiles=[SQUARE], output=tmp_path)
-    half = next(one for one in built[1] if one.record.key.stage == "synthesis")
-    elements = sum(p.numel() for p in Generator(Bundle(shipped_bundle()).manifest.config).parameters())
+    half = next(one for one in built[1] if one.record.key.stage == "fine")
+    generator = Generator(Bundle(shipped_bundle()).manifest.config)
+    elements = sum(p.numel() for part in (generator.up_2, generator.up_3, generator.last) for p in part.parameters())
     assert single.record.weight_bytes == pytest.approx(4 * elements, rel=0.1)
     assert half.record.weight_bytes == pytest.approx(2 * elements, rel=0.1)
 
@@ -152,7 +153,7 @@ def test_other_options_that_do_not_fit_are_refused(rtx):
 
 
 def test_a_build_that_fails_says_why_and_leaves_nothing(rtx, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorrt_builder, "STAGES", ("synthesis",))
+    monkeypatch.setattr(tensorrt_builder, "STAGES", ("coarse",))
     with pytest.raises(BackendError, match=r"64 x 64, batch 1 for sm_75: the build failed: .*FP32 GEMM is not"):
         list(build(shipped_bundle(), targets=[75], precision="float32", profiles=[SQUARE], output=tmp_path))
     assert list(tmp_path.iterdir()) == []

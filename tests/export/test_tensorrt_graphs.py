@@ -14,9 +14,10 @@ from flashcocos.export import tensorrt_check
 from flashcocos.export.memory_estimate import estimate
 from flashcocos.export.tensorrt_check import agreement, require_agreement
 from flashcocos.export.tensorrt_graphs import tensorrt_graph
-from flashcocos.export.verify import random_inputs, stage_inputs
+from flashcocos.export.verify import random_inputs
 from flashcocos.preprocess.images import to_uint8
 from flashcocos.runtime.shipped import shipped_bundle
+from flashcocos.runtime.stages import axis_sizes, concrete_shape, stage_inputs, stage_tensors
 
 CONFIGS = [pytest.param(CLASSES, id="classes"), pytest.param(CHANNELS, id="channels")]
 HALF, SINGLE = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
@@ -35,8 +36,11 @@ def run(graph, feeds):
 
 def feeds_of(config, stage, rng, size=(64, 96)):
     inputs = random_inputs(config, size, 2)
-    warped = rng.uniform(-1, 1, (2, config.warped_channels, size[0] // 4, size[1] // 4)).astype(np.float32)
-    return stage_inputs(config, inputs, warped)[stage]
+    sizes = axis_sizes(config, 2, *size)
+    for tensor in stage_tensors(config)[stage][0]:
+        if tensor.name not in inputs:
+            inputs[tensor.name] = rng.uniform(-1, 1, concrete_shape(tensor, sizes)).astype(np.float32)
+    return stage_inputs(config, stage, inputs)
 
 
 def types_of(graph):
@@ -51,7 +55,7 @@ def types_of(graph):
 def test_float32_is_the_function_of_the_bundle(config, stage, rng):
     feeds = feeds_of(config, stage, rng)
     expected, found = run(exported_stage(config, stage), feeds), run(rewritten(config, stage, half=False), feeds)
-    if stage == "synthesis":
+    if stage == "fine":
         assert found.pop("invalid") == 0
         for name, planes in expected.items():
             pictures = np.stack([to_uint8(one) for one in planes])
@@ -78,7 +82,7 @@ def test_the_forms_are_those_that_tensorrt_takes(config, stage):
 
 def test_the_fused_attention_has_heads_of_equal_sizes():
     """TensorRT fuses MatMul, Softmax, MatMul over (B, heads, N, D) in float16 only where D is that of the values."""
-    graph = rewritten(CLASSES, "synthesis", half=True)
+    graph = rewritten(CLASSES, "coarse", half=True)
     inferred = onnx.shape_inference.infer_shapes(graph)
     shapes = {value.name: value.type.tensor_type.shape.dim for value in inferred.graph.value_info}
     (softmax,) = (node for node in graph.graph.node if node.op_type == "Softmax")
@@ -124,10 +128,10 @@ def test_too_little_agreement_is_refused(monkeypatch):
 
 
 def test_nan_is_flagged(rng):
-    graph = rewritten(CLASSES, "synthesis", half=False)
+    graph = rewritten(CLASSES, "fine", half=False)
     bias = next(t for t in graph.graph.initializer if t.name.endswith("last.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(np.full(bias.dims, np.nan, np.float32), bias.name))
-    assert run(graph, feeds_of(CLASSES, "synthesis", rng))["invalid"] == 1
+    assert run(graph, feeds_of(CLASSES, "fine", rng))["invalid"] == 1
 
 
 def test_weights_beyond_float16_are_refused():
@@ -139,11 +143,11 @@ def test_weights_beyond_float16_are_refused():
 
 
 def test_a_graph_of_another_form_is_refused():
-    graph = exported_stage(CLASSES, "synthesis")
+    graph = exported_stage(CLASSES, "coarse")
     body = next(node for node in graph.graph.node if node.op_type == "Loop").attribute[0].g
     body.node[-1].op_type = "Add"
     with pytest.raises(BundleError, match="cannot be rewritten for TensorRT"):
-        tensorrt_graph(graph.SerializeToString(), "synthesis", classes=CLASSES.label_channels, half=False)
+        tensorrt_graph(graph.SerializeToString(), "coarse", classes=CLASSES.label_channels, half=False)
     with pytest.raises(BundleError, match="cannot be rewritten for TensorRT"):
         tensorrt_graph(b"no graph", "query", classes=1, half=False)
 
@@ -159,7 +163,7 @@ def test_the_estimate_counts_what_is_alive():
 
 @pytest.mark.parametrize("half", [False, True])
 def test_the_estimate_grows_with_the_size(half):
-    graph = rewritten(CLASSES, "synthesis", half=half)
+    graph = rewritten(CLASSES, "coarse", half=half)
     shape = {"warped": (1, CLASSES.warped_channels, 16, 16), "label": (1, 64, 64)}
     double = {"warped": (1, CLASSES.warped_channels, 32, 32), "label": (1, 128, 128)}
     small, large = (estimate(graph, shapes, fused_attention=half) for shapes in (shape, double))

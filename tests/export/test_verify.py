@@ -54,8 +54,8 @@ def test_an_export_equals_its_checkpoint(make_bundle: MakeBundle, config: ModelC
     psnr = [c.psnr for c in report.comparisons if c.output == "theta"]
     assert all(120 < p < math.inf for p in psnr) if precision == "float32" else all(50 < p < 90 for p in psnr)
     table = report.table()
-    assert table.count("runs in onnxruntime") == 3
-    assert table.count("on CPUExecutionProvider") == 3
+    assert table.count("runs in onnxruntime") == 4
+    assert table.count("on CPUExecutionProvider") == 4
     assert "64x96    2      end to end  image" in table
     assert table.endswith("\nverified")
 
@@ -76,7 +76,7 @@ def test_one_wrong_weight_fails(make_bundle: MakeBundle) -> None:
         array[0, 0, 1, 1] *= -1
         weight.CopyFrom(numpy_helper.from_array(array, weight.name))
 
-    report = verify(rewrite(make_bundle(CLASSES), "synthesis", flip), model_file(CLASSES), sizes=SIZES[:1])
+    report = verify(rewrite(make_bundle(CLASSES), "coarse", flip), model_file(CLASSES), sizes=SIZES[:1])
     assert not report.ok
     assert not failures(report)  # whole and valid, but not this model
     assert {(c.scope, c.output) for c in report.comparisons if not c.ok} == {

@@ -18,7 +18,8 @@ from flashcocos.errors import BackendError, InputError
 from flashcocos.runtime import Exemplar, Translation, Translator
 
 FAKE = ("tensorrt", "tensorrt-rtx", "onnxruntime")
-WAYS = ("cpu", *(f"fake {backend}" for backend in FAKE), *(f"real {backend}" for backend in FAKE))
+WHOLE = ("cpu", *(f"fake {backend}" for backend in FAKE), *(f"real {backend}" for backend in FAKE))
+WAYS = (*WHOLE, *(f"{way} in tiles" for way in WHOLE))
 
 
 @pytest.fixture(params=["classes", "channels"])
@@ -36,15 +37,18 @@ def translator(
     request: pytest.FixtureRequest, tmp_path: Path, reference: Translator, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Translator]:
     """Over each way; afterwards nothing of it may be left on the device."""
-    kind, _, backend = request.param.partition(" ")
+    way = request.param.removesuffix(" in tiles")
+    tile = None if way == request.param else 64
+    kind, _, backend = way.partition(" ")
     if kind == "cpu":
-        yield reference
+        with Translator(tmp_path / "m", device="cpu", warp="numpy", threads=1, tile=tile) as opened:
+            yield opened
     elif kind == "real":
-        with real_translator(tmp_path / "m", backend) as opened:
+        with real_translator(tmp_path / "m", backend, tile=tile) as opened:
             yield opened
     else:
         gpu = fake_gpu(monkeypatch, tmp_path / "m", backend)
-        opened = gpu.translator()
+        opened = gpu.translator(tile=tile)
         yield opened
         opened.close()
         gc.collect()
@@ -132,7 +136,7 @@ def test_exemplars_of_the_cpu_serve(translator: Translator, reference: Translato
 
 def test_describe(translator: Translator) -> None:
     described = translator.describe()
-    assert set(described) == {"query", "exemplar", "synthesis", "warp"}
+    assert set(described) == {"query", "exemplar", "coarse", "fine", "warp"}
     assert len({one["device"] for one in described.values()}) == 1
     assert all(set(one) == {"backend", "provider", "device", "precision", "arithmetic"} for one in described.values())
 

@@ -167,10 +167,10 @@ def test_batches_run_as_the_engines_were_built(monkeypatch: pytest.MonkeyPatch, 
         exemplar = exemplar_of(translator)  # by an engine for two, filled up
         assert gpu.trt.runs == ["exemplar"]
         translator.translate([LABEL] * 5, exemplar, batch_size=5)
-        assert gpu.trt.runs[1:] == ["query", "synthesis"] * 3
+        assert gpu.trt.runs[1:] == ["query", "coarse", "fine"] * 3
         gpu.trt.runs.clear()
         translator.translate([LABEL] * 5, exemplar, (64, 96), batch_size=8)
-        assert gpu.trt.runs == ["query", "synthesis"] * 2  # four, and one filled up to three
+        assert gpu.trt.runs == ["query", "coarse", "fine"] * 2  # four, and one filled up to three
     assert nothing_left(gpu)
 
 
@@ -193,7 +193,7 @@ def test_a_request_above_the_profiles(gpu: FakeGpu) -> None:
 
 
 def test_a_request_above_the_memory(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 64, 512), (64, 64, 512), (1, 1, 8))], total=9 * MIB)
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 64, 512), (64, 64, 512), (1, 1, 8))], total=14 * MIB)
     with gpu.translator() as translator:
         exemplar = exemplar_of(translator)
         runs = list(gpu.trt.runs)
@@ -201,17 +201,44 @@ def test_a_request_above_the_memory(monkeypatch: pytest.MonkeyPatch, bundle: Pat
             translator.translate(LABEL, exemplar, 512)
         assert gpu.trt.runs == runs
         message = str(caught.value)
-        assert "batch 1 of 512 x 512 pixels needs 5 MiB more device memory; 4 MiB of 9 MiB are free on Fake" in message
-        assert "the largest square that fits is 480 x 480, batch 1, or close what else uses the GPU" in message
+        assert "batch 1 of 512 x 512 pixels needs 9 MiB more device memory; 8 MiB of 14 MiB are free on Fake" in message
+        assert (
+            "the largest square that fits is 480 x 480, batch 1, or tile= makes pictures in parts, or close" in message
+        )
         assert translator.translate(LABEL, exemplar, 480).image.shape == (480, 480, 3)
         with pytest.raises(BackendError, match=r"batch 4 of .* the largest square that fits is 480 x 480, batch 1"):
             translator.translate([LABEL] * 4, exemplar, 480)
     assert nothing_left(gpu)
 
 
+def test_tiles(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """With an engine of the fine stage for tiles alone: recorded, and its memory counted for a tile."""
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[], total=16 * MIB)
+    whole = profile(128, 192)
+    write_engines(gpu.folder, gpu.bundle, [whole, profile()], stages=("query", "exemplar", "coarse"))
+    write_engines(gpu.folder, gpu.bundle, [whole.tiled(96)], stages=("fine",))
+    label = random_label(CLASSES, 128, 192)
+    with gpu.translator() as translator, pytest.raises(InputError, match=r"stage fine hold 96 x 96, batch 1"):
+        translator.translate(label, exemplar_of(translator), (128, 192))
+    gpu.device.closed = False
+    with gpu.translator(tile=96) as translator:
+        exemplar = exemplar_of(translator)
+        gpu.trt.runs.clear()
+        timings = [set(translator.translate(label, exemplar, (128, 192)).timings) for _ in range(3)]
+        assert timings == [{"query", "warp", "synthesis"}, {"total"}, {"total"}]
+        assert gpu.trt.runs == ["query", "coarse", *["fine"] * 6] * 3
+        assert gpu.device.replays == 2
+        gpu.trt.nan = True
+        with pytest.raises(BundleError, match="stage fine gave NaN"):
+            translator.translate(label, exemplar, (128, 192))
+        gpu.trt.nan = False
+        translator.translate(label, exemplar, (128, 192))
+    assert nothing_left(gpu)
+
+
 def test_idle_plans_make_room(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     big = profile((64, 64, 1024), (64, 64, 1024), 1)
-    gpu = fake_gpu(monkeypatch, bundle, profiles=[big], total=8 * MIB)
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[big], total=12 * MIB)
     with gpu.translator() as translator:
         exemplar = exemplar_of(translator)
         for size in (256, 288, 320, 256, 352):
@@ -267,7 +294,7 @@ def test_short_memory_is_told_or_made(monkeypatch: pytest.MonkeyPatch, bundle: P
     """However much there is beyond weights and working memory, at every point of a translation that needs some."""
     told = []
     for spare in range(0, 4 * MIB, MIB // 4):
-        total = 3 * WEIGHTS + SCRATCH + spare
+        total = 4 * WEIGHTS + SCRATCH + spare
         gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 64, 256), (64, 64, 256), (1, 1, 4))], total=total)
         errors = 0
         with gpu.translator() as translator:
@@ -286,7 +313,7 @@ def test_short_memory_is_told_or_made(monkeypatch: pytest.MonkeyPatch, bundle: P
     assert all(any(one.startswith(what) for one in told) for what in whats), told
 
 
-@pytest.mark.parametrize("stage", ["query", "exemplar", "synthesis"])
+@pytest.mark.parametrize("stage", ["query", "exemplar", "coarse", "fine"])
 def test_an_engine_that_fails(gpu: FakeGpu, stage: str) -> None:
     with gpu.translator() as translator:
         exemplar = exemplar_of(translator)
@@ -304,7 +331,7 @@ def test_nan_is_an_error(gpu: FakeGpu) -> None:
         for _ in range(3):
             with pytest.raises(
                 BundleError,
-                match=r"stage synthesis gave NaN or infinity in image: .*; build it again with precision float32",
+                match=r"stage fine gave NaN or infinity in image: .*; build it again with precision float32",
             ):
                 translator.translate(LABEL, exemplar)
         gpu.trt.nan = False
@@ -376,7 +403,7 @@ def test_what_the_provider_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle:
     with gpu.translator(precision="float32") as translator:
         assert translator.describe()["query"]["arithmetic"] == "float32"
     common = {"device_id": "0", "user_compute_stream": str(0x57EA), "arena_extend_strategy": "kSameAsRequested"}
-    assert gpu.onnx.options == [common] * 3 + [{**common, "use_tf32": "0"}] * 3
+    assert gpu.onnx.options == [common] * 4 + [{**common, "use_tf32": "0"}] * 4
 
 
 @pytest.mark.parametrize(
@@ -429,7 +456,7 @@ def test_from_the_command_line(gpu: FakeGpu, tmp_path: Path, capsys: pytest.Capt
     arguments += ["--exemplar", tmp_path / "exemplar.png", "--exemplar-label", tmp_path / "label.png"]
     arguments += ["-o", tmp_path / "out.png", "--backend", "tensorrt", "--exemplar-budget", "64"]
     assert main([*map(str, arguments), "--engines", str(tmp_path / "engines")]) == 0
-    assert gpu.trt.runs == ["exemplar", "query", "synthesis"]
+    assert gpu.trt.runs == ["exemplar", "query", "coarse", "fine"]
     with Translator(gpu.bundle, device="cpu", warp="numpy") as translator:
         exemplar = translator.encode_exemplar(tmp_path / "exemplar.png", tmp_path / "label.png")
         expected = translator.translate(tmp_path / "label.png", exemplar).image

@@ -22,9 +22,10 @@ MAX_DIFFERENCE = 1  # of 255: float32 rounding can tip a pixel over a rounding e
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "tensorrt"])
+@pytest.mark.parametrize("tile", [None, 64], ids=["whole", "tiles"])
 @pytest.mark.parametrize("config", [CLASSES, CHANNELS], ids=["classes", "channels"])
 def test_the_runtime_equals_the_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig, backend: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig, tile: int | None, backend: str
 ) -> None:
     if backend != "tensorrt":
         pytest.importorskip(backend, reason=f"needs the extra {backend}")
@@ -35,7 +36,7 @@ def test_the_runtime_equals_the_network(
     if backend == "tensorrt":  # a stand-in that runs the graphs on the CPU, with twins of the kernels between them
         options = {}
         fake_gpu(monkeypatch, bundle, profiles=[profile((64, 64, 96), (64, 64, 128))], total=256 << 20)
-    with Translator(bundle, backend=backend, **options) as translator:
+    with Translator(bundle, backend=backend, tile=tile, **options) as translator:
         for size, exemplar_size in (((64, 64), (64, 64)), ((96, 64), (64, 128))):
             label, exemplar_label = random_label(config, *size, 1), random_label(config, *exemplar_size, 2)
             picture = random_picture(*exemplar_size)

@@ -15,7 +15,7 @@ from hostile_graphs import HOSTILE, external_data_in_branch
 from onnx import numpy_helper
 from tiny_bundle import CLASSES, random_label, write_tiny_bundle
 
-from flashcocos.bundle import Bundle
+from flashcocos.bundle import STAGES, Bundle
 from flashcocos.errors import BackendError, BundleError, InputError
 from flashcocos.runtime import engine
 from flashcocos.runtime.engine import OnnxRuntimeEngine, open_engines
@@ -80,13 +80,13 @@ def test_wrong_inputs(bundle: Bundle, inputs: dict[str, np.ndarray], message: st
 def test_wrong_channels(bundle: Bundle) -> None:
     inputs = {"warped": np.zeros((1, 4, 8, 8), np.float32), "label": np.zeros((1, 32, 32), np.uint8)}
     with pytest.raises(InputError, match=r"warped: expected float32 \('batch', 3, 'h', 'w'\), got .*4, 8, 8"):
-        OnnxRuntimeEngine(bundle, "synthesis").run(inputs)
+        OnnxRuntimeEngine(bundle, "coarse").run(inputs)
 
 
 def test_a_failing_run_is_a_backend_error(bundle: Bundle) -> None:
     inputs = {"warped": np.zeros((1, 3, 8, 8), np.float32), "label": np.zeros((1, 64, 32), np.uint8)}
-    with pytest.raises(BackendError, match=r"stage synthesis: failed on warped \(1, 3, 8, 8\), label") as caught:
-        OnnxRuntimeEngine(bundle, "synthesis").run(inputs)
+    with pytest.raises(BackendError, match=r"stage coarse: failed on warped \(1, 3, 8, 8\), label") as caught:
+        OnnxRuntimeEngine(bundle, "coarse").run(inputs)
     assert "\n" not in str(caught.value)
 
 
@@ -136,7 +136,7 @@ def test_auto_takes_cuda_where_it_starts(
     with caplog.at_level(logging.INFO, "flashcocos"):
         engines = open_engines(bundle, device="auto")
     assert {one.describe().device for one in engines.values()} == {"cuda"}
-    assert runtime.asked == ["CUDAExecutionProvider"] * 3
+    assert runtime.asked == ["CUDAExecutionProvider"] * len(STAGES)
     assert [record.message for record in caplog.records] == ["device auto: cuda"]
 
 
@@ -146,7 +146,7 @@ def test_auto_says_once_why_it_takes_the_cpu(
     runtime = use(monkeypatch, FakeRuntime(starts=False))
     engines = open_engines(bundle, device="auto")
     assert {one.describe().provider for one in engines.values()} == {"CPUExecutionProvider"}
-    assert runtime.asked == ["CUDAExecutionProvider"] + ["CPUExecutionProvider"] * 3
+    assert runtime.asked == ["CUDAExecutionProvider"] + ["CPUExecutionProvider"] * len(STAGES)
     assert len(caplog.records) == 1
     assert "cuda does not start" in caplog.text
 
@@ -199,5 +199,5 @@ def test_the_largest_graph_is_loaded_first(bundle: Bundle, monkeypatch: pytest.M
     monkeypatch.setattr(engine, "OnnxRuntimeEngine", lambda bundle, stage, **_: loaded.append(stage))
     open_engines(bundle, device="cpu")
     sizes = [len(bundle.read_stage(stage)) for stage in loaded]
-    assert len(loaded) == 3
+    assert sorted(loaded) == sorted(STAGES)
     assert sizes == sorted(sizes, reverse=True)

@@ -60,7 +60,7 @@ def test_what_is_int8_is_told_beside_the_precision(bundle, tmp_path):
 def test_static_engines_come_first(bundle, tmp_path):
     store(bundle, tmp_path, profile=RANGE)
     store(bundle, tmp_path)
-    assert [one.key.profile.static for one in find_engines(bundle, tmp_path, **HERE)] == [True] * 3 + [False] * 3
+    assert [one.key.profile.static for one in find_engines(bundle, tmp_path, **HERE)] == [True] * 4 + [False] * 4
 
 
 def test_the_fastest_complete_precision_is_served_unless_one_is_named(bundle, tmp_path):

@@ -42,7 +42,7 @@ def test_a_bundle(tmp_path: Path) -> None:
     assert "warp_upsampling=patch" in text
     assert "query       query.onnx: label float32[batch, 5, height, width] -> theta float32[batch, 16, h, w]" in text
     assert "license     not stated" in text
-    assert text.endswith("hashes      ok (3 files)")
+    assert text.endswith("hashes      ok (4 files)")
 
 
 def test_engines_and_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_engines_and_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     gpu = fake_gpu(monkeypatch, path)
     text = describe_bundle(path)
     lines = [line for line in text.splitlines() if line.startswith("engine ")]
-    assert len(lines) == 6
+    assert len(lines) == 8
     stated = "query in float16, 64 x 64, batch 1, sm_86, tensorrt 10.9.0: 1 MiB weights, 2 MiB working memory"
     assert f"engine      {stated}" in lines
     assert "kernels     float32 for sm_86" in text

@@ -21,6 +21,7 @@ from flashcocos.runtime.engine import OnnxRuntimeEngine, open_engines
 from flashcocos.runtime.info import describe_bundle
 from flashcocos.runtime.openvino_engine import OpenVinoEngine, cpu_precisions
 from flashcocos.runtime.shipped import shipped_bundle
+from flashcocos.runtime.stages import axis_sizes, concrete_shape, stage_inputs, stage_tensors
 
 openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
 
@@ -41,10 +42,12 @@ def inputs(config: ModelConfig, stage: str, height: int, width: int, batch: int)
     labels = np.stack([random_label(config, height, width, seed) for seed in range(batch)])
     label = labels if config.label_kind == "classes" else labels.astype(np.float32) / 255
     image = rng.uniform(-1, 1, (batch, 3, height, width)).astype(np.float32)
-    warped = rng.uniform(-1, 1, (batch, config.warped_channels, height // 4, width // 4)).astype(np.float32)
-    taken = {"label": label, "image": image, "warped": warped}
-    names = {"query": ["label"], "exemplar": ["image"], "synthesis": ["warped", "label"]}[stage]
-    return {name: taken[name] for name in names + ["label"] * (stage == "exemplar" and config.mask_mixing)}
+    sizes = axis_sizes(config, batch, height, width)
+    taken = {"label": label, "exemplar_label": label, "image": image}
+    for tensor in stage_tensors(config)[stage][0]:
+        if tensor.name not in taken:
+            taken[tensor.name] = rng.uniform(-1, 1, concrete_shape(tensor, sizes)).astype(np.float32)
+    return stage_inputs(config, stage, taken)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -107,8 +110,8 @@ def test_wrong_inputs(bundle: Bundle) -> None:
 
 def test_a_failing_run_is_a_backend_error(bundle: Bundle) -> None:
     given = {"warped": np.zeros((1, 3, 8, 8), np.float32), "label": np.zeros((1, 64, 32), np.uint8)}
-    with pytest.raises(BackendError, match=r"stage synthesis: failed on warped \(1, 3, 8, 8\), label") as caught:
-        OpenVinoEngine(bundle, "synthesis").run(given)
+    with pytest.raises(BackendError, match=r"stage coarse: failed on warped \(1, 3, 8, 8\), label") as caught:
+        OpenVinoEngine(bundle, "coarse").run(given)
     assert "\n" not in str(caught.value)
 
 
@@ -146,10 +149,10 @@ def test_openvino_replaces_a_precision_when_nobody_checks(bundle: Bundle, monkey
 def test_bfloat16(bundle: Bundle) -> None:
     if "bfloat16" not in cpu_precisions():
         pytest.skip("this CPU has no bfloat16")
-    engine = OpenVinoEngine(bundle, "synthesis", precision="bfloat16")
+    engine = OpenVinoEngine(bundle, "coarse", precision="bfloat16")
     assert engine.describe().arithmetic == "bfloat16"
-    taken = inputs(CLASSES, "synthesis", 64, 64, 1)
-    expected = OnnxRuntimeEngine(bundle, "synthesis").run(taken)
+    taken = inputs(CLASSES, "coarse", 64, 64, 1)
+    expected = OnnxRuntimeEngine(bundle, "coarse").run(taken)
     np.testing.assert_allclose(engine.run(taken)["image"], expected["image"], rtol=0, atol=2**-6)
 
 

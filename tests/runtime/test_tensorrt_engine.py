@@ -49,7 +49,7 @@ def test_the_fastest_precision_unless_one_is_asked_for(monkeypatch: pytest.Monke
     for precision, expected in ((None, "float16"), ("float32", "float32")):
         gpu.device.closed = False
         with gpu.translator(precision=precision) as translator:
-            described = translator.describe()["synthesis"]
+            described = translator.describe()["fine"]
             assert (described["arithmetic"], described["backend"]) == (expected, "tensorrt 10.9.0")
     for record in list_engines(gpu.folder):
         if record.key.precision == "float32":
@@ -61,12 +61,12 @@ def test_the_fastest_precision_unless_one_is_asked_for(monkeypatch: pytest.Monke
 def test_static_engines_come_first(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     gpu = fake_gpu(monkeypatch, bundle)
     with gpu.translator() as translator:
-        assert gpu.trt.loaded == ["query", "exemplar", "synthesis"]
+        assert gpu.trt.loaded == ["query", "exemplar", "coarse", "fine"]
         exemplar = translator.encode_exemplar(random_picture(64, 64), LABEL)
         translator.translate(LABEL, exemplar)
-        assert len(gpu.trt.loaded) == 3
+        assert len(gpu.trt.loaded) == 4
         translator.translate(LABEL, exemplar, (64, 96))  # the dynamic ones are loaded when they are needed
-        assert gpu.trt.loaded[3:] == ["query", "synthesis"]
+        assert gpu.trt.loaded[4:] == ["query", "coarse", "fine"]
 
 
 def test_int8_is_told(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
@@ -145,8 +145,8 @@ def test_an_engine_of_other_tensors(monkeypatch: pytest.MonkeyPatch, bundle: Pat
     gpu = fake_gpu(monkeypatch, bundle, profiles=[])
     tensors = [[("label", "uint8", ("batch", "height", "width"))], [("other", "float32", ("batch", 16, "h", "w"))]]
     _rewrite(gpu, "query", tensors=tensors)
-    _rewrite(gpu, "exemplar")
-    _rewrite(gpu, "synthesis")
+    for stage in ("exemplar", "coarse", "fine"):
+        _rewrite(gpu, stage)
     refused(
         gpu, r"engine query-\w+ has the tensors .*'other'.*, its description states .*'theta'.*flashcocos build again"
     )
@@ -165,8 +165,8 @@ def test_shapes_that_an_engine_does_not_give(monkeypatch: pytest.MonkeyPatch, bu
     gpu = fake_gpu(monkeypatch, bundle, profiles=[])
     wide = [[("label", "uint8", ("batch", "height", "width"))], [("theta", "float32", ("batch", 16, "h", 4))]]
     _rewrite(gpu, "query", tensors=wide)
-    _rewrite(gpu, "exemplar")
-    _rewrite(gpu, "synthesis")
+    for stage in ("exemplar", "coarse", "fine"):
+        _rewrite(gpu, stage)
     with gpu.translator() as translator:
         exemplar = translator.encode_exemplar(random_picture(64, 64), LABEL)
         with pytest.raises(

@@ -105,13 +105,13 @@ def test_batches_equal_singles(translator_name: str, request: pytest.FixtureRequ
 
 def test_labels_of_one_size_run_as_one_batch(classes: Translator, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
-    run = classes._pipeline.engines["synthesis"].run
+    run = classes._pipeline.engines["fine"].run
 
     def spy(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         batches.append(inputs["label"].shape)
         return run(inputs)
 
-    monkeypatch.setattr(classes._pipeline.engines["synthesis"], "run", spy)
+    monkeypatch.setattr(classes._pipeline.engines["fine"], "run", spy)
     labels = [random_label(CLASSES, *size) for size in ((64, 64), (96, 64), (64, 64), (64, 64))]
     classes.translate(labels, exemplar_of(classes), "input", batch_size=2)
     assert batches == [(2, 64, 64), (1, 64, 64), (1, 96, 64)]
@@ -247,9 +247,9 @@ def test_closing(tmp_path: Path) -> None:
 
 def test_describe(classes: Translator) -> None:
     described = classes.describe()
-    assert set(described) == {"query", "exemplar", "synthesis", "warp"}
+    assert set(described) == {"query", "exemplar", "coarse", "fine", "warp"}
     assert described["query"]["provider"] == "CPUExecutionProvider"
-    assert described["synthesis"]["device"] == "cpu"
+    assert described["fine"]["device"] == "cpu"
     assert described["exemplar"]["precision"] == "float32"
     assert {one["arithmetic"] for one in described.values()} == {"float32"}
     assert described["warp"]["backend"] == "numpy"
@@ -269,7 +269,7 @@ def test_options(tmp_path: Path) -> None:
 
 def nan_weights(stage: str, model: onnx.ModelProto) -> None:
     for tensor in model.graph.initializer:
-        if stage == "synthesis" and tensor.name == "mix":
+        if stage == "fine" and tensor.name == "mix":
             damaged = numpy_helper.to_array(tensor) * np.float32("nan")
             tensor.CopyFrom(numpy_helper.from_array(damaged, tensor.name))
 
@@ -286,7 +286,7 @@ def wrong_scale(stage: str, model: onnx.ModelProto) -> None:
     ("change", "message"),
     [
         (wrong_scale, r"stage query gave theta \(1, 16, 8, 8\), expected \(1, 16, 16, 16\)"),
-        (nan_weights, "stage synthesis gave NaN or infinity in image"),
+        (nan_weights, "stage fine gave NaN or infinity in image"),
     ],
 )
 def test_graphs_that_lie(tmp_path: Path, change: Any, message: str) -> None:

@@ -18,6 +18,7 @@ import kernel_twins
 import numpy as np
 
 from flashcocos.errors import BackendError
+from flashcocos.runtime.device import Box, Layout
 
 MIB = 1 << 20
 
@@ -196,6 +197,20 @@ class FakeDevice:
     def copy(self, target: int, source: int, size: int) -> None:
         self.copies += 1
         self.put(lambda: np.copyto(self.view(target, np.uint8, size), self.view(source, np.uint8, size)))
+
+    def copy_box(self, target: int, target_layout: Layout, source: int, source_layout: Layout, box: Box) -> None:
+        self.copies += 1
+
+        def rows(address: int, layout: Layout) -> np.ndarray:
+            assert box.width <= layout.pitch
+            assert box.height <= layout.rows
+            # to the last byte of the last row, and not the whole planes, whose end may lie beyond the buffer
+            last = ((box.depth - 1) * layout.rows + box.height - 1) * layout.pitch + box.width
+            strides = (layout.rows * layout.pitch, layout.pitch, 1)
+            shape = (box.depth, box.height, box.width)
+            return np.lib.stride_tricks.as_strided(self.view(address, np.uint8, last), shape, strides)
+
+        self.put(lambda: np.copyto(rows(target, target_layout), rows(source, source_layout)))
 
     def load(self, cubin: bytes, entry: str, formats: str, threads: int, shared_bytes: int) -> FakeKernel:
         self._require("load")

@@ -13,6 +13,7 @@ import numpy as np
 from fake_device import FakeDevice, FakeRecording
 
 from flashcocos.errors import BackendError
+from flashcocos.runtime.device import Box, Layout
 
 
 class Error(Exception):
@@ -43,6 +44,7 @@ class FakeDriver:
         self.Context = SimpleNamespace(pop=self._pop)
         self.Stream = lambda flags: _Stream(device, flags)
         self.Event = lambda: _Event(device)
+        self.Memcpy3D = lambda: _Memcpy3D(device)
         self.mem_alloc = _translated(lambda size: _Allocation(device.allocate(size)))
         self.mem_get_info = device.memory
 
@@ -91,6 +93,27 @@ class _Device:
 
     def retain_primary_context(self) -> Any:
         return _Context(self.driver)
+
+
+class _Memcpy3D:
+    """A copy of a box, as its attributes say when it is called."""
+
+    src_pitch = src_height = dst_pitch = dst_height = width_in_bytes = height = depth = 0
+
+    def __init__(self, device: FakeDevice) -> None:
+        self.device = device
+
+    def set_src_device(self, address: int) -> None:
+        self.source = address
+
+    def set_dst_device(self, address: int) -> None:
+        self.target = address
+
+    def __call__(self, stream: Any) -> None:
+        assert stream.handle == self.device.stream
+        layouts = Layout(self.dst_pitch, self.dst_height), Layout(self.src_pitch, self.src_height)
+        box = Box(self.width_in_bytes, self.height, self.depth)
+        self.device.copy_box(self.target, layouts[0], self.source, layouts[1], box)
 
 
 class _Context:

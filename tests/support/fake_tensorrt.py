@@ -21,9 +21,11 @@ import onnxruntime
 from fake_device import MIB, FakeDevice
 
 from flashcocos.bundle import STAGES, Bundle
+from flashcocos.config import ModelConfig
 from flashcocos.preprocess import to_uint8
 from flashcocos.runtime.device_engine import device_tensors
 from flashcocos.runtime.engine_store import EngineKey, EngineRecord, Profile, write_engine
+from flashcocos.runtime.stages import axis_sizes, concrete_shape
 
 MAGIC = b"FAKE"
 VERSION = "10.9.0"
@@ -46,15 +48,16 @@ def write_engines(
     precision: str = "float16",
     scratch: int = SCRATCH,
     header: dict[str, Any] | None = None,
+    stages: Sequence[str] = STAGES,
 ) -> list[EngineRecord]:
-    """Engines of all stages of `bundle`; `header` changes what the engine itself says."""
+    """Engines of `stages` of `bundle`; `header` changes what the engine itself says."""
     records = []
     manifest = bundle.manifest
     for one in profiles:
-        for stage in STAGES:
+        for stage in stages:
             file = manifest.stages[stage].file
             tensors = device_tensors(manifest.config, stage, packed=True)
-            sides = [_fixed(one, side) for side in tensors] if one.static else tensors
+            sides = [_fixed(manifest.config, one, side) for side in tensors] if one.static else tensors
             key = EngineKey(stage, manifest.files[file].sha256, flavour, version, (architecture,), precision, one)
             record = EngineRecord(key, tensors[0], tensors[1], WEIGHTS, scratch, 0, "")
             says = {"architecture": architecture, "version": version, "stage": stage, "scratch": scratch}
@@ -66,11 +69,10 @@ def write_engines(
     return records
 
 
-def _fixed(one: Profile, tensors: Any) -> Any:
+def _fixed(config: ModelConfig, one: Profile, tensors: Any) -> Any:
     """Tensors of a static engine, with numbers in place of axes."""
-    sides = {"batch": one.batch[0], "height": one.height[0], "width": one.width[0]}
-    sides |= {"h": one.height[0] // 4, "w": one.width[0] // 4}
-    return [type(t)(t.name, t.dtype, tuple(sides.get(side, side) for side in t.shape)) for t in tensors]
+    sizes = axis_sizes(config, one.batch[0], one.height[0], one.width[0])
+    return [type(t)(t.name, t.dtype, concrete_shape(t, sizes)) for t in tensors]
 
 
 class Severity(Enum):
@@ -102,7 +104,7 @@ class FakeTensorRt:
         self.device, self.__version__, self.capturable = device, version, capturable
         self.fails: str | None = None  # the stage whose next run fails
         self.syncs = False  # whether runs wait for the device, which cannot be recorded
-        self.nan = False  # whether the synthesis says that it gave NaN
+        self.nan = False  # whether the fine stage says that it gave NaN
         self.loaded: list[str] = []
         self.runs: list[str] = []
         self.engines = 0
@@ -208,6 +210,7 @@ class Context:
             known |= {s: size for s, size in zip(self.engine.tensors[key][1], shape, strict=True) if isinstance(s, str)}
         if "height" in known:
             known |= {"h": known["height"] // 4, "w": known["width"] // 4}
+            known |= {"half_height": known["height"] // 2, "half_width": known["width"] // 2}
         return tuple(known[side] if isinstance(side, str) else side for side in self.engine.tensors[name][1])
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -248,9 +251,9 @@ class Context:
         names = [output.name for output in session.get_outputs()]
         results = dict(zip(names, session.run(names, {name: view(name) for name in self.shapes}), strict=True))
         for name, array in results.items():
-            packed = stage == "synthesis"
+            packed = stage == "fine"
             view(name)[...] = np.stack([to_uint8(one) for one in array]) if packed else array
-        if stage == "synthesis":
+        if stage == "fine":
             view("invalid")[...] = float(self.trt.nan)
 
 

@@ -40,8 +40,8 @@ def compile_kernels(bundle: Path, capability: int) -> Path:
     return folder / "kernels"
 
 
-def real_translator(bundle: Path, backend: str) -> Translator:
-    """`bundle` on the GPU by `backend`, its engines and kernels built here; skips where it is not installed."""
+def real_translator(bundle: Path, backend: str, *, tile: int | None = None) -> Translator:
+    """`bundle` on the GPU by `backend`, in tiles of `tile`, all built here; skips where it is not installed."""
     device = require_gpu()
     capability = device.capability
     device.close()
@@ -49,11 +49,11 @@ def real_translator(bundle: Path, backend: str) -> Translator:
         if not has_provider("cuda"):
             pytest.skip("needs onnxruntime-gpu")
         compile_kernels(bundle, capability)
-        return Translator(bundle, device="cuda", precision="float32")
+        return Translator(bundle, device="cuda", precision="float32", tile=tile)
     if importlib.util.find_spec(backend.replace("-", "_")) is None:
         pytest.skip(f"needs the extra {FLAVOURS[backend]}")
     from flashcocos.export.tensorrt_builder import build
 
     list(build(bundle, targets=[capability], precision="float32", flavour=backend, profiles=[profile(), DYNAMIC]))
     compile_kernels(bundle, capability)
-    return Translator(bundle, backend=backend)
+    return Translator(bundle, backend=backend, tile=tile)

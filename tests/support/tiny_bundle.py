@@ -1,8 +1,8 @@
 """Model bundles small enough to make in a test: a few ONNX operators a stage, no trained weights, no torch.
 
 theta is a fixed 1x1 convolution of the label averaged over 4x4 pixels and phi the same of the exemplar's label (of its
-picture, where the label is not mixed in), so that equal labels match; synthesis enlarges the warped colours and adds
-a little of the label.
+picture, where the label is not mixed in), so that equal labels match; the synthesis enlarges the warped colours and
+adds a little of the label around and of features made of the colours.
 """
 
 from __future__ import annotations
@@ -68,17 +68,35 @@ def _graph(stage: str, config: ModelConfig, seed: int) -> ModelProto:
         nodes += [*_planes(config, constants), _pool("planes", "c")] if config.mask_mixing else [_pool("image", "c")]
         nodes += [_node("Conv", ["c", "w"], "phi")]
         constants["w"] = features
+    elif stage == "coarse":
+        constants["twice"] = np.array([1, 1, 2, 2], np.float32)
+        wide = 4 * config.ngf
+        constants["w"] = generator.standard_normal((wide, config.warped_channels, 1, 1)).astype(np.float32)
+        constants["mix"] = generator.standard_normal((wide, config.label_channels, 1, 1)).astype(np.float32)
+        nodes = [
+            *_planes(config, constants),
+            _node("Resize", ["warped", "", "twice"], "larger", mode="nearest"),
+            _node("Conv", ["larger", "w"], "colours"),
+            _node("Conv", ["planes", "mix"], "places", strides=[2, 2]),
+            _node("Add", ["colours", "places"], "features"),
+        ]
     else:
+        constants["twice"] = np.array([1, 1, 2, 2], np.float32)
         if config.warp_upsampling == "patch":
             nodes = [_node("DepthToSpace", ["warped"], "warped_image", blocksize=4, mode="DCR")]
         else:
             constants["scales"] = np.array([1, 1, 4, 4], np.float32)
             nodes = [_node("Resize", ["warped", "", "scales"], "warped_image", mode="nearest")]
         constants["mix"] = 0.1 * generator.standard_normal((3, config.label_channels, 1, 1)).astype(np.float32)
+        constants["shade"] = 0.02 * generator.standard_normal((3, 4 * config.ngf, 1, 1)).astype(np.float32)
         nodes += [
             *_planes(config, constants),
             _node("Conv", ["planes", "mix"], "tint"),
-            _node("Add", ["warped_image", "tint"], "sum"),
+            # the neighbours count, as they do in the network: a tile that is cut too close differs
+            _node("AveragePool", ["tint"], "soft", kernel_shape=[25, 25], pads=[12] * 4),
+            _node("Conv", ["features", "shade"], "shades"),
+            _node("Resize", ["shades", "", "twice"], "shadow", mode="nearest"),
+            _node("Sum", ["warped_image", "soft", "shadow"], "sum"),
             _node("Tanh", ["sum"], "image"),
         ]
     inputs, outputs = (

@@ -32,31 +32,49 @@ class Generator(nn.Module):
         self.last = nn.Conv2d(ngf, 4 if config.warp_skip else 3, 3, padding=1)
 
     def forward(self, warped_image: Tensor, label: Tensor) -> Tensor:
-        painted = class_means(warped_image, label) if self.warp_skip else warped_image[:, :0]
-        condition = torch.cat([warped_image, painted, label], 1)  # (B, 3 + nc, H, W), with the skip 6 + nc
-        x = self.first(subsample(condition, SIZE_MULTIPLE))  # (B, 16 ngf, H/32, W/32)
-        x = self.head(x, subsample(condition, 32))
-        x, condition_16 = _double(x), subsample(condition, 16)
+        means = class_means(warped_image, label) if self.warp_skip else None
+        features = self.coarse(self.condition(subsample(warped_image, 4), subsample(label, 4), means))
+        return self.fine(features, self.condition(warped_image, label, means))
+
+    def condition(self, warped_image: Tensor, label: Tensor, means: Tensor | None) -> Tensor:
+        """What steers every layer: warped_image (B, 3, h, w), with the skip its class means as well, and label planes.
+
+        means: `class_means` of the whole picture, for the skip; every tile of it takes the same.
+        """
+        painted = [] if means is None else [(means.mT @ label.flatten(2)).unflatten(2, label.shape[2:])]
+        return torch.cat([warped_image, *painted, label], 1)  # (B, 3 + nc, h, w), with the skip 6 + nc
+
+    def coarse(self, condition: Tensor) -> Tensor:
+        """Condition at a fourth of the size (B, c, H/4, W/4) -> features (B, 4 ngf, H/2, W/2): all that looks afar."""
+        x = self.first(subsample(condition, SIZE_MULTIPLE // 4))  # (B, 16 ngf, H/32, W/32)
+        x = self.head(x, subsample(condition, 8))
+        x, condition_16 = _double(x), subsample(condition, 4)
         x = self.middle_0(x, condition_16)
         x = self.middle_1(x, condition_16)  # (B, 16 ngf, H/16, W/16)
-        x = self.up_0(_double(x), subsample(condition, 8))  # (B, 8 ngf, H/8, W/8)
-        x = self.up_1(_double(x), subsample(condition, 4))  # (B, 4 ngf, H/4, W/4)
-        x = self.attention(_double(x))  # (B, 4 ngf, H/2, W/2)
-        x = self.up_2(x, subsample(condition, 2))  # (B, 2 ngf, H/2, W/2)
+        x = self.up_0(_double(x), subsample(condition, 2))  # (B, 8 ngf, H/8, W/8)
+        x = self.up_1(_double(x), condition)  # (B, 4 ngf, H/4, W/4)
+        return self.attention(_double(x))
+
+    def fine(self, features: Tensor, condition: Tensor) -> Tensor:
+        """Features (B, 4 ngf, H/2, W/2) and the condition (B, c, H, W) -> image (B, 3, H, W).
+
+        No pixel depends on anything `TILE_OVERLAP` pixels away, so a picture can be made in tiles.
+        """
+        x = self.up_2(features, subsample(condition, 2))  # (B, 2 ngf, H/2, W/2)
         x = self.up_3(_double(x), condition)  # (B, ngf, H, W)
         x = self.last(F.leaky_relu(x, LEAKY_SLOPE))  # (B, 3 or 4, H, W)
         if not self.warp_skip:
             return torch.tanh(x)
+        warped_image, painted = condition[:, :3], condition[:, 3:6]
         start = painted + torch.sigmoid(x[:, 3:]) * (warped_image - painted)
         return (start + x[:, :3]).clamp(-1, 1)
 
 
 def class_means(image: Tensor, label: Tensor) -> Tensor:
-    """image (B, 3, H, W) averaged over each plane of label (B, nc, H, W) and painted back: (B, 3, H, W)."""
+    """image (B, 3, H, W) averaged over each plane of label (B, nc, H, W): (B, nc, 3)."""
     # divided by the width before they are summed, so that no sum leaves the range of float16
     planes = label.flatten(2) / label.shape[3]  # (B, nc, H W)
-    means = (planes @ image.flatten(2).mT) / planes.sum(2, keepdim=True).clamp_min(1e-4)  # (B, nc, 3)
-    return (means.mT @ label.flatten(2)).unflatten(2, image.shape[2:])
+    return (planes @ image.flatten(2).mT) / planes.sum(2, keepdim=True).clamp_min(1e-4)
 
 
 def _double(x: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""Tiles of a picture for the fine half of the synthesis, which sees less than `TILE_OVERLAP` pixels around each.
+
+All tiles of a picture have one size, so that they share buffers, engines and CUDA graphs. They are spread evenly, the
+outermost end where the picture ends, and of each the outer `TILE_OVERLAP` pixels towards its neighbours are thrown
+away: what is kept is what the whole picture would have there, not a blend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ..bundle import TensorSpec
+from ..config import SIZE_MULTIPLE, TILE_OVERLAP
+from ..errors import InputError
+from .device import Box, Layout
+
+MIN_TILE = 2 * SIZE_MULTIPLE
+# image pixels per position along each axis that a tile cuts
+_ROWS: dict[int | str, int] = {"height": 1, "half_height": 2, "h": 4}
+_COLUMNS: dict[int | str, int] = {"width": 1, "half_width": 2, "w": 4}
+_ALIGNED = 4  # pixels; tiles begin on whole positions of all maps
+
+
+class Span(NamedTuple):
+    """One axis of a tile in pixels: `size` from `start` on are made, those of [first, last) of the picture kept."""
+
+    start: int
+    size: int
+    first: int
+    last: int
+
+    @property
+    def kept(self) -> slice:
+        """What is kept, in the picture."""
+        return slice(self.first, self.last)
+
+    @property
+    def inner(self) -> slice:
+        """What is kept, in the tile."""
+        return slice(self.first - self.start, self.last - self.start)
+
+
+class Tile(NamedTuple):
+    """One tile of a picture."""
+
+    rows: Span
+    columns: Span
+
+    def window(self, tensor: TensorSpec) -> tuple[slice, ...]:
+        """Where the tile lies in a tensor of the whole picture."""
+        return _cut(tensor, *(slice(span.start, span.start + span.size) for span in self))
+
+    def kept(self, tensor: TensorSpec) -> tuple[slice, ...]:
+        """Where what is kept lies in a tensor of the whole picture."""
+        return _cut(tensor, self.rows.kept, self.columns.kept)
+
+    def inner(self, tensor: TensorSpec) -> tuple[slice, ...]:
+        """Where what is kept lies in the tile's own tensor."""
+        return _cut(tensor, self.rows.inner, self.columns.inner)
+
+
+def is_cut(tensor: TensorSpec) -> bool:
+    """Whether a tile has a part of its own of `tensor`."""
+    return not _ROWS.keys().isdisjoint(tensor.shape)
+
+
+def _cut(tensor: TensorSpec, rows: slice, columns: slice) -> tuple[slice, ...]:
+    """`rows` and `columns`, in pixels, of a tensor, whatever its scale."""
+    cuts = [(slice(None), 1)] * len(tensor.shape)
+    for axis, side in enumerate(tensor.shape):
+        if side in _ROWS or side in _COLUMNS:
+            cuts[axis] = (rows, _ROWS[side]) if side in _ROWS else (columns, _COLUMNS[side])
+    return tuple(cut if step == 1 else slice(cut.start // step, cut.stop // step) for cut, step in cuts)
+
+
+def check_tile(tile: object) -> None:
+    """Raise `InputError` unless `tile` is None or the side of a tile in pixels."""
+    if tile is not None and (type(tile) is not int or tile % SIZE_MULTIPLE or tile < MIN_TILE):
+        raise InputError(
+            f"tile: expected a side in pixels, a multiple of {SIZE_MULTIPLE} from {MIN_TILE}, or None; got {tile!r}"
+        )
+
+
+def placed(
+    tensor: TensorSpec, sides: Sequence[int], itemsize: int, window: tuple[slice, ...]
+) -> tuple[int, Layout, Box]:
+    """Where a window of a tensor of `sides` lies in memory: the offset of its first byte, its layout, and its box."""
+    axis = next(axis for axis, side in enumerate(tensor.shape) if side in _ROWS)
+    rows, columns = (range(sides[place])[window[place]] for place in (axis, axis + 1))
+    item = itemsize * math.prod(sides[axis + 2 :])
+    pitch = item * sides[axis + 1]
+    box = Box(item * len(columns), len(rows), math.prod(sides[:axis]))
+    return rows.start * pitch + columns.start * item, Layout(pitch, sides[axis]), box
+
+
+def tile_size(height: int, width: int, tile: int | None) -> tuple[int, int]:
+    """(height, width) of the tiles of a picture; its own where `tile` is None or as large."""
+    return (height, width) if tile is None else (min(height, tile), min(width, tile))
+
+
+def tiles(height: int, width: int, tile: int | None) -> Iterator[Tile]:
+    """The tiles of a picture, row by row: one that is the picture where `tile` is None or as large."""
+    rows, columns = tile_size(height, width, tile)
+    for row in _spans(height, rows):
+        for column in _spans(width, columns):
+            yield Tile(row, column)
+
+
+def _spans(length: int, size: int) -> Sequence[Span]:
+    if size == length:
+        return [Span(0, size, 0, length)]
+    fresh = size - 2 * TILE_OVERLAP  # what a tile between two others adds
+    gaps = -(-(length - size) // fresh)
+    starts = [(length - size) * gap // gaps // _ALIGNED * _ALIGNED for gap in range(gaps + 1)]
+    ends = [start + size - TILE_OVERLAP for start in starts[:-1]] + [length]
+    return [Span(start, size, first, last) for start, first, last in zip(starts, [0, *ends], ends, strict=False)]

@@ -1,0 +1,105 @@
+"""Tiles: where they lie, and that a picture made of them is the picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_tiny_bundle
+
+from flashcocos.bundle import TensorSpec
+from flashcocos.config import TILE_OVERLAP
+from flashcocos.errors import InputError
+from flashcocos.runtime import Translator
+from flashcocos.runtime.tiles import check_tile, is_cut, placed, tile_size, tiles
+
+
+@pytest.mark.parametrize("tile", [64, 96, 160, 512])
+def test_every_pixel_is_kept_once_and_far_from_a_cut(tile: int) -> None:
+    for side in range(64, 1100, 32):
+        spans = [one.columns for one in tiles(64, side, tile)]
+        assert [pixel for span in spans for pixel in range(span.first, span.last)] == list(range(side))
+        assert {span.size for span in spans} == {min(side, tile)}
+        for span in spans:
+            end = span.start + span.size
+            assert 0 <= span.start < end <= side
+            assert span.start % 4 == 0
+            assert span.start == 0 or span.first - span.start >= TILE_OVERLAP
+            assert end == side or end - span.last >= TILE_OVERLAP
+            assert span.first < span.last
+        # no tile more than are needed
+        assert len(spans) == 1 or (len(spans) - 1) * (tile - 2 * TILE_OVERLAP) + 2 * TILE_OVERLAP < side
+
+
+def test_tiles_lie_row_by_row() -> None:
+    found = list(tiles(96, 128, 64))
+    assert [(one.rows.start, one.columns.start) for one in found] == [(y, x) for y in (0, 32) for x in (0, 32, 64)]
+    assert [(one.rows.first, one.columns.first) for one in found[:4]] == [(0, 0), (0, 48), (0, 80), (48, 0)]
+    assert tile_size(96, 128, 64) == (64, 64)
+    assert tile_size(96, 32, 64) == (64, 32)
+    for tile in (None, 128, 256):
+        (whole,) = tiles(96, 128, tile)
+        assert (whole.rows.kept, whole.columns.inner) == (slice(0, 96), slice(0, 128))
+        assert tile_size(96, 128, tile) == (96, 128)
+
+
+def test_windows_follow_the_axes() -> None:
+    tile = list(tiles(128, 160, 96))[-1]
+    assert (tile.rows.start, tile.columns.start) == (32, 64)
+    features = TensorSpec("features", "float32", ("batch", 8, "half_height", "half_width"))
+    label = TensorSpec("label", "uint8", ("batch", "height", "width"))
+    assert tile.window(features) == (slice(None), slice(None), slice(16, 64), slice(32, 80))
+    assert tile.window(TensorSpec("warped", "float32", ("batch", 3, "h", "w")))[2:] == (slice(8, 32), slice(16, 40))
+    assert tile.window(label) == (slice(None), slice(32, 128), slice(64, 160))
+    assert tile.kept(label)[1:] == (slice(80, 128), slice(80, 160))
+    assert tile.inner(label)[1:] == (slice(48, 96), slice(16, 96))
+    assert [is_cut(one) for one in (features, label, TensorSpec("means", "float32", ("batch", 5, 3)))] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("axes", "sides"),
+    [(("batch", "height", "width", 3), (2, 96, 128, 3)), (("batch", 5, "height", "width"), (2, 5, 96, 128))],
+)
+def test_where_a_window_lies_in_memory(axes: tuple[int | str, ...], sides: tuple[int, ...]) -> None:
+    spec, array = TensorSpec("x", "int16", axes), np.arange(np.prod(sides), dtype=np.int16).reshape(sides)
+    for tile in tiles(96, 128, 64):
+        start, (pitch, rows), (width, height, depth) = placed(spec, sides, 2, tile.kept(spec))
+        flat = array.tobytes()
+        found = [
+            flat[(at := start + (plane * rows + row) * pitch) : at + width]
+            for plane in range(depth)
+            for row in range(height)
+        ]
+        assert b"".join(found) == array[tile.kept(spec)].tobytes()
+
+
+@pytest.mark.parametrize("config", [CLASSES, CHANNELS], ids=["classes", "channels"])
+def test_a_picture_in_tiles_is_the_picture(tmp_path: Path, config) -> None:
+    bundle = write_tiny_bundle(tmp_path / "m", config)
+    labels = [random_label(config, 160, 224, seed) for seed in range(2)]
+    results = []
+    for tile in (None, 64, 96, 160):
+        with Translator(bundle, device="cpu", warp="numpy", threads=1, tile=tile) as translator:
+            exemplar_label = random_label(config, 96, 64, 5) if config.mask_mixing else None
+            exemplar = translator.encode_exemplar(random_picture(96, 64), exemplar_label, "input")
+            fine = translator._pipeline.engines["fine"]
+            shapes, run = [], fine.run
+            fine.run = lambda inputs, run=run, shapes=shapes: shapes.append(inputs["label"].shape[-2:]) or run(inputs)
+            results.append(translator.translate(labels, exemplar, "input"))
+            side = tile or 224
+            assert set(shapes) == {(min(160, side), min(224, side))}
+            assert len(shapes) == len(list(tiles(160, 224, tile)))
+    for parts in results[1:]:
+        for one, whole in zip(parts, results[0], strict=True):
+            assert np.abs(one.image.astype(int) - whole.image).max() <= 1  # the last digit of a sum, at a rounding edge
+            np.testing.assert_array_equal(one.warped, whole.warped)
+            assert whole.image.std() > 10
+
+
+@pytest.mark.parametrize("tile", [0, 32, 100, -64, 64.0, "64", True])
+def test_bad_tiles(tmp_path: Path, tile: object) -> None:
+    with pytest.raises(InputError, match=r"tile: expected a side in pixels, a multiple of 32 from 64, or None; got"):
+        Translator(write_tiny_bundle(tmp_path / "m"), tile=tile)
+    check_tile(None)
+    check_tile(64)
