@@ -23,8 +23,9 @@ def add_build(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="compute capabilities as sm_89; one engine serves all (default: the GPU at hand)",
     )  # fmt: skip
     sub.add_argument(
-        "--precision", choices=tuple(_PRECISIONS), default="float16", help="of the arithmetic (default: float16)"
-    )
+        "--precision", choices=tuple(_PRECISIONS), default="float16",
+        help="of the arithmetic, but for what is int8 in a bundle of flashcocos quantize (default: float16)",
+    )  # fmt: skip
     sub.add_argument(
         "--flavour", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx",
         help="tensorrt-rtx builds for GPUs that are not there; tensorrt for the one at hand (default: tensorrt-rtx)",
@@ -60,7 +61,8 @@ def _run_build(options: argparse.Namespace) -> int:
     folder = Path(options.output) if options.output else default_folder(options.bundle)
     if options.check:
         found = require_agreement(bundle, precision, config.image_size)
-        print(f"{precision} against the bundle's graphs on the CPU, {config.image_size} px: {found:.1f} dB")
+        apart = ", int8 apart" if bundle.manifest.precision == "int8" else ""
+        print(f"{precision} against the bundle's graphs on the CPU, {config.image_size} px{apart}: {found:.1f} dB")
     if not options.no_kernels:
         names = build_kernels(options.bundle, folder, targets, precision)
         print(f"kernels: {', '.join(names)}", flush=True)
@@ -76,9 +78,10 @@ def _run_build(options: argparse.Namespace) -> int:
     ):
         built.append(one.record)
         record = one.record
+        int8 = f"{record.int8_convolutions} convolutions in int8, " if record.int8_convolutions else ""
         print(
             f"{record.key.stage} at {record.key.profile}: {'kept' if one.kept else 'built'}, {_mib(record.bytes)}; "
-            f"weights {_mib(record.weight_bytes)}, working memory {_mib(record.activation_bytes)} "
+            f"{int8}weights {_mib(record.weight_bytes)}, working memory {_mib(record.activation_bytes)} "
             f"(estimated {_mib(one.estimated_bytes)})",
             flush=True,
         )
@@ -95,7 +98,8 @@ def add_quantize(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "quantize",
         _run_quantize,
-        "Write a bundle whose generator computes in int8, calibrated on one's own labels and exemplars.",
+        "Write a bundle whose generator computes in int8, on a CPU and in TensorRT engines built of it, calibrated "
+        "on one's own labels and exemplars.",
         "flashcocos quantize model.zip --input labels/ --exemplar photos/ --exemplar-label photo_labels/ -o int8.zip",
     )
     sub.add_argument("bundle", metavar="BUNDLE", help="model bundle, a folder or a .zip")

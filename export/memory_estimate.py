@@ -1,8 +1,9 @@
 """How much device memory a graph's tensors take at a size, before anything is built or run.
 
 Counted on the graph alone: operators in order, each tensor from where it is made to where it is last read, and the
-largest sum of those alive at once. Views and constants cost nothing. TensorRT fuses and reorders, so its own figure,
-which a build reports, differs; the estimate is there to say no before minutes are spent.
+largest sum of those alive at once. Views and constants cost nothing, nor does what DequantizeLinear gives, which is
+fused into its reader. TensorRT fuses and reorders, so its own figure, which a build reports, differs; the estimate is
+there to say no before minutes are spent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 from onnxscript import optimizer
 
-_VIEWS = {"Identity", "Reshape", "Squeeze", "Unsqueeze"}
+_VIEWS = {"DequantizeLinear", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 
 
 def estimate(graph: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]], *, fused_attention: bool) -> int:

@@ -5,9 +5,9 @@ One builder for both flavours, whose Python API is the same where it is used her
     tensorrt-rtx    TensorRT for RTX: consumer GPUs; builds for any architecture it knows on a machine with no GPU
     tensorrt        TensorRT proper: data-centre and consumer GPUs; builds for the GPU at hand
 
-Networks are strongly typed: `tensorrt_graphs` declares every tensor's type and the builder keeps it. Each stage is
-built for every profile that is asked for, static by default. What has been built is kept under a key of all that
-decides it (`runtime.engine_store`) and not built again.
+Networks are strongly typed: `tensorrt_graphs` declares every tensor's type and the builder keeps it, int8 included in
+a bundle of `flashcocos quantize` (`tensorrt_int8`). Each stage is built for every profile that is asked for, static by
+default. What has been built is kept under a key of all that decides it (`runtime.engine_store`) and not built again.
 
 Engines have been built with tensorrt-rtx 1.7 for sm 86, 89 and 120; none has ever run, for no GPU was at hand, and the
 flavour tensorrt could not be installed here: its calls are checked against its type stubs alone.
@@ -47,6 +47,7 @@ from ..runtime.tiles import check_tile
 from .bundle_writer import compiled_kernels
 from .memory_estimate import estimate
 from .tensorrt_graphs import bundle_graph
+from .tensorrt_int8 import int8_convolutions
 
 if TYPE_CHECKING:
     import tensorrt  # its stubs, for both flavours
@@ -78,7 +79,7 @@ def build(
 
     targets: compute capabilities, 89 for 8.9; all go into one engine, which shares their weights. tensorrt takes none
         but that of the GPU at hand.
-    precision: "float32" or "float16".
+    precision: "float32" or "float16", of all but what a bundle of `quantize` has in int8.
     profiles: the shapes; without any, one picture of the model's own size. output: folder, beside the bundle.
     tile: side of the fine stage's tiles, as `Translator` takes it; None builds it for whole pictures.
     Raises `InputError` for options that do not fit, `BundleError` for a bundle that cannot be used, and `BackendError`
@@ -88,10 +89,6 @@ def build(
     check_stages(opened.manifest)
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
-    if opened.manifest.precision == "int8":
-        raise InputError(
-            f"{bundle}: TensorRT engines are built of float bundles, not of int8: name that it was made of"
-        )
     check_tile(tile)
     trt = import_flavour(flavour)
     architectures = tuple(sorted(set(targets))) or (current_architecture(),)
@@ -186,9 +183,25 @@ def _build_one(
         config.progress_monitor = monitor
         engine = builder.build_serialized_network(network, config)
     if engine is None:
+        _clear(trt, key)
         raise BackendError(f"{what} for {_sms(key.architectures)}: {_failure(logger.errors)}")
     figures = {name: logger.figures.get(text, 0) for name, text in _FIGURES.items()}
-    return EngineRecord(key, inputs, outputs, figures["weights"], figures["activation"], 0, ""), bytes(engine)
+    weights, activation = figures["weights"], figures["activation"]
+    record = EngineRecord(key, inputs, outputs, weights, activation, 0, "", int8_convolutions(graph))
+    return record, bytes(engine)
+
+
+def _clear(trt: Any, key: EngineKey) -> None:
+    """Build next to nothing, for tensorrt-rtx 1.7 compiles as for sm_75 what follows a failed build for that."""
+    if key.flavour != "tensorrt-rtx":
+        return
+    builder = trt.Builder(_logger(trt))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    layer = network.add_identity(network.add_input("input", trt.float32, (1,)))
+    network.mark_output(layer.get_output(0))
+    config = builder.create_builder_config()
+    _set_architectures(trt, config, key.architectures)
+    builder.build_serialized_network(network, config)
 
 
 def _set_architectures(trt: Any, config: Any, architectures: Sequence[int]) -> None:

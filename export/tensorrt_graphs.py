@@ -10,7 +10,8 @@ What the graphs of a bundle do to save work on a CPU is put back, for TensorRT w
 
 `float16` is declared here, tensor by tensor, and a strongly typed network keeps it: convolutions, attention and what
 joins them are half; statistics stay single, for they square and sum (positional and instance norm, the vectors' lengths
-with their epsilon of 2e-16, mean colours), and so do the final tanh and every input and output.
+with their epsilon of 2e-16, mean colours), and so do the final tanh and every input and output. What is int8 in a
+bundle of `flashcocos quantize` stays so, but for the results of its convolutions (`tensorrt_int8`).
 
 The graph's function is unchanged otherwise; tests run both forms in ONNX Runtime and compare.
 """
@@ -30,6 +31,7 @@ from onnxscript import optimizer
 
 from ..bundle import Bundle
 from ..errors import BundleError
+from .tensorrt_int8 import is_quantized, prepare_int8
 
 # they square, sum, divide or end the network: float32 at any precision
 _SINGLE = {
@@ -61,6 +63,7 @@ def tensorrt_graph(graph: bytes, stage: str, *, classes: int, half: bool) -> onn
             _let_every_class_occur(model.graph, classes)
             _cast_label(model.graph)
         _join_attention(model.graph)
+        prepare_int8(model.graph)
         if stage == "fine":
             _pack_pictures(model.graph)
         optimizer.fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40)
@@ -241,13 +244,16 @@ def _float_inputs(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
 
 
 def _compute_type(node: ir.Node, data: list[ir.Value]) -> ir.DataType:
+    if is_quantized(node):
+        return ir.DataType.FLOAT
     if node.op_type in _HALF or (node.name or "").startswith(_ATTENTION):
         return ir.DataType.FLOAT16
     if node.op_type in _SINGLE:
         return ir.DataType.FLOAT
-    # the others move and join: single where all that they read is
+    # the others move and join: single where all that they read is, and was not int8
     variable = [value for value in data if value.const_value is None]
-    return ir.DataType.FLOAT if all(v.dtype == ir.DataType.FLOAT for v in variable) else ir.DataType.FLOAT16
+    single = all(v.dtype == ir.DataType.FLOAT and not is_quantized(v.producer()) for v in variable)
+    return ir.DataType.FLOAT if single else ir.DataType.FLOAT16
 
 
 def _constant(graph: ir.Graph, name: str, array: npt.ArrayLike) -> ir.Value:

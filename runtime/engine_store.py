@@ -101,6 +101,7 @@ class EngineRecord:
 
     inputs, outputs: tensors with named dynamic axes. weight_bytes, activation_bytes: of device memory, by TensorRT's
     own figures at the profile's largest shape; activation_bytes includes scratch. sha256, bytes: of the engine's file.
+    int8_convolutions: how many TensorRT was given in int8; the rest is of the key's precision.
     """
 
     key: EngineKey
@@ -110,6 +111,12 @@ class EngineRecord:
     activation_bytes: int
     bytes: int
     sha256: str
+    int8_convolutions: int = 0
+
+    @property
+    def arithmetic(self) -> str:
+        """What the engine computes in, for people."""
+        return f"int8 and {self.key.precision}" if self.int8_convolutions else self.key.precision
 
 
 def import_flavour(flavour: str) -> Any:

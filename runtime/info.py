@@ -108,7 +108,7 @@ def _engine_lines(bundle: Bundle, folder: Path) -> list[str]:
         key = record.key
         chips = " + ".join(f"sm_{architecture}" for architecture in key.architectures)
         lines.append(
-            f"engine      {key.stage} in {key.precision}, {key.profile}, {chips}, {key.flavour} {key.version}: "
+            f"engine      {key.stage} in {record.arithmetic}, {key.profile}, {chips}, {key.flavour} {key.version}: "
             f"{mebibytes(record.weight_bytes)} weights, {mebibytes(record.activation_bytes)} working memory"
             + ("" if key.graph_sha256 in graphs else "; of another bundle")
         )

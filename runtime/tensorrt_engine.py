@@ -126,7 +126,7 @@ class TensorRtEngine:
 
     def describe(self) -> EngineInfo:
         """Flavour with version, device, precision of the bundle's weights, and the engines' arithmetic."""
-        backend, arithmetic = f"{self._tensorrt.flavour} {self._tensorrt.version}", self._records[0].key.precision
+        backend, arithmetic = f"{self._tensorrt.flavour} {self._tensorrt.version}", self._records[0].arithmetic
         return EngineInfo(backend, "TensorRT", "cuda", self._stored, arithmetic)
 
     def close(self) -> None:

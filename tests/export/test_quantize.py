@@ -14,7 +14,6 @@ from flashcocos.bundle import Bundle
 from flashcocos.errors import BackendError, InputError
 from flashcocos.export.bundle_writer import export_bundle
 from flashcocos.export.quantize import MIN_PSNR, quantize_bundle
-from flashcocos.export.tensorrt_builder import build
 from flashcocos.export.verify import verify
 from flashcocos.runtime import Translator
 from flashcocos.runtime.jobs import plan_jobs
@@ -96,8 +95,6 @@ def test_what_cannot_be_quantised_is_refused(quantized, pairs, tmp_path):
         quantize_bundle(shipped_bundle(), tmp_path / "int8", pairs[:1])
     with pytest.raises(InputError, match="its generator is int8 already"):
         quantize_bundle(quantized.path, tmp_path / "int8", pairs)
-    with pytest.raises(InputError, match="engines are built of float bundles"):
-        next(build(quantized.path, targets=[89]))
     with pytest.raises(InputError, match="export in float32, then flashcocos quantize"):
         export_bundle("model.safetensors", tmp_path / "b", precision="int8")
 

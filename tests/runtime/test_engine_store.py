@@ -47,6 +47,17 @@ def test_what_was_written_is_found_and_read(bundle, tmp_path):
         assert one.inputs == bundle.manifest.stages[one.key.stage].inputs
 
 
+def test_what_is_int8_is_told_beside_the_precision(bundle, tmp_path):
+    written = write_engine(tmp_path, dataclasses.replace(record(bundle), int8_convolutions=36), b"engine")
+    assert engine_store.list_engines(tmp_path) == [written]
+    assert written.arithmetic == "int8 and float16"
+    path = tmp_path / f"{written.key.stem}.json"
+    fields = json.loads(path.read_text())
+    del fields["int8_convolutions"]  # as flashcocos wrote before it built int8 engines
+    path.write_text(json.dumps(fields))
+    assert [one.arithmetic for one in engine_store.list_engines(tmp_path)] == ["float16"]
+
+
 def test_static_engines_come_first(bundle, tmp_path):
     store(bundle, tmp_path, profile=RANGE)
     store(bundle, tmp_path)

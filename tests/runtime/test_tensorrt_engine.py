@@ -16,7 +16,7 @@ from fake_tensorrt import profile, write_engines
 from kernel_twins import write_kernels
 from tiny_bundle import CLASSES, random_label, random_picture, write_tiny_bundle
 
-from flashcocos.bundle import Bundle
+from flashcocos.bundle import STAGES, Bundle
 from flashcocos.errors import BackendError
 from flashcocos.runtime import Translator, device_pipeline, tensorrt_engine
 from flashcocos.runtime.engine_store import default_folder, list_engines
@@ -67,6 +67,16 @@ def test_static_engines_come_first(monkeypatch: pytest.MonkeyPatch, bundle: Path
         assert len(gpu.trt.loaded) == 4
         translator.translate(LABEL, exemplar, (64, 96))  # the dynamic ones are loaded when they are needed
         assert gpu.trt.loaded[4:] == ["query", "coarse", "fine"]
+
+
+def test_int8_is_told(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile()])
+    for path in gpu.folder.glob(f"{STAGES[-1]}-*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "int8_convolutions": 3}))
+    with gpu.translator() as translator:
+        described = translator.describe()
+        assert described[STAGES[-1]]["arithmetic"] == "int8 and float16"
+        assert described["query"]["arithmetic"] == "float16"
 
 
 def test_engines_of_a_folder_that_is_named(monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path) -> None:
