@@ -8,10 +8,8 @@ Samples are seeded noise, VGG19 has random weights: neither changes the time. Da
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,27 +22,25 @@ def prepare(case: Case, material: Material) -> Subject:
     """parameters: method, preset (of `flashcocos train`), size, batch, changes (settings, as --set takes them)."""
     import torch
 
-    from ..train import objective
     from ..train.networks import Vgg19
     from ..train.networks.layers import SelfAttention
     from ..train.settings import read_settings
     from ..train.trainer import Process, Trainer
 
     chosen = case.parameters
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "vgg19_conv.pth"
-        torch.save(Vgg19().state_dict(), weights)
-        changes = [f"model.image_size={chosen['size']}", f"run.batch={chosen['batch']}", "schedule.steps=1000000"]
-        changes += [f"vgg={weights}", f"run.micro_batch={chosen['batch']}", "run.workers=0", *chosen["changes"]]
-        settings = read_settings(chosen["preset"], changes)
-        samples = _Samples(settings.model, chosen["size"], chosen["batch"])
-        trainer = Trainer(settings, samples, Path(folder) / "none", Process(device=torch.device(material.device)))
-    if chosen["method"] == "matrix":
-        objective.corr_warp = functools.partial(objective.corr_warp, backend="reference")
-        if isinstance(block := trainer.model.generator.attention, SelfAttention):
-            from .naive import matrix_attention
+    changes = [f"model.image_size={chosen['size']}", f"run.batch={chosen['batch']}", "schedule.steps=1000000"]
+    changes += [f"run.micro_batch={chosen['batch']}", "run.workers=0", *chosen["changes"]]
+    settings = read_settings(chosen["preset"], changes)
+    samples = _Samples(settings.model, chosen["size"], chosen["batch"])
+    process = Process(device=torch.device(material.device))
+    vgg = Vgg19().eval().requires_grad_(False)
+    whole = chosen["method"] == "matrix"
+    with tempfile.TemporaryDirectory() as folder:  # where there is nothing to resume
+        trainer = Trainer(settings, samples, folder, process, vgg=vgg, warp="reference" if whole else "auto")
+    if whole and isinstance(block := trainer.model.generator.attention, SelfAttention):
+        from .naive import matrix_attention
 
-            block.attend = matrix_attention
+        block.attend = matrix_attention
     pieces = trainer.steps[0]
 
     def run() -> Outcome:

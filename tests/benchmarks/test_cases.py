@@ -33,14 +33,6 @@ from flashcocos.train.networks import CoCosNet
 SMALL_TRAINING = ["model.preset=tiny", "optimiser.discriminator_width=4"]
 
 
-@pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case has a process of its own and may replace what it measures; here it shares one with other tests."""
-    from flashcocos.train import objective
-
-    monkeypatch.setattr(objective, "corr_warp", objective.corr_warp)
-
-
 def shrunk(case: Case) -> Case:
     """`case` at the smallest size that its subject takes, once."""
     parameters: dict[str, Any] = dict(case.parameters)
