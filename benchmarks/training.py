@@ -3,7 +3,8 @@
     tiled     as `flashcocos train` runs it: no matrix in the warp nor in the self-attention
     matrix    the same step with both matrices formed and kept for the backward pass, as published
 
-Samples are seeded noise, VGG19 has random weights: neither changes the time. Data loading is not in it.
+Samples are seeded noise, VGG19 has random weights: neither changes the time. Data loading is not in it. `plan` tells
+the memory of a step, and the largest batch, without running it.
 """
 
 from __future__ import annotations
@@ -47,6 +48,30 @@ def prepare(case: Case, material: Material) -> Subject:
         return Outcome(trainer.train_step(pieces).terms)
 
     return Subject(run, lambda terms: {"largest_term": max(map(abs, terms.values()))})
+
+
+def plan(case: Case, material: Material) -> Subject:
+    """parameters: preset, size, checkpointing, budgets_gib, changes. Facts: MiB of one sample, and the largest batches.
+
+    Of the tensors alone, by `train.memory_plan`: nothing runs, and it is the same whatever the machine.
+    """
+    from ..train.memory_plan import GIB, Planner
+    from ..train.settings import read_settings
+
+    chosen = case.parameters
+    changes = [f"model.image_size={chosen['size']}", f"run.checkpointing={str(chosen['checkpointing']).lower()}"]
+    planner = Planner(read_settings(chosen["preset"], [*changes, *chosen["changes"]]))
+    one = planner.peak(1)
+    largest = {}
+    for budget in chosen["budgets_gib"]:
+        batch, peak = planner.largest_batch(budget * GIB)
+        largest[f"{budget:g}"] = {"batch": batch, "mib": _mib(peak.total)}
+    parts = {name: _mib(size) for name, size in one._asdict().items()}
+    return Subject(None, facts={"one_mib": {"total": _mib(one.total), **parts}, "largest": largest})
+
+
+def _mib(size: int) -> float:
+    return round(size / 2**20, 1)
 
 
 class _Samples:
