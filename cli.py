@@ -339,6 +339,13 @@ def _add_train(command: Command) -> None:
     sub.add_argument(
         "-o", "--output", metavar="FOLDER", help="model, checkpoint and logs (default: training/ and CONFIG's name)"
     )
+    sub.add_argument(
+        "--plan",
+        type=float,
+        nargs="+",
+        metavar="GIB",
+        help="train nothing: show the memory of a step, and the largest batch in so many GiB, as in --plan 8 12 24",
+    )
 
 
 def _run_train(options: argparse.Namespace) -> int:
@@ -348,8 +355,18 @@ def _run_train(options: argparse.Namespace) -> int:
     from .train.settings import read_settings
     from .train.trainer import MODEL, train
 
+    settings = read_settings(options.config, options.set)
+    if options.plan:
+        if options.output:
+            raise InputError("--plan writes nothing; leave --output out")
+        from .progress import Progress
+        from .train.memory_plan import report
+
+        with Progress("plan", unit="step") as progress:
+            print(report(settings, options.plan, progress))
+        return 0
     folder = Path(options.output or Path("training", Path(options.config).stem))
-    stopped = train(read_settings(options.config, options.set), folder)
+    stopped = train(settings, folder)
     if os.environ.get("RANK", "0") == "0":
         print(folder / MODEL)
     return 128 + stopped if stopped else 0  # as a shell reports a signal

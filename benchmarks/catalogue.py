@@ -233,6 +233,21 @@ def training_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> It
             )
 
 
+def plan_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+    """A minute each, whatever the size: nothing runs."""
+    for size in (256, 512):
+        for checkpointing in (False, True):
+            yield Case(
+                f"plan/ade20k-{size}{'-checkpointing' * checkpointing}",
+                ".training:plan",
+                f"{size} px, {'blocks recomputed in the backward pass' if checkpointing else 'everything kept'}",
+                {"preset": "ade20k", "size": size, "checkpointing": checkpointing}
+                | {"budgets_gib": [8, 12, 24], "changes": []},
+                requires=("torch",),
+                published=True,
+            )
+
+
 def startup_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """From the start of a process, files in the system's cache, and what an installation takes on the disk."""
     shared: dict[str, Any] = {"repeats": 3, "seconds": 30.0, "published": True}
@@ -279,4 +294,13 @@ def machine_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Ite
     )
 
 
-MAKERS = (machine_cases, ladder_cases, resolution_cases, warp_cases, training_cases, throughput_cases, startup_cases)
+MAKERS = (
+    machine_cases,
+    ladder_cases,
+    resolution_cases,
+    warp_cases,
+    training_cases,
+    plan_cases,
+    throughput_cases,
+    startup_cases,
+)

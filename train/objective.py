@@ -6,6 +6,7 @@ Source: arXiv 2004.05571 section 3.3; the terms are in `losses`. The warp and it
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -44,11 +45,15 @@ def generator_pass(
     weights: LossWeights,
     batch: Batch,
     carry: Tensor | None = None,
+    backend: str = "auto",
 ) -> GeneratorPass:
     """Translate `batch` and weigh each term of the generator's objective.
 
     discriminator, vgg: None where no term needs them. carry: planes (B, K, H/4, W/4) to warp along with the exemplar.
+    backend: of `corr_warp`.
     """
+    config = model.config
+    warp = functools.partial(corr_warp, patch=config.patch, temperature=config.temperature, backend=backend)
     label, exemplar_label = model.label_planes(batch.label), model.label_planes(batch.exemplar_label)
     terms = {}
     features = model.correspondence.label_adaptor(label)
@@ -61,15 +66,15 @@ def generator_pass(
         planes.append(subsample(exemplar_label, 4))
     if carry is not None:
         planes.append(carry)
-    warped, *others = _warp(model, theta, phi, torch.cat(planes, 1)).split([part.shape[1] for part in planes], 1)
+    warped, *others = warp(theta, phi, torch.cat(planes, 1)).split([part.shape[1] for part in planes], 1)
     if weights.warp_mask:
         terms["warp_mask"] = losses.warp_mask(others[0], subsample(label, 4), subsample(exemplar_label, 4))
     if weights.warp_cycle:
-        terms["warp_cycle"] = losses.warp_cycle(_warp(model, phi, theta, warped), values)
+        terms["warp_cycle"] = losses.warp_cycle(warp(phi, theta, warped), values)
     if weights.warp_two_cycle:
         true_values = model.warp_values(batch.image)
-        there = _warp(model, phi, theta, true_values)
-        terms["warp_two_cycle"] = losses.warp_cycle(_warp(model, theta, phi, there), true_values)
+        there = warp(phi, theta, true_values)
+        terms["warp_two_cycle"] = losses.warp_cycle(warp(theta, phi, there), true_values)
     image, warped_image = model.synthesise(warped, label)
     pairs = losses.pseudo_weights(batch.self_reference, weights.upstream_batch_scale)
     if weights.warp_self:
@@ -88,11 +93,6 @@ def discriminator_pass(
     fake_scores, real_scores = zip(*(score.chunk(2) for score in scores), strict=True)
     fake_term, real_term = losses.adversarial_discriminator(fake_scores, real_scores)
     return {"fake": weights.adversarial * fake_term, "real": weights.adversarial * real_term}
-
-
-def _warp(model: CoCosNet, theta: Tensor, phi: Tensor, values: Tensor) -> Tensor:
-    warped: Tensor = corr_warp(theta, phi, values, patch=model.config.patch, temperature=model.config.temperature)
-    return warped
 
 
 def _vgg_terms(

@@ -117,10 +117,15 @@ class GeneratorStep(nn.Module):
     """
 
     def __init__(
-        self, model: CoCosNet, discriminator: Discriminator | None, vgg: Vgg19 | None, settings: Settings
+        self,
+        model: CoCosNet,
+        discriminator: Discriminator | None,
+        vgg: Vgg19 | None,
+        settings: Settings,
+        warp: str = "auto",
     ) -> None:
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.warp = model, settings, warp
         self.frozen = (discriminator, vgg)
 
     def forward(self, batch: Batch) -> GeneratorPass:
@@ -129,7 +134,7 @@ class GeneratorStep(nn.Module):
         samples = Samples(label, batch["image"], batch["exemplar"], exemplar_label, batch["self_reference"])
         weights = self.settings.supervised
         carry = quarter(exemplar_label) if weights.label else None
-        result = generator_pass(self.model, *self.frozen, self.settings.loss, samples, carry)
+        result = generator_pass(self.model, *self.frozen, self.settings.loss, samples, carry, self.warp)
         image, warped_image = result.image.float(), result.warped_image.float()
         with torch.autocast(label.device.type, enabled=False):  # sums over a picture leave the range of float16
             terms = supervised_terms(
@@ -153,12 +158,20 @@ class DiscriminatorStep(nn.Module):
 class Trainer:
     """Networks, optimisers and moving average; `step` counts what is done. Resumes from `folder` if it can.
 
-    data: of one size. Raises `CheckpointError` for a checkpoint that is damaged or of another model, and for model or
+    data: of one size. vgg: the frozen feature network, in place of the one that the settings name. warp: the backend of
+    `kernels.corr_warp`. Raises `CheckpointError` for a checkpoint that is damaged or of another model, and for model or
     VGG files that do not fit; `InputError` for data that fills no batch.
     """
 
     def __init__(
-        self, settings: Settings, data: PairData, folder: str | os.PathLike[str], process: Process | None = None
+        self,
+        settings: Settings,
+        data: PairData,
+        folder: str | os.PathLike[str],
+        process: Process | None = None,
+        *,
+        vgg: Vgg19 | None = None,
+        warp: str = "auto",
     ) -> None:
         self.settings, self.folder, self.process = settings, Path(folder), process or Process()
         self.device = self.process.device
@@ -167,23 +180,27 @@ class Trainer:
         torch.manual_seed(settings.run.seed)
         resumes = (self.folder / CHECKPOINT).exists()
         self.model = start_model(dataclasses.replace(settings, init="matched") if resumes else settings)
-        self.model.to(self.device)
+        self._place(self.model)
         if self.device.type == "cuda":
             # tensor cores want it, and the warp's kernels read theta and phi as they come instead of packing them
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stubs lack it
         self.average: CoCosNet | None = None
         if settings.run.ema:
-            self.average = CoCosNet(settings.model).to(self.device).requires_grad_(False).eval()
+            self.average = CoCosNet(settings.model).requires_grad_(False).eval()
+            self._place(self.average)
             self.average.load_state_dict(folded_state(self.model))
-        self.discriminator = start_discriminator(settings).to(self.device) if settings.loss.adversarial else None
-        vgg = load_features(settings.perceptual, settings.vgg).to(self.device) if settings.needs_vgg else None
+        self.discriminator = start_discriminator(settings) if settings.loss.adversarial else None
+        vgg = (vgg or load_features(settings.perceptual, settings.vgg)) if settings.needs_vgg else None
+        for network in (self.discriminator, vgg):
+            if network is not None:
+                self._place(network)
         self.optimisers = self._make_optimisers()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.run.precision == "float16")
         if resumes:
             self._load()
         if settings.run.checkpointing:
             recompute_blocks(self.model)
-        self._model_step = self._shared(GeneratorStep(self.model, self.discriminator, vgg, settings))
+        self._model_step = self._shared(GeneratorStep(self.model, self.discriminator, vgg, settings, warp))
         if self.discriminator is not None:
             self._discriminator_step = self._shared(DiscriminatorStep(self.discriminator, settings.loss))
 
@@ -292,6 +309,11 @@ class Trainer:
         self.scaler.step(self.optimisers[name])
         self.optimisers[name].zero_grad(set_to_none=True)
         return terms
+
+    def _place(self, network: nn.Module) -> None:
+        """Move `network` to the device; the CPU is where it was made, and fake tensors (`memory_plan`) cannot move."""
+        if self.device.type != "cpu":
+            network.to(self.device)
 
     def _make_optimisers(self) -> dict[str, torch.optim.Adam]:
         chosen = self.settings.optimiser

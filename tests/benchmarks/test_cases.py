@@ -31,14 +31,15 @@ from flashcocos.train.networks import CoCosNet
 
 # a network of 4 channels for the step of training, in place of ade20k's
 SMALL_TRAINING = ["model.preset=tiny", "optimiser.discriminator_width=4"]
-
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case has a process of its own and may replace what it measures; here it shares one with other tests."""
-    from flashcocos.train import objective
-
-    monkeypatch.setattr(objective, "corr_warp", objective.corr_warp)
+# and without the networks and norms beside it, for a plan
+SMALL_PLAN = [
+    "model.preset=tiny",
+    "perceptual=none",
+    "loss.adversarial=0.0",
+    "loss.discriminator_features=0.0",
+    "supervised.image=1.0",
+    "optimiser.spectral_norm=false",
+]
 
 
 def shrunk(case: Case) -> Case:
@@ -51,6 +52,8 @@ def shrunk(case: Case) -> Case:
     if case.group == "training":
         # once with VGG19, which is large whatever the network
         parameters["changes"] = SMALL_TRAINING + ["perceptual=none"] * (parameters["method"] == "matrix")
+    if case.group == "plan":
+        parameters |= {"changes": SMALL_PLAN, "budgets_gib": [0.1], "checkpointing": False}
     if "batch" in parameters:
         parameters["batch"] = min(parameters["batch"], 2)
     if "side" in parameters:

@@ -34,6 +34,8 @@ def results(tmp_path: Path) -> Path:
     fast = {"p5": 240.0, "median": 250.0, "p95": 260.0, "p99": 270.0}
     warp = {"size": 64, "patch": 3, "values": 3, "inputs": "noise", "backward": False}
     warp |= {"channels": 256, "dtype": "float32"}
+    budgets = {"budgets_gib": [8, 24]}
+    largest = {"8": {"batch": 0, "mib": 9000.4}, "24": {"batch": 3, "mib": 23000.4}}
     installed = {"mib": 372.0, "packages": 8, "largest": {"a": 9}}
     files = {
         "ladder": [
@@ -61,6 +63,10 @@ def results(tmp_path: Path) -> Path:
             row("warp/cpu-back", {**warp, "method": "cpu", "backward": True}, quality={"max_error": 3e-7}),
         ],
         "training": [row("training/tiled-256", {"method": "tiled", "size": 256})],
+        "plan": [
+            row("plan/256", budgets, status="measured", facts={"one_mib": {"total": 9000.4}, "largest": largest}),
+            row("plan/512", budgets, status="failed", reason="ended"),
+        ],
         "throughput": [row("throughput/runtime-batch4", {**RUNTIME, "cached": True, "batch": 4})],
         "startup": [
             row("startup/runtime", RUNTIME, parts_ms={"ready": 800.0}, facts={"peak_mib": 100.0}),
@@ -99,6 +105,9 @@ def test_every_row_has_its_line(results: Path) -> None:
         "| measure of warp/numba, noise | 1.00 s | 1.50 | 3e-07 |",
         "| 4 096 | 9% |",
         "| measure of training/tiled-256 | 1.00 s | 512 MiB |",
+        "| | one sample | in 8 GiB | in 24 GiB |",
+        "| measure of plan/256 | 9000 MiB | none | 3 (23000 MiB) |",
+        "| measure of plan/512 | failed: ended | | |",
         "| 4 | runtime, exemplar encoded once | 4 | 512 MiB |",
         "| measure of startup/runtime | 800 ms | 1.00 s | 100 MiB |",
         "| measure of startup/install | 372 MiB | 8 | a 9 |",

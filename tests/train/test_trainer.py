@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flashcocos.cli import main
 from flashcocos.errors import BackendError, CheckpointError, InputError
+from flashcocos.kernels import last_backend
 from flashcocos.train import trainer as trainer_module
 from flashcocos.train.checkpoint import load_model, read_metadata, save_model
 from flashcocos.train.networks import CoCosNet, Vgg19
@@ -137,6 +138,12 @@ def test_the_discriminator_sees_the_pictures_of_the_models_step(tmp_path: Path) 
     assert len(seen) == 2
     assert torch.equal(seen[1], result.image)
     assert not any(fake.requires_grad for fake in seen)
+
+
+@pytest.mark.parametrize(("warp", "expected"), [("reference", "reference"), ("auto", "cpu")])
+def test_the_warps_backend_is_this_trainers(warp: str, expected: str, tmp_path: Path) -> None:
+    advance(Trainer(settings(), FlatPairs(), tmp_path, warp=warp), 1)
+    assert last_backend() == expected
 
 
 def test_what_no_term_needs_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
