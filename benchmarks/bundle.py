@@ -107,7 +107,7 @@ def _case(backend: str, precision: str, size: int, *, batch: int = 1, **options:
         name,
         ".translation:prepare",
         f"{backend} in {precision}, {size} px, batch {batch}",
-        {**parameters, "cached": True, "batch": batch},
+        {**parameters, "cached": True, "batch": batch, "tile": None},
         None if own else Gate("psnr_db", MIN_PSNR[precision]),
         "" if own else reference,
         requires=(backend, "bundle"),

@@ -10,6 +10,7 @@ from .registry import CHANNELS, Case, Gate
 
 EXACT, ROUNDED, ALIKE = 40.0, 30.0, 20.0  # dB: float32 gives more than 70; bfloat16; any bundle of the same model
 TRANSLATION = ".translation:prepare"
+TILE = 288  # pixels; two a side at 512 px, four at 1024
 
 
 def ladder_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
@@ -37,22 +38,22 @@ def ladder_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iter
 
 
 def resolution_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
-    """512 to 1024 px: half a minute to four a run on two cores, so one run each, and 768 px are not published.
+    """512 to 1024 px: half a minute to four a run on two cores, so one run each.
 
     What all are compared with is flashcocos's own networks in PyTorch, the only ones that need no matrix.
     """
-    for size in (512, 1024, 768):
-        published, reference = size != 768, f"resolution/eager-tiled-{size}"
+    for size in (512, 768, 1024):
+        reference = f"resolution/eager-tiled-{size}"
         options: dict[str, Any] = {"reference": reference, "repeats": 1, "warmup": False}
         for method in ("eager-tiled", "eager", "eager-fused"):
-            shown = published and method != "eager-fused"
+            shown = method != "eager-fused"
             yield _eager(f"resolution/{method}-{size}", method, size, config, device, published=shown, **options)
-        yield _naive(f"resolution/naive-{size}", "naive", size, config, published=published, **options)
-        small = {"published": size == 512, **options}
-        yield _runtime(f"resolution/runtime-{size}", size, cached=False, **small)
-        yield _runtime(f"resolution/runtime-cached-{size}", size, published=published, **options)
+        yield _naive(f"resolution/naive-{size}", "naive", size, config, **options)
+        yield _runtime(f"resolution/runtime-{size}", size, cached=False, published=True, **options)
+        yield _runtime(f"resolution/runtime-cached-{size}", size, published=True, **options)
+        yield _runtime(f"resolution/runtime-tiled-{size}", size, tile=TILE, published=True, **options)
         for rung in rungs:
-            yield _runtime(f"resolution/{rung}-{size}", size, bundle=rung, **small)
+            yield _runtime(f"resolution/{rung}-{size}", size, bundle=rung, published=size == 512, **options)
 
 
 def throughput_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
@@ -133,17 +134,19 @@ def _runtime(
     precision: str = "float32",
     cached: bool = True,
     batch: int = 1,
+    tile: int | None = None,
     reference: str = "ladder/eager-256",
     **options: Any,
 ) -> Case:
     bound = ALIKE if bundle != "model" else EXACT if precision == "float32" else ROUNDED
     parameters = {"method": "runtime", "size": size, "bundle": bundle, "backend": backend, "precision": precision}
     kept = "its exemplar encoded before" if cached else "with its exemplar"
+    kept += "" if tile is None else f", in tiles of {tile}"
     return Case(
         name,
         TRANSLATION,
         f"the runtime on {backend} in {precision}, bundle {bundle}, {size} px, batch {batch}, {kept}",
-        parameters | {"cached": cached, "batch": batch},
+        parameters | {"cached": cached, "batch": batch, "tile": tile},
         Gate("psnr_db", bound),
         reference,
         seconds=25.0,
@@ -229,7 +232,7 @@ def training_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> It
                 seconds=20.0,
                 memory=4 * held,  # logits, weights and the gradient of either
                 requires=("torch",),
-                published=size == 256,
+                published=True,
             )
 
 
@@ -258,7 +261,7 @@ def startup_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Ite
             ".machine:startup",
             f"process start to the first picture of the runtime, bundle {bundle}, {size} px",
             {"method": "runtime", "size": size, "bundle": bundle, "backend": "onnxruntime", "precision": "float32"}
-            | {"cached": False, "batch": 1},
+            | {"cached": False, "batch": 1, "tile": None},
             light,
             requires=("onnxruntime", "bundle"),
             **shared,

@@ -271,6 +271,7 @@ def label(row: Row) -> str:
     parts += ["OpenVINO"] * (chosen["backend"] == "openvino")
     parts += [chosen["precision"]] * (chosen["precision"] != "float32")
     parts.append("exemplar encoded once" if chosen["cached"] else "exemplar encoded each time")
+    parts += [f"tiles of {chosen['tile']}"] if chosen.get("tile") else []
     return ", ".join([name, *parts])
 
 

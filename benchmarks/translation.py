@@ -28,7 +28,7 @@ from .registry import Case, Material, Outcome, Subject
 
 
 def prepare(case: Case, material: Material) -> Subject:
-    """parameters: method, size; of the runtime also bundle, backend, precision, cached, batch; of eager, dtype."""
+    """parameters: method, size; of the runtime bundle, backend, precision, cached, batch and tile; of eager, dtype."""
     chosen = case.parameters
     makers: dict[str, Callable[..., tuple[Callable[[], Outcome], dict[str, Any]]]] = {
         **dict.fromkeys(("eager", "eager-fused", "eager-tiled", "compiled"), _eager),
@@ -116,6 +116,7 @@ def _runtime(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[]
         precision=chosen["precision"],
         device=material.device,
         threads=material.threads,
+        tile=chosen["tile"],
     )
     load = time.perf_counter() - start
     size, batch = chosen["size"], chosen["batch"]

@@ -5,7 +5,7 @@ classes that occur alone, and gathers their columns of the weights: for K classe
 instead of 154, in convolutions that are a quarter of the generator's multiply-adds.
 
 Self-attention: its matrix has a fourth of the square of (H / 2)(W / 2) entries, 4 GiB at 512 px. `loop_attention` has a
-graph form `ATTENTION_ROWS` rows of it at a time. (The opset has no fused attention.)
+graph form a few rows of it at a time, as many as stay in the cache. (The opset has no fused attention.)
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from ..train.networks import CoCosNet
 from ..train.networks.generator import class_means
 from ..train.networks.layers import SelfAttention
 
-# every size has a multiple of as many queries, (H / 2)(W / 2) for H and W that 32 divides; at 256 px the rows take
-# 4 MiB, which stay in the cache
+# rows at a time; every size has a multiple of as many queries, (H / 2)(W / 2) for H and W that 32 divides
 ATTENTION_ROWS = (SIZE_MULTIPLE // 2) ** 2
+# (more keys than, rows): 4 to 8 MiB a step, with which 512 px took half the time of 256 rows, and 1024 px two thirds
+FEWER_ROWS = ((8192, 64), (32768, 32))
 
 
 def stage_module(model: CoCosNet, stage: str) -> nn.Module:
@@ -188,11 +189,18 @@ def loop_attention(graph: GraphProto) -> tuple[list[NodeProto], list[TensorProto
 # query (B, N, D), key (B, D, M), value (B, M, V) -> out (B, N, V); the braces' names are those of the graph
 _ATTENTION = f"""
     attention (float[B,N,D] {{query}}, float[B,D,M] {{key}}, float[B,M,V] {{value}}) => (float[B,N,V] {{out}})
-    <int64[3] attention_split = {{{{0, -1, {ATTENTION_ROWS}}}}}, int64[2] attention_join = {{{{0, -1}}}},
-     bool attention_always = {{{{1}}}}>
+    <int64[2] attention_split = {{{{0, -1}}}}, int64[2] attention_join = {{{{0, -1}}}},
+     int64[1] attention_most = {{{{{ATTENTION_ROWS}}}}}, int64[1] attention_many = {{{{{FEWER_ROWS[0][0]}}}}},
+     int64[1] attention_fewer = {{{{{FEWER_ROWS[0][1]}}}}}, int64[1] attention_very_many = {{{{{FEWER_ROWS[1][0]}}}}},
+     int64[1] attention_fewest = {{{{{FEWER_ROWS[1][1]}}}}}, bool attention_always = {{{{1}}}}>
     {{{{
+        attention_keys = Shape<start = 2, end = 3>({{key}})
+        attention_above = Greater(attention_keys, attention_many)
+        attention_far_above = Greater(attention_keys, attention_very_many)
+        attention_at_most = Where(attention_above, attention_fewer, attention_most)
+        attention_at_once = Where(attention_far_above, attention_fewest, attention_at_most)
         attention_depth = Shape<start = 2, end = 3>({{query}})
-        attention_split_shape = Concat<axis = 0>(attention_split, attention_depth)
+        attention_split_shape = Concat<axis = 0>(attention_split, attention_at_once, attention_depth)
         attention_parts = Reshape({{query}}, attention_split_shape)
         attention_queries = Transpose<perm = [1, 0, 2, 3]>(attention_parts)
         attention_count = Shape<start = 0, end = 1>(attention_queries)

@@ -31,6 +31,7 @@ from onnxscript import optimizer
 
 from ..bundle import Bundle
 from ..errors import BundleError
+from ..runtime.graph_check import refuse_external_data
 from .tensorrt_int8 import is_quantized, prepare_int8
 
 # they square, sum, divide or end the network: float32 at any precision
@@ -48,7 +49,9 @@ def bundle_graph(bundle: Bundle, stage: str, precision: str) -> onnx.ModelProto:
     """`tensorrt_graph` of a stage of `bundle` in `precision`, "float32" or "float16"."""
     config = bundle.manifest.config
     classes = config.label_channels if config.label_kind == "classes" else 0
-    return tensorrt_graph(bundle.read_stage(stage), stage, classes=classes, half=precision == "float16")
+    graph = bundle.read_stage(stage)
+    refuse_external_data(graph, f"{bundle.path}: stage {stage}")
+    return tensorrt_graph(graph, stage, classes=classes, half=precision == "float16")
 
 
 def tensorrt_graph(graph: bytes, stage: str, *, classes: int, half: bool) -> onnx.ModelProto:

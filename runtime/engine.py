@@ -120,6 +120,8 @@ def open_session(
     chosen.intra_op_num_threads = threads or 0
     chosen.enable_cpu_mem_arena = False  # the arena never gives back: 1 GB more at the peak, 2 GB between runs
     chosen.log_severity_level = 4  # what goes wrong is raised, not printed
+    # int8 products that saturate would be faster on CPUs without VNNI, and cost up to 13 dB
+    chosen.add_session_config_entry("session.x64quantprecision", "1")
     chosen.add_session_config_entry("session.load_model_format", "ONNX")  # never guessed from the bytes
     providers = [(provider, dict(options)) if options else provider]
     try:

@@ -70,7 +70,7 @@ def attention_model(*operators: str) -> ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-@pytest.mark.parametrize(("batch", "parts", "keys"), [(1, 1, 1), (3, 5, 17)])
+@pytest.mark.parametrize(("batch", "parts", "keys"), [(1, 1, 1), (3, 5, 17), (2, 1, 8193), (1, 1, 32769)])
 def test_the_loop_gives_what_the_matrix_gives(batch: int, parts: int, keys: int, rng: np.random.Generator) -> None:
     whole, looped = (attention_model("MatMul", "Softmax", "MatMul") for _ in range(2))
     nodes, initializers = loop_attention(looped.graph)
@@ -83,6 +83,10 @@ def test_the_loop_gives_what_the_matrix_gives(batch: int, parts: int, keys: int,
         for model in (whole, looped)
     )
     assert "Loop" in {node.op_type for node in looped.graph.node}
+    looped.graph.output.append(helper.make_tensor_value_info("attention_steps", TensorProto.INT64, []))
+    session = onnxruntime.InferenceSession(looped.SerializeToString(), providers=["CPUExecutionProvider"])
+    rows = 32 if keys > 32768 else 64 if keys > 8192 else 256
+    assert session.run(["attention_steps"], inputs)[0] == parts * ATTENTION_ROWS // rows
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
