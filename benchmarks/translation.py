@@ -66,6 +66,7 @@ def _eager(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], 
     tensors = [x.repeat(batch, *[1] * (x.ndim - 1)).to(dtype if x.is_floating_point() else x.dtype) for x in tensors]
     network: Callable[..., Any] = Published(model, attention=method != "eager-fused")
     if method == "compiled":
+        torch.compiler.config.force_disable_caches = True  # else only the machine's first run compiles
         network = torch.compile(network, dynamic=False)
 
     @torch.inference_mode()
