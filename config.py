@@ -15,7 +15,7 @@ from .errors import InputError
 SIZE_MULTIPLE = 32  # the generator starts at 1/32 of the image and doubles five times
 TILE_OVERLAP = 16  # pixels around a tile that are made and thrown away; the generator's fine half sees no further
 LABEL_KINDS = ("classes", "channels")
-WARP_UPSAMPLINGS = ("nearest", "bilinear", "patch")
+WARP_UPSAMPLINGS = ("nearest", "bilinear", "pixel_shuffle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +37,15 @@ class ModelConfig:
     down_scale: image pixels per correspondence position, along each axis: 4.
     patch: side of the patch that is correlated: 1, 3 or 5.
     temperature: softmax temperature of the warp.
-    mask_mixing: whether the label joins the features before theta and phi (the exemplar then needs its label).
+    condition_on_label: whether the label joins the features before theta and phi (the exemplar then needs its label).
     warp_upsampling: how the warp reaches the image's size: "nearest" or "bilinear" (3 warped values a position), or
-        "patch" (3 * down_scale**2 values a position, laid out as pixels).
+        "pixel_shuffle" (3 * down_scale**2 values a position, laid out as pixels).
     attention: whether the generator has its self-attention block.
-    position_waves: sine and cosine pairs per axis, of 1, 2, 4 ... half turns an image, that join the features before
-        theta and phi, so that equal positions can attract each other; 0, as upstream, for none. 0 to 6.
-    warp_skip: whether the output starts from the warped exemplar and its mean colour in each class of the label, which
-        a predicted mask blends and a predicted correction completes; the means also join the generator's condition.
-        Upstream has none; region-wise pooling of a style is from arXiv 1911.12861, section 3.2.
+    position_frequencies: sine and cosine pairs per axis, of 1, 2, 4 ... half turns an image, that join the features
+        before theta and phi, so that equal positions can attract each other; 0, as upstream, for none. 0 to 6.
+    warp_residual: whether the output starts from the warped exemplar and its mean color in each class of the label,
+        which a predicted mask blends and a predicted correction completes; the means also join the generator's
+        condition. Upstream has none; region-wise pooling of a style is from arXiv 1911.12861, section 3.2.
     """
 
     task: str
@@ -61,11 +61,11 @@ class ModelConfig:
     down_scale: int = 4
     patch: int = 3
     temperature: float = 0.01
-    mask_mixing: bool = True
+    condition_on_label: bool = True
     warp_upsampling: str = "bilinear"
     attention: bool = True
-    position_waves: int = 0
-    warp_skip: bool = False
+    position_frequencies: int = 0
+    warp_residual: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -80,7 +80,7 @@ class ModelConfig:
         self._require("label_channels", 1 <= self.label_channels <= 255, "1 to 255")
         size_ok = 2 * SIZE_MULTIPLE <= self.image_size <= 8192 and self.image_size % SIZE_MULTIPLE == 0
         self._require("image_size", size_ok, f"a multiple of {SIZE_MULTIPLE} from {2 * SIZE_MULTIPLE} to 8192")
-        self._require("position_waves", 0 <= self.position_waves <= 6, "0 to 6")
+        self._require("position_frequencies", 0 <= self.position_frequencies <= 6, "0 to 6")
         for name in ("ngf", "nef", "feature_channels", "spade_hidden"):
             self._require(name, 1 <= getattr(self, name) <= 4096, "1 to 4096")
         self._require("residual_blocks", 0 <= self.residual_blocks <= 64, "0 to 64")
@@ -96,8 +96,8 @@ class ModelConfig:
 
     @property
     def warped_channels(self) -> int:
-        """Values V that the warp carries per position: 3 colours, or the 3 * down_scale**2 pixels of a patch."""
-        return 3 * self.down_scale**2 if self.warp_upsampling == "patch" else 3
+        """Values V that the warp carries per position: 3 colors, or the 3 * down_scale**2 pixels of a patch."""
+        return 3 * self.down_scale**2 if self.warp_upsampling == "pixel_shuffle" else 3
 
     def to_json(self) -> str:
         """This configuration as a JSON object."""
@@ -141,17 +141,17 @@ PRESETS: dict[str, ModelConfig] = {
     "celebahq": ModelConfig("celebahq", "classes", 19, adaptor_kernel=4),
     "celebahqedge": ModelConfig("celebahqedge", "channels", 15, adaptor_kernel=4),
     "deepfashion": ModelConfig(
-        "deepfashion", "channels", 20, adaptor_kernel=4, mask_mixing=False, warp_upsampling="patch"
+        "deepfashion", "channels", 20, adaptor_kernel=4, condition_on_label=False, warp_upsampling="pixel_shuffle"
     ),
     "avatars-128": ModelConfig(
         "avatars", "classes", 12, image_size=128, ngf=8, nef=8, feature_channels=32, spade_hidden=16,
-        residual_blocks=1, warp_upsampling="patch", attention=False, position_waves=4, warp_skip=True,
+        residual_blocks=1, warp_upsampling="pixel_shuffle", attention=False, position_frequencies=4, warp_residual=True,
     ),
     "tiny": ModelConfig(
         "avatars", "classes", 12, image_size=64, ngf=4, nef=4, feature_channels=16, spade_hidden=8, residual_blocks=1
     ),
     "tiny-channels": ModelConfig(
         "tiny", "channels", 5, image_size=64, ngf=4, nef=4, feature_channels=16, spade_hidden=8, residual_blocks=1,
-        adaptor_kernel=4, mask_mixing=False, warp_upsampling="patch",
+        adaptor_kernel=4, condition_on_label=False, warp_upsampling="pixel_shuffle",
     ),
 }  # fmt: skip

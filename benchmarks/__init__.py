@@ -17,7 +17,7 @@ soon as it is done: a run that was stopped goes on, and a file is refused where 
 model are others (`--fresh` begins it anew). What is compared and is outside its bound is a row without a time; so is
 what memory does not suffice for. `--device cuda` runs the cases that a GPU has; none of them has run on one yet.
 
-registry: types, selection. catalogue: the cases. runner, worker: processes and files. warp, translation, training,
+registry: types, selection. catalog: the cases. runner, worker: processes and files. warp, translation, training,
 machine: what runs. naive: the published form that all is compared with. tables, plots: what is shown. bundle,
 profiling: behind `flashcocos bench`. corr_warp_gpu: a script of its own.
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import FlashcocosError, InputError
 from . import __doc__ as scheme
-from .harness import RESULTS
+from .provenance import RESULTS
 from .registry import GROUPS, all_cases, select
 
 
@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _model(options: argparse.Namespace) -> int:
     from ..config import ModelConfig
-    from ..export.bundle_writer import export_bundle
-    from .naive import export_naive, seeded_model
+    from ..export.bundle import export_bundle
+    from .speed.naive import export_naive, seeded_model
 
     folder = Path(options.output)
     file = folder / "model.safetensors"

@@ -12,8 +12,8 @@ from .runner import Row, read_rows
 from .tables import WARPS, is_plain, label
 
 SIZE, DPI = (7.2, 4.0), 110
-# distinct in greys and for the colour-blind (Okabe and Ito)
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# distinct in grays and for the color-blind (Okabe and Ito)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 
 
@@ -42,8 +42,8 @@ def ladder(axes: Any, rows: Sequence[Row]) -> None:
     """A bar a step, its time and PSNR beside it."""
     timed = [row for row in rows if row["status"] == "timed"][::-1]
     values = [row["ms"]["median"] / 1e3 for row in timed]
-    colours = [COLOURS[0] if row["parameters"]["method"] == "runtime" else "#999999" for row in timed]
-    bars = axes.barh([label(row) for row in timed], values, color=colours)
+    colors = [COLORS[0] if row["parameters"]["method"] == "runtime" else "#999999" for row in timed]
+    bars = axes.barh([label(row) for row in timed], values, color=colors)
     texts = [
         f"{value:.2f} s" + (f", {row['quality']['psnr_db']:.0f} dB" if "psnr_db" in row["quality"] else "")
         for value, row in zip(values, timed, strict=True)
@@ -104,7 +104,7 @@ def _series(rows: Sequence[Row], key: Callable[[Row], str]) -> list[tuple[dict[s
     for row in rows:
         if name := key(row):
             found.setdefault(name, []).append(row)
-    styles = [{"color": colour, "marker": marker} for colour, marker in zip(COLOURS, MARKERS, strict=True)]
+    styles = [{"color": color, "marker": marker} for color, marker in zip(COLORS, MARKERS, strict=True)]
     return [(styles[place % len(styles)], series) for place, series in enumerate(found.values())]
 
 

@@ -144,7 +144,7 @@ def all_cases(device: str = "cpu", rungs: Sequence[str] = (), config: ModelConfi
 
     config: of the model, whose matrices the memory of a case depends on; the published ade20k network's by default.
     """
-    from . import catalogue
+    from . import cases as catalog
 
     chosen = config or ModelConfig.preset("ade20k")
-    return [case for make in catalogue.MAKERS for case in make(device, rungs, chosen)]
+    return [case for make in catalog.MAKERS for case in make(device, rungs, chosen)]

@@ -23,7 +23,7 @@ from ..bundle import Bundle
 from ..errors import InputError
 from ..files import sha256
 from ..progress import Progress
-from .harness import CHANGED, conditions, free_memory, provenance
+from .provenance import CHANGED, conditions, free_memory, provenance
 from .registry import Case, Material
 
 Row = dict[str, Any]
@@ -93,9 +93,9 @@ def open_material(
     threads: int | None = None,
 ) -> Material:
     """What `folder`, filled by `benchmarks model`, and further `bundles` hold; `InputError` without its model."""
-    from ..runtime.shipped import shipped_bundle
+    from ..bundle.default_model import default_model_path
 
-    bundles = {"shipped": str(shipped_bundle()), **bundles}
+    bundles = {"shipped": str(default_model_path()), **bundles}
     if folder is None:
         return Material(bundles=bundles, device=device, threads=threads)
     from ..train.checkpoint import read_metadata
@@ -207,7 +207,7 @@ def _run(case: Case, material: Material, compared: References) -> Row:
 
 
 def _has_bfloat16() -> bool:
-    from ..runtime.openvino_engine import cpu_precisions
+    from ..runtime.cpu.openvino import cpu_precisions
 
     return "bfloat16" in cpu_precisions()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import atomic_path
-from .harness import RESULTS
+from .provenance import RESULTS
 from .registry import GROUPS
 from .runner import Row, read_rows
 
@@ -235,11 +235,11 @@ def avatars(results: dict[str, Any]) -> str:
     ]
     by_class = [
         ["PSNR, dB", *(f"{value:.1f}" for value in results["psnr_by_class"].values())],
-        ["colour error", *(f"{value:.3f}" for value in results["colour_error_by_class"].values())],
+        ["color error", *(f"{value:.3f}" for value in results["color_error_by_class"].values())],
     ]
     return (
         f"**The shipped model** on {results['pairs']} held-out pairs of portraits whose exact answer is known.\n"
-        "The trivial answer paints each class in the exemplar's mean colour of that class.\n\n"
+        "The trivial answer paints each class in the exemplar's mean color of that class.\n\n"
         f"{table(['', 'PSNR', 'SSIM', 'correspondence'], lines)}\n\n{table(['', *results['psnr_by_class']], by_class)}"
     )
 
@@ -363,6 +363,6 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        command = "flashcocos evaluate runtime/shipped/avatars-128.zip --data avatars"
+        command = "flashcocos evaluate bundle/models/avatars-128.zip --data avatars"
         raise InputError(f"{path}: {error.strerror}; run `{command} -o {path}` first") from error
     return found

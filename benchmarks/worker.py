@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .harness import peak_rss, percentiles, process_memory
+from .provenance import peak_rss, percentiles, process_memory
 from .registry import Case, Material, Subject
 
 MIB = 2**20

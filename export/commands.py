@@ -27,7 +27,7 @@ def add_build(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="of the arithmetic, but for what is int8 in a bundle of flashcocos quantize (default: float16)",
     )  # fmt: skip
     sub.add_argument(
-        "--flavour", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx",
+        "--variant", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx",
         help="tensorrt-rtx builds for GPUs that are not there; tensorrt for the one at hand (default: tensorrt-rtx)",
     )  # fmt: skip
     sub.add_argument(
@@ -48,15 +48,15 @@ def _run_build(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ..bundle import Bundle
-    from ..runtime.engine_store import default_folder, import_flavour, parse_target
-    from ..runtime.memory_plan import plan_memory
-    from .tensorrt_builder import build, build_kernels, current_architecture, parse_profile
-    from .tensorrt_check import require_agreement
+    from ..runtime.gpu.memory_estimate import plan_memory
+    from ..runtime.gpu.store import default_folder, import_variant, parse_target
+    from .tensorrt.build import build, build_kernels, current_architecture, parse_profile
+    from .tensorrt.check import require_agreement
 
     bundle, precision = Bundle(options.bundle), _PRECISIONS[options.precision]
     config = bundle.manifest.config
     profiles = [parse_profile(size, options.batch) for size in options.size or [str(config.image_size)]]
-    import_flavour(options.flavour)  # what is missing is told before anything is built
+    import_variant(options.variant)  # what is missing is told before anything is built
     targets = [parse_target(target) for target in options.target] or [current_architecture()]
     folder = Path(options.output) if options.output else default_folder(options.bundle)
     if options.check:
@@ -71,7 +71,7 @@ def _run_build(options: argparse.Namespace) -> int:
         options.bundle,
         targets=targets,
         precision=precision,
-        flavour=options.flavour,
+        variant=options.variant,
         profiles=profiles,
         output=folder,
         tile=options.tile,

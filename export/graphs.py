@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .. import __version__
 from ..bundle import TensorSpec
+from ..bundle.stages import stage_tensors
 from ..config import SIZE_MULTIPLE, ModelConfig
 from ..errors import BundleError, InputError
-from ..runtime.stages import stage_tensors
 from ..train.networks import CoCosNet
 from .inference import loop_attention, stage_module
 
@@ -132,7 +132,7 @@ def store_float16(model: ModelProto) -> None:
 
 
 def renamed(graph: GraphProto, prefix: str, names: Mapping[str, str]) -> tuple[list[NodeProto], list[TensorProto]]:
-    """Nodes and initialisers of `graph`; values are renamed by `names`, else get `prefix`, in its subgraphs too."""
+    """Nodes and initializers of `graph`; values are renamed by `names`, else get `prefix`, in its subgraphs too."""
     copy = GraphProto()
     copy.CopyFrom(graph)
 

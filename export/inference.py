@@ -112,7 +112,7 @@ class _Coarse(_Stage):
         generator, label = self.model.generator, self.read(label)
         self.find(label)
         warped_image = self.model.upsample_warp(warped)
-        means = class_means(warped_image, self.planes(label)) if generator.warp_skip else None
+        means = class_means(warped_image, self.planes(label)) if generator.warp_residual else None
         features = generator.coarse(generator.condition(quarter(warped_image), self.planes(quarter(label)), means))
         return (features,) if means is None else (features, self._of_every_class(means))
 
@@ -172,7 +172,7 @@ def _matrix_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def loop_attention(graph: GraphProto) -> tuple[list[NodeProto], list[TensorProto]]:
-    """Nodes and initialisers of a coarse stage whose one softmax(query key^T) value is a Loop over rows instead."""
+    """Nodes and initializers of a coarse stage whose one softmax(query key^T) value is a Loop over rows instead."""
     nodes = list(graph.node)
     places = [place for place, node in enumerate(nodes) if node.op_type == "Softmax"]
     if len(places) != 1:

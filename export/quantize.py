@@ -6,7 +6,7 @@ Float32 stay what small errors go far in: the query and exemplar stages, whose f
 0.01; the last convolution, which is the picture (worth 6 dB on avatars-128); the self-attention, with which ONNX
 Runtime 1.32 aborts; and the convolutions over label planes, whose weights a run chooses.
 
-Quantisation is ONNX Runtime's (`onnxruntime.quantization`); here are the choice of operators and the check of what
+Quantization is ONNX Runtime's (`onnxruntime.quantization`); here are the choice of operators and the check of what
 comes out, on pairs that calibration did not see.
 """
 
@@ -36,6 +36,7 @@ from onnxruntime.quantization import (
 from onnxscript import optimizer
 
 from ..bundle import Bundle, write_bundle
+from ..bundle.stages import check_stages, stage_inputs
 from ..config import ModelConfig
 from ..errors import BackendError, InputError
 from ..preprocess.images import load_image, to_uint8
@@ -43,7 +44,6 @@ from ..preprocess.labels import load_label, resize_nearest
 from ..progress import Progress
 from ..runtime.engine import OnnxRuntimeEngine
 from ..runtime.jobs import Job
-from ..runtime.stages import check_stages, stage_inputs
 from .graphs import check_graph, clean
 from .verify import run_stages
 
@@ -53,7 +53,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """What came of it: where it was written, PSNR in dB of each held-out pair, convolutions quantised and in all."""
+    """What came of it: where it was written, PSNR in dB of each held-out pair, convolutions quantized and in all."""
 
     path: Path
     psnr: list[float]
@@ -100,7 +100,7 @@ def quantize_bundle(
     with tempfile.TemporaryDirectory() as folder:
         # measured as it will be read
         trial = Bundle(write_bundle(Path(folder) / "trial", manifest, files))
-        psnr = [_psnr(_synthesise(trial, arrays), arrays["image"]) for arrays in feeds[:held_out]]
+        psnr = [_psnr(_synthesize(trial, arrays), arrays["image"]) for arrays in feeds[:held_out]]
     if min(psnr) < min_psnr:
         raise BackendError(
             f"{bundle}: int8 gives {min(psnr):.1f} dB on a held-out pair, expected {min_psnr:g} or more; calibrate on "
@@ -128,7 +128,7 @@ def _quantize_stage(bundle: Bundle, stage: str, feeds: Sequence[Arrays]) -> tupl
     return small, (len(convolutions) - len(kept), len(convolutions))
 
 
-def _synthesise(bundle: Bundle, arrays: Arrays) -> npt.NDArray[Any]:
+def _synthesize(bundle: Bundle, arrays: Arrays) -> npt.NDArray[Any]:
     """The picture of `bundle` for what the stages before have given."""
     for stage in ("coarse", "fine"):
         arrays = arrays | OnnxRuntimeEngine(bundle, stage).run(stage_inputs(bundle.manifest.config, stage, arrays))
@@ -188,7 +188,7 @@ def _inputs(config: ModelConfig, pair: Job) -> Arrays:
         return resize_nearest(load_label(config, path), size)[None]
 
     inputs: Arrays = {"label": label(pair.label), "image": load_image(pair.exemplar, size)[None]}
-    if config.mask_mixing:
+    if config.condition_on_label:
         if pair.exemplar_label is None:
             raise InputError(f"{pair.exemplar}: a model for {config.task} needs the exemplar's label")
         inputs["exemplar_label"] = label(pair.exemplar_label)

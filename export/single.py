@@ -24,16 +24,16 @@ import onnx.parser
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..bundle import MAX_FILE_BYTES, STAGES, TensorSpec
+from ..bundle.stages import stage_tensors
 from ..config import ModelConfig
 from ..errors import InputError
 from ..files import atomic_path
 from ..progress import Progress
-from ..runtime.stages import stage_tensors
 from ..train.checkpoint import load_model
-from .bundle_writer import check_precision, provenance
+from .bundle import check_precision, provenance
 from .graphs import IR_VERSION, OPSET, check_graph, clean, export_stage, renamed, store_float16
 
-FLAT_PATCH = 2.0**-20  # centred over raw mean square at which a patch is constant, to float32's rounding
+FLAT_PATCH = 2.0**-20  # centered over raw mean square at which a patch is constant, to float32's rounding
 _END = 2**31 - 1  # a slice's end: all the rest
 # what the exemplar stage calls its inputs -> their names here, where the query has a label of its own
 _EXEMPLAR = {"image": "exemplar", "label": "exemplar_label"}
@@ -49,7 +49,7 @@ def export_single(
     """Export the model file `model_path` to the single ONNX file `output`, which must end in ".onnx".
 
     precision: how the weights are stored, as for `export_bundle`. license: of the weights, free text.
-    Configuration, licence and provenance are JSON in the model's metadata under "flashcocos". Returns `output`;
+    Configuration, license and provenance are JSON in the model's metadata under "flashcocos". Returns `output`;
     raises as `export_bundle`.
     """
     output = Path(output)
@@ -133,8 +133,8 @@ def warp_graph(patch: int, temperature: float) -> ModelProto:
         {_statistics("theta", patch)}
         {_statistics("phi", patch)}
         a = Mul(theta_scale, sharpness)
-        centre = Mul(theta_mean, D)
-        a_centre = Mul(a, centre)
+        center = Mul(theta_mean, D)
+        a_center = Mul(a, center)
         b_nu = Mul(phi_scale, phi_mean)
 
         phi_flat = Reshape(phi, flat)
@@ -157,8 +157,8 @@ def warp_graph(patch: int, temperature: float) -> ModelProto:
         theta_rows = Transpose<perm = [2, 0, 3, 1]>(theta_padded)
         a_padded = Pad(a, above)
         a_rows = Transpose<perm = [2, 0, 3, 1]>(a_padded)
-        a_centre_padded = Pad(a_centre, above)
-        a_centre_rows = Transpose<perm = [2, 0, 3, 1]>(a_centre_padded)
+        a_center_padded = Pad(a_center, above)
+        a_center_rows = Transpose<perm = [2, 0, 3, 1]>(a_center_padded)
 
         height = Shape<start = 2, end = 3>(theta_padded)
         steps = Squeeze(height)
@@ -169,11 +169,11 @@ def warp_graph(patch: int, temperature: float) -> ModelProto:
             go_on = Identity(going)
             theta_row = Gather(theta_rows, row)
             a_row = Gather(a_rows, row)
-            a_centre_row = Gather(a_centre_rows, row)
+            a_center_row = Gather(a_center_rows, row)
             {_step(patch, carried)}
             scaled_keys = Mul(taps_flat, b_flat)
             scaled = Mul(scaled_keys, a_row)
-            means = Mul(a_centre_row, b_nu_flat)
+            means = Mul(a_center_row, b_nu_flat)
             logits = Sub(scaled, means)
             weights = Softmax<axis = -1>(logits)
             warped_row = MatMul(weights, values_rows)
@@ -185,9 +185,9 @@ def warp_graph(patch: int, temperature: float) -> ModelProto:
 
 
 def _statistics(name: str, patch: int) -> str:
-    """`<name>_mean` and `<name>_scale`, the reciprocal centred norm, of the patch around each position."""
+    """`<name>_mean` and `<name>_scale`, the reciprocal centered norm, of the patch around each position."""
     pool = f"AveragePool<kernel_shape = [{patch}, {patch}], pads = [{', '.join([str(patch // 2)] * 4)}]"
-    # a constant patch has a centred norm of rounding alone: it correlates with nothing, as in `flashcocos.kernels`
+    # a constant patch has a centered norm of rounding alone: it correlates with nothing, as in `flashcocos.kernels`
     return f"""
         {name}_sum = ReduceMean(NAME, axis_1)
         {name}_mean = {pool}, count_include_pad = 1>({name}_sum)

@@ -18,13 +18,13 @@ import onnx
 import torch
 
 from ..bundle import STAGES, Bundle
+from ..bundle.graph_check import refuse_external_data
+from ..bundle.stages import check_stages, stage_inputs
 from ..config import SIZE_MULTIPLE, ModelConfig
 from ..errors import BundleError, InputError
 from ..kernels.corr_warp import corr_warp, warp_arrays
 from ..progress import Progress
 from ..runtime.engine import Engine, OnnxRuntimeEngine
-from ..runtime.graph_check import refuse_external_data
-from ..runtime.stages import check_stages, stage_inputs
 from ..train.checkpoint import load_model
 from ..train.networks import CoCosNet
 from ..train.networks.cocosnet import MIN_SIDE
@@ -260,9 +260,9 @@ def _compare_model(
     label, image, exemplar_label = (torch.from_numpy(inputs[name]) for name in ("label", "image", "exemplar_label"))
     with torch.inference_mode():
         theta = model.encode_query(label)
-        phi, values = model.encode_exemplar(image, exemplar_label if config.mask_mixing else None)
+        phi, values = model.encode_exemplar(image, exemplar_label if config.condition_on_label else None)
         warped = corr_warp(theta, phi, values, patch=config.patch, temperature=config.temperature, backend="cpu")
-        result, warped_image = model.synthesise(warped, label)
+        result, warped_image = model.synthesize(warped, label)
     expected = {"theta": theta, "phi": phi, "values": values, "image": result, "warped_image": warped_image}
     references = {name: tensor.numpy() for name, tensor in expected.items()}
     synthesis = inputs | {"warped": warped.numpy()}

@@ -14,7 +14,7 @@ One naming grammar for every file of this folder:
   V  channels of the values      D  length of a patch, patch * patch * C
   theta/phi/values  the inputs; out  the warp; lse  log-sum-exp of a query's logits, natural, always float32
   mu, nu            means of a query's and of a key's patch vector
-  a, b              reciprocal norms of the centred query and key patch vectors
+  a, b              reciprocal norms of the centered query and key patch vectors
   product           theta(i) . phi(j), channels only; taps: its diagonal sum over the patch; logits: / temperature
   BN, BM, BC, BV    tile sizes along N, M, C, V
   lane, band, walk  a column of a map that a row or column of a tile stands for, the query rows it takes in turn, and

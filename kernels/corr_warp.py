@@ -155,13 +155,13 @@ def corr_row(
     (height, width), (y, x) = theta.shape[2:], position
     if not (0 <= y < height and 0 <= x < width):
         raise InputError(f"position: expected 0 <= y < {height} and 0 <= x < {width}, got {position}")
-    from .cpu_numpy import softmax_row
+    from .cpu.numpy_warp import softmax_row
 
     around = [
         _to_array(side) for side in (theta[:, :, max(y - patch, 0) : y + patch, max(x - patch, 0) : x + patch], phi)
     ]
-    centre = (min(y, patch), min(x, patch))
-    rows = np.stack([softmax_row(t, p, centre, patch, temperature) for t, p in zip(*around, strict=True)])
+    center = (min(y, patch), min(x, patch))
+    rows = np.stack([softmax_row(t, p, center, patch, temperature) for t, p in zip(*around, strict=True)])
     _ran.name = "numpy"
     return sys.modules["torch"].from_numpy(rows).to(theta.device) if tensors else rows
 
@@ -246,7 +246,7 @@ def _run_arrays(
     implementation = _array_implementation(backend)
     single = [np.ascontiguousarray(array, dtype=np.float32) for array in (theta, phi, values)]
     out, lse, found = implementation.warp_forward(*single, patch, float(temperature), match=match)
-    _ran.name = implementation.__name__.rpartition("cpu_")[2]
+    _ran.name = implementation.__name__.rpartition(".")[2].removesuffix("_warp")
     grid = theta.shape[2:]
     shaped = CorrMatch(*(field.reshape(-1, *grid) for field in found)) if match else None
     return ArrayWarp(out.reshape(*out.shape[:2], *grid), lse.reshape(-1, *grid), shaped)
@@ -258,8 +258,8 @@ def _array_implementation(backend: str) -> Any:
     has_numba = importlib.util.find_spec("numba") is not None
     if backend == "numba" and not has_numba:
         raise BackendError("backend 'numba' needs numba: pip install 'flashcocos[cpu]', or use backend='numpy'")
-    name = "cpu_numba" if has_numba and backend != "numpy" else "cpu_numpy"
-    return importlib.import_module(f".{name}", __package__)
+    name = "numba_warp" if has_numba and backend != "numpy" else "numpy_warp"
+    return importlib.import_module(f".cpu.{name}", __package__)
 
 
 def _check(inputs: Sequence[Any], names: Sequence[str], patch: int, temperature: float, kind: type[Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import BackendError, InputError
 
-_MODULES = {"cpu": "cpu_torch", "triton": "triton_warp"}
+_MODULES = {"cpu": "cpu.torch_warp", "triton": "gpu.triton_warp"}
 
 
 @torch.library.custom_op(

@@ -1,6 +1,6 @@
 """The oracle: the warp as its definition reads, with the N x M matrix formed; any float dtype, any device, autograd.
 
-It follows the published computation step by step (unfold, centre, normalise, correlate, softmax; arXiv 2004.05571,
+It follows the published computation step by step (unfold, center, normalize, correlate, softmax; arXiv 2004.05571,
 equations 2 and 3, and the public code's patches and epsilon), so every other implementation is compared with it.
 """
 
@@ -15,7 +15,7 @@ EPSILON = sys.float_info.epsilon  # added to each norm, as upstream does
 
 
 def patch_vectors(features: torch.Tensor, patch: int) -> torch.Tensor:
-    """The centred and normalised patch around each position: (B, C, H, W) -> (B, D, H * W), zero padded."""
+    """The centered and normalized patch around each position: (B, C, H, W) -> (B, D, H * W), zero padded."""
     vectors = F.unfold(features, patch, padding=patch // 2)
     vectors = vectors - vectors.mean(dim=1, keepdim=True)
     return vectors / (vectors.norm(dim=1, keepdim=True) + EPSILON)

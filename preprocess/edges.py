@@ -25,8 +25,8 @@ PARTS = (
 CANNY = ("upstream", "modern")
 
 
-def canny_edges(grey: UInt8Array, canny: str = "upstream") -> BoolArray:
-    """Canny edges (H, W) of an 8-bit grey picture (H, W), sigma 1, thresholds at 10 and 20 % of the range.
+def canny_edges(gray: UInt8Array, canny: str = "upstream") -> BoolArray:
+    """Canny edges (H, W) of an 8-bit gray picture (H, W), sigma 1, thresholds at 10 and 20 % of the range.
 
     canny: "upstream" or "modern", see the module. Raises `InputError` for another, `BackendError` without scikit-image.
     """
@@ -34,29 +34,29 @@ def canny_edges(grey: UInt8Array, canny: str = "upstream") -> BoolArray:
         raise InputError(f"canny: expected one of {', '.join(CANNY)}, got {canny!r}")
     feature = require("skimage.feature", "scikit-image")
     if canny == "modern":
-        return feature.canny(grey)
+        return feature.canny(gray)
     gaussian_filter = require("scipy.ndimage", "scipy").gaussian_filter
-    inside = gaussian_filter(np.ones(grey.shape), 1, mode="constant")  # what of the kernel lies on the picture
-    smooth = gaussian_filter(grey, 1, mode="constant") / (inside + np.finfo(float).eps)
+    inside = gaussian_filter(np.ones(gray.shape), 1, mode="constant")  # what of the kernel lies on the picture
+    smooth = gaussian_filter(gray, 1, mode="constant") / (inside + np.finfo(float).eps)
     # sigma 0 leaves the picture as it is, and "nearest" leaves out scikit-image's own division by `inside`
     return feature.canny(smooth, sigma=0, low_threshold=25.5, high_threshold=51, mode="nearest")
 
 
-def edge_planes(grey: UInt8Array, masks: Mapping[str, BoolArray], canny: str = "upstream") -> UInt8Array:
-    """The 15 planes, uint8 (15, H, W), of a grey picture (H, W) and the bool masks (H, W) of the parts it shows.
+def edge_planes(gray: UInt8Array, masks: Mapping[str, BoolArray], canny: str = "upstream") -> UInt8Array:
+    """The 15 planes, uint8 (15, H, W), of a gray picture (H, W) and the bool masks (H, W) of the parts it shows.
 
     masks: by the names of `PARTS`; a part that is left out is not visible. Raises `InputError` for an unknown part or
     a mask of another size.
     """
     for part, mask in masks.items():
-        if part not in PARTS or mask.shape != grey.shape:
-            raise InputError(f"mask {part!r} {mask.shape}: expected one of {', '.join(PARTS)}, of size {grey.shape}")
-    nothing = np.zeros(grey.shape, bool)
+        if part not in PARTS or mask.shape != gray.shape:
+            raise InputError(f"mask {part!r} {mask.shape}: expected one of {', '.join(PARTS)}, of size {gray.shape}")
+    nothing = np.zeros(gray.shape, bool)
     contours = {part: contour(masks[part]) if part in masks else nothing for part in PARTS}
     parts = np.logical_or.reduce(list(contours.values()))
     inner = np.logical_or.reduce([nothing, *(mask for part, mask in masks.items() if part != "hair")])
     outer = ~inner | masks.get("hair", nothing)
-    everything = parts | (canny_edges(grey, canny) & outer)
+    everything = parts | (canny_edges(gray, canny) & outer)
     distances = [distance_plane(contours[part]) for part in PARTS]
     return np.stack([everything * np.uint8(255), *distances, parts * np.uint8(255)])
 
@@ -72,6 +72,6 @@ def load(
     The photograph is resized BILINEAR and the masks NEAREST before edges and distances are taken.
     """
     photo = load_rgb(image, size, Image.Resampling.BILINEAR)
-    grey = np.asarray(photo.convert("L"))
-    height, width = grey.shape
-    return edge_planes(grey, {part: read_mask(path, (height, width)) for part, path in masks.items()}, canny)
+    gray = np.asarray(photo.convert("L"))
+    height, width = gray.shape
+    return edge_planes(gray, {part: read_mask(path, (height, width)) for part, path in masks.items()}, canny)

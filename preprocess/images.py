@@ -29,7 +29,7 @@ FloatArray: TypeAlias = npt.NDArray[np.float32]
 PathLike: TypeAlias = "str | os.PathLike[str]"
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[Any]"
 
-_COLOUR_MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")
+_COLOR_MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")
 # what Pillow raises on damaged files, by format
 _DAMAGE = (
     OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -100,8 +100,8 @@ def load_rgb(
     else:
         raise InputError(f"image: expected a path, a Pillow image or a uint8 array, got {type(source).__name__}")
     check_extent(image.height, image.width, name)
-    if image.mode not in _COLOUR_MODES:
-        raise InputError(f"{name}: image mode {image.mode!r}; expected 8-bit colour or grey: convert it to RGB first")
+    if image.mode not in _COLOR_MODES:
+        raise InputError(f"{name}: image mode {image.mode!r}; expected 8-bit color or gray: convert it to RGB first")
     with reading(name):
         image = ImageOps.exif_transpose(image).convert("RGB")
     return image if size is None else image.resize((size[1], size[0]), method)

@@ -1,6 +1,6 @@
 """Prepared labels: what `flashcocos prepare` writes and everything else reads.
 
-Two forms, by `ModelConfig.label_kind`: a map of class ids (H, W), stored as an 8-bit grey or palette PNG, or label
+Two forms, by `ModelConfig.label_kind`: a map of class ids (H, W), stored as an 8-bit gray or palette PNG, or label
 planes (channels, H, W) in [0, 1], stored as value * 255 in the uint8 array `label` of an .npz file. Resizing is
 NEAREST, so no value appears that was not there. Files are never unpickled, and their sizes are checked before
 anything is allocated.
@@ -21,16 +21,7 @@ from PIL import Image
 from ..config import ModelConfig
 from ..errors import InputError
 from ..files import atomic_path
-from .images import (
-    MAX_PIXELS,
-    FloatArray,
-    PathLike,
-    UInt8Array,
-    check_extent,
-    check_size,
-    open_image,
-    reading,
-)
+from .images import MAX_PIXELS, FloatArray, PathLike, UInt8Array, check_extent, check_size, open_image, reading
 
 LabelSource: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[Any]"
 _PLANES_MEMBER = "label.npy"
@@ -90,7 +81,7 @@ def read_ids(source: LabelSource) -> UInt8Array:
     check_extent(image.height, image.width, name)
     if image.mode not in ("L", "P"):
         raise InputError(
-            f"{name}: image mode {image.mode!r}; expected class ids in an 8-bit grey (L) or palette (P) PNG"
+            f"{name}: image mode {image.mode!r}; expected class ids in an 8-bit gray (L) or palette (P) PNG"
         )
     if image.format == "JPEG":
         raise InputError(f"{name}: JPEG alters class ids; expected a PNG")

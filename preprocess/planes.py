@@ -37,18 +37,18 @@ def read_mask(path: PathLike, size: tuple[int, int] | None = None) -> BoolArray:
     image = open_image(path)
     if image.mode not in _MASK_MODES:
         raise InputError(f"{path}: image mode {image.mode!r}; expected a mask, 8-bit with values 0 and 255")
-    grey = image.convert("L")
-    values = np.asarray(grey)
+    gray = image.convert("L")
+    values = np.asarray(gray)
     top = int(values.max())
     if top not in (0, 1, 255) or not ((values == 0) | (values == top)).all():
-        raise InputError(f"{path}: a mask with intermediate grey values; expected 0 and 255 alone, in a PNG")
+        raise InputError(f"{path}: a mask with intermediate gray values; expected 0 and 255 alone, in a PNG")
     if size is not None:
-        grey = grey.resize((size[1], size[0]), Image.Resampling.NEAREST)
-    return np.asarray(grey) > 0
+        gray = gray.resize((size[1], size[0]), Image.Resampling.NEAREST)
+    return np.asarray(gray) > 0
 
 
 def contour(mask: BoolArray) -> BoolArray:
-    """Pixels (H, W) of either side of a border between set and unset, by the four neighbours."""
+    """Pixels (H, W) of either side of a border between set and unset, by the four neighbors."""
     edge = np.zeros_like(mask)
     across, down = mask[:, 1:] != mask[:, :-1], mask[1:] != mask[:-1]
     edge[:, 1:] |= across

@@ -1,6 +1,6 @@
 """OpenPose keypoints to 20 planes: the drawn skeleton (RGB) and the distance to each of 17 limbs.
 
-Joints, limbs and colours are OpenPose's 18-joint body model (arXiv 1812.08008), drawn as its public Python port draws
+Joints, limbs and colors are OpenPose's 18-joint body model (arXiv 1812.08008), drawn as its public Python port draws
 them: discs of radius 4, then limbs as ellipses of half-width 4, each blended 0.6 over what lies below.
 """
 
@@ -25,8 +25,8 @@ LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13), (1, 0),
     (0, 14), (14, 16), (0, 15), (15, 17),
 )  # fmt: skip
-# RGB; joint i and limb i have colour i
-COLOURS = (
+# RGB; joint i and limb i have color i
+COLORS = (
     (0, 0, 255), (0, 85, 255), (0, 170, 255), (0, 255, 255), (0, 255, 170), (0, 255, 85), (0, 255, 0), (85, 255, 0),
     (170, 255, 0), (255, 255, 0), (255, 170, 0), (255, 85, 0), (255, 0, 0), (255, 0, 85), (255, 0, 170), (255, 0, 255),
     (170, 0, 255), (85, 0, 255),
@@ -78,19 +78,19 @@ def pose_planes(
     seen = np.isfinite(joints[:, 0] + joints[:, 1])
     for joint in np.flatnonzero(seen):
         x, y = joints[joint]
-        cv2.circle(skeleton, (int(x), int(y)), STICK, COLOURS[joint], thickness=-1)
+        cv2.circle(skeleton, (int(x), int(y)), STICK, COLORS[joint], thickness=-1)
     planes = []
-    for (start, end), colour in zip(LIMBS, COLOURS, strict=False):
+    for (start, end), color in zip(LIMBS, COLORS, strict=False):
         limb = np.zeros(canvas, np.uint8)
         if seen[start] and seen[end]:
             outline = _limb_outline(cv2, joints[start], joints[end])
             over = skeleton.copy()
-            cv2.fillConvexPoly(over, outline, colour)
+            cv2.fillConvexPoly(over, outline, color)
             skeleton = cv2.addWeighted(skeleton, 0.4, over, 0.6, 0)
             cv2.fillConvexPoly(limb, outline, 255)
         planes.append(_resize(distance_plane(limb > 0), size, Image.Resampling.BILINEAR))
-    colours = _resize(skeleton, size, Image.Resampling.NEAREST).transpose(2, 0, 1)
-    return np.concatenate([colours, np.stack(planes)])
+    colors = _resize(skeleton, size, Image.Resampling.NEAREST).transpose(2, 0, 1)
+    return np.concatenate([colors, np.stack(planes)])
 
 
 def load(image: PathLike, candidate: PathLike, subset: PathLike, size: tuple[int, int] | None = None) -> UInt8Array:

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle import STAGES, Bundle, StageSpec, TensorSpec
+from ..bundle.graph_check import refuse_external_data
+from ..bundle.stages import signature
 from ..errors import BackendError, BundleError, InputError
-from .graph_check import refuse_external_data
-from .stages import signature
 
 BACKENDS = ("onnxruntime", "openvino")
 ARITHMETIC = ("float32", "bfloat16")
@@ -168,7 +168,7 @@ def open_engines(
     if backend == "openvino":
         if device == "cuda":
             raise InputError("backend 'openvino' is for the CPU, got device 'cuda'; use backend onnxruntime")
-        from .openvino_engine import OpenVinoEngine  # not at the top, for it builds on this module
+        from .cpu.openvino import OpenVinoEngine  # not at the top, for it builds on this module
 
         return _open_all(bundle, lambda stage: OpenVinoEngine(bundle, stage, threads=threads, precision=precision))
     if precision != "float32":

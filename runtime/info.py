@@ -10,15 +10,15 @@ from importlib import metadata
 from pathlib import Path
 
 from ..bundle import Bundle
+from ..bundle.stages import check_stages
 from ..errors import BackendError, BundleError, InputError
-from .cubins import FOLDER, BundleKernels, KernelFolder, available_kernels
-from .device import mebibytes
+from .cpu.openvino import cpu_precisions
 from .engine import available_providers
-from .engine_store import EngineRecord, default_folder, list_engines
-from .memory_plan import plan_memory
-from .openvino_engine import cpu_precisions
-from .pycuda_device import PycudaDevice
-from .stages import check_stages
+from .gpu.cubins import FOLDER, BundleKernels, KernelFolder, available_kernels
+from .gpu.device import mebibytes
+from .gpu.memory_estimate import plan_memory
+from .gpu.pycuda import PycudaDevice
+from .gpu.store import EngineRecord, default_folder, list_engines
 from .tiles import check_tile
 
 # what flashcocos can use, and nothing is imported to learn a version
@@ -108,7 +108,7 @@ def _engine_lines(bundle: Bundle, folder: Path) -> list[str]:
         key = record.key
         chips = " + ".join(f"sm_{architecture}" for architecture in key.architectures)
         lines.append(
-            f"engine      {key.stage} in {record.arithmetic}, {key.profile}, {chips}, {key.flavour} {key.version}: "
+            f"engine      {key.stage} in {record.arithmetic}, {key.profile}, {chips}, {key.variant} {key.version}: "
             f"{mebibytes(record.weight_bytes)} weights, {mebibytes(record.activation_bytes)} working memory"
             + ("" if key.graph_sha256 in graphs else "; of another bundle")
         )
@@ -126,18 +126,18 @@ def _memory_lines(bundle: Bundle, folder: Path, size: tuple[int, int], tile: int
         for record in list_engines(folder):
             key = record.key
             if key.graph_sha256 in graphs:
-                alike = key.flavour, key.version, key.architectures, key.precision
+                alike = key.variant, key.version, key.architectures, key.precision
                 sets.setdefault(alike, []).append(record)
     except BackendError:
         return []  # said before
     lines = []
-    for (flavour, version, _, precision), records in sorted(sets.items()):
+    for (variant, version, _, precision), records in sorted(sets.items()):
         records.sort(key=lambda record: not record.key.profile.static)
         try:
             plan = str(plan_memory(manifest.config, records, *size, tile=tile))
         except BackendError as error:
             plan = str(error)
-        lines.append(f"memory      {flavour} {version} in {precision}: {plan}")
+        lines.append(f"memory      {variant} {version} in {precision}: {plan}")
     return lines
 
 

@@ -20,17 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle import Bundle
+from ..bundle.stages import axis_sizes, concrete_shape, stage_tensors
 from ..errors import BackendError, BundleError, InputError
 from ..kernels.corr_warp import CorrMatch, last_backend, warp_arrays
 from ..preprocess.images import FloatArray, UInt8Array, to_uint8
 from .engine import BACKENDS, DEVICES, Engine, EngineInfo, has_provider, open_engines
-from .engine_store import FLAVOURS
-from .stages import axis_sizes, concrete_shape, stage_tensors
+from .gpu.store import VARIANTS
 from .tiles import check_tile, tiles
 
-GPU_BACKENDS = tuple(FLAVOURS)
+GPU_BACKENDS = tuple(VARIANTS)
 WARPS = ("auto", "numba", "numpy", "cuda")
-EXEMPLAR_BUDGET = 512  # MiB of device memory for encoded exemplars, unless asked for otherwise
+EXEMPLAR_CACHE_MIB = 512  # MiB of device memory for encoded exemplars, unless asked for otherwise
 _log = logging.getLogger("flashcocos.runtime")
 
 
@@ -126,14 +126,14 @@ class HostPipeline:
             for index, exemplar in enumerate(exemplars)
         ]
         clock.append(time.perf_counter())
-        pictures = self._synthesise(np.concatenate([out for out, _ in warps]), label)
+        pictures = self._synthesize(np.concatenate([out for out, _ in warps]), label)
         clock.append(time.perf_counter())
         shares = [float(seconds) * 1e3 / len(label) for seconds in np.diff(clock)]
         timings = dict(zip(("query", "warp", "synthesis"), shares, strict=True))
         images = zip(pictures["image"], pictures["warped_image"], strict=True)
         return [
-            Rendering(image, colours, match.index[0], match.probability[0], timings)
-            for (image, colours), (_, match) in zip(images, warps, strict=True)
+            Rendering(image, colors, match.index[0], match.probability[0], timings)
+            for (image, colors), (_, match) in zip(images, warps, strict=True)
         ]
 
     def describe(self) -> dict[str, EngineInfo]:
@@ -146,7 +146,7 @@ class HostPipeline:
         for engine in self.engines.values():
             engine.close()
 
-    def _synthesise(self, warped: FloatArray, label: npt.NDArray[Any]) -> dict[str, UInt8Array]:
+    def _synthesize(self, warped: FloatArray, label: npt.NDArray[Any]) -> dict[str, UInt8Array]:
         """image and warped_image, each (B, H, W, 3)."""
         batch, (height, width) = len(label), label.shape[-2:]
         inputs = {"warped": warped, "label": label}
@@ -197,7 +197,7 @@ def open_pipeline(
     warp: str,
     precision: str | None,
     engines: str | os.PathLike[str] | None,
-    exemplar_budget: int | None,
+    exemplar_cache_mib: int | None,
     tile: int | None,
 ) -> Pipeline:
     """The pipeline that these options of `Translator` ask for; `InputError` where they do not go together."""
@@ -209,7 +209,7 @@ def open_pipeline(
     on_gpu = tensorrt or warp == "cuda" or (backend == "onnxruntime" and device == "cuda" and warp == "auto")
     for name, given, fits in (
         ("engines", engines is not None, on_gpu),
-        ("exemplar_budget", exemplar_budget is not None, on_gpu or device == "auto"),
+        ("exemplar_cache_mib", exemplar_cache_mib is not None, on_gpu or device == "auto"),
         ("threads", threads is not None, not on_gpu),
         (f"warp {warp!r}", warp in ("numba", "numpy"), not tensorrt),
         (f"warp {warp!r}", warp == "cuda", tensorrt or (backend == "onnxruntime" and device != "cpu")),
@@ -217,13 +217,13 @@ def open_pipeline(
     ):
         if given and not fits:
             raise InputError(f"{name} does not go with backend {backend!r}, device {device!r} and warp {warp!r}")
-    budget = EXEMPLAR_BUDGET if exemplar_budget is None else exemplar_budget
+    budget = EXEMPLAR_CACHE_MIB if exemplar_cache_mib is None else exemplar_cache_mib
     if type(budget) is not int or budget < 1:
-        raise InputError(f"exemplar_budget: expected MiB of device memory, from 1; got {budget!r}")
+        raise InputError(f"exemplar_cache_mib: expected MiB of device memory, from 1; got {budget!r}")
     check_tile(tile)
 
     def on_device() -> Pipeline:
-        from .device_pipeline import open_device_pipeline  # not at the top, for it builds on this module
+        from .gpu.pipeline import open_device_pipeline  # not at the top, for it builds on this module
 
         return open_device_pipeline(
             bundle, backend=backend, precision=precision, engines=engines, budget=budget << 20, tile=tile

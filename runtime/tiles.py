@@ -2,7 +2,7 @@
 
 All tiles of a picture have one size, so that they share buffers, engines and CUDA graphs: the smallest that is enough
 for as few tiles as the side asked for. They are spread evenly, the outermost end where the picture ends, and of each
-the outer `TILE_OVERLAP` pixels towards its neighbours are thrown away: what is kept is what the whole picture would
+the outer `TILE_OVERLAP` pixels towards its neighbors are thrown away: what is kept is what the whole picture would
 have there, not a blend.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ..bundle import TensorSpec
 from ..config import SIZE_MULTIPLE, TILE_OVERLAP
 from ..errors import InputError
-from .device import Box, Layout
+from .gpu.device import Box, Layout
 
 MIN_TILE = 2 * SIZE_MULTIPLE
 # image pixels per position along each axis that a tile cuts

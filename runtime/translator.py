@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle import Bundle
+from ..bundle.default_model import default_model_path
+from ..bundle.stages import check_stages
 from ..config import SIZE_MULTIPLE, ModelConfig
 from ..errors import InputError
 from ..preprocess.images import FloatArray, ImageSource, UInt8Array, load_image, load_rgb
 from ..preprocess.labels import LabelSource, load_label, resize_nearest
 from .pipeline import Exemplar, Pipeline, open_pipeline
-from .shipped import shipped_bundle
-from .stages import check_stages
 
 MIN_SIDE = 2 * SIZE_MULTIPLE  # of what is translated, in pixels: the generator starts at 1/32 and needs two there
 MAX_SIDE = 8192
@@ -35,9 +35,9 @@ class Translation:
     """One result, of height H and width W, with h = H / 4 and w = W / 4 positions of correspondence.
 
     image: (H, W, 3) uint8, the translated picture.
-    warped: (H, W, 3) uint8, the exemplar's colours laid out as the label asks, before synthesis.
+    warped: (H, W, 3) uint8, the exemplar's colors laid out as the label asks, before synthesis.
     confidence: (h, w) float32 in [0, 1], how much of a position's softmax its best match holds.
-    matches: (h, w, 2) float32, (x, y) of the best match's centre in pixels of the exemplar at `Exemplar.size`, where
+    matches: (h, w, 2) float32, (x, y) of the best match's center in pixels of the exemplar at `Exemplar.size`, where
         (0, 0) is the upper left corner of the picture and (0.5, 0.5) the middle of its first pixel.
     exemplar_size: (height, width) of the exemplar that `matches` refers to.
     timings: milliseconds of "query", "warp" and "synthesis", or only "total" where one CUDA graph ran all of them; in a
@@ -66,7 +66,7 @@ class Translator:
         "float16" with TensorRT.
     engines: the folder of TensorRT engines and of the warp's kernels that `flashcocos build` wrote; None for the one
         beside the bundle, NAME.engines.
-    exemplar_budget: MiB of device memory for encoded exemplars, 512 unless given.
+    exemplar_cache_mib: MiB of device memory for encoded exemplars, 512 unless given.
     tile: side in pixels, a multiple of 32 from 64, of the tiles that the second half of the synthesis makes larger
         pictures in: less memory, the same picture, some work twice. None makes pictures whole.
     Raises `InputError` for a missing bundle and for options unknown or that do not go together, `BundleError` for a
@@ -84,11 +84,11 @@ class Translator:
         warp: str = "auto",
         precision: str | None = None,
         engines: str | os.PathLike[str] | None = None,
-        exemplar_budget: int | None = None,
+        exemplar_cache_mib: int | None = None,
         tile: int | None = None,
     ) -> None:
         if bundle is None:  # and not "", which is a mistake and no wish for the shipped model
-            bundle = shipped_bundle()
+            bundle = default_model_path()
         opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         check_stages(opened.manifest)
         self.bundle = opened
@@ -102,7 +102,7 @@ class Translator:
             warp=warp,
             precision=precision,
             engines=engines,
-            exemplar_budget=exemplar_budget,
+            exemplar_cache_mib=exemplar_cache_mib,
             tile=tile,
         )
         self._release = weakref.finalize(self, self._pipeline.close)  # also where nobody closes it, and at exit
@@ -127,14 +127,14 @@ class Translator:
         """Encode an exemplar once, for any number of translations.
 
         image: path, Pillow image or uint8 array (H, W, 3). label: its prepared label, for models that mix the label
-        into the matching (`config.mask_mixing`), and only for those. size: as for `translate`; "input" is the
+        into the matching (`config.condition_on_label`), and only for those. size: as for `translate`; "input" is the
         picture's own size. Raises `InputError`.
         """
-        if self.config.mask_mixing and label is None:
+        if self.config.condition_on_label and label is None:
             raise InputError(
                 f"a model for {self.config.task} needs the exemplar's label: encode_exemplar(image, label)"
             )
-        if label is not None and not self.config.mask_mixing:
+        if label is not None and not self.config.condition_on_label:
             raise InputError(f"a model for {self.config.task} takes no label for the exemplar: encode_exemplar(image)")
         picture = load_rgb(image)
         height, width = resolve_size(self.config, size, (picture.height, picture.width))

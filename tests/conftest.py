@@ -28,7 +28,7 @@ def shared() -> Path:
     """The folder of reference material beside the checkout; tests that need it skip where it is absent."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
-        pytest.skip("needs the reference material ../shared (sample pictures under research licences)")
+        pytest.skip("needs the reference material ../shared (sample pictures under research licenses)")
     return folder
 
 

@@ -48,7 +48,7 @@ def test_preset_with_changes() -> None:
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"warp_upsampling": "cubic"}, "warp_upsampling"),
-        ({"mask_mixing": 1}, "mask_mixing: expected bool, got 1"),
+        ({"condition_on_label": 1}, "condition_on_label: expected bool, got 1"),
     ],
 )
 def test_invalid_field(change: dict, message: str) -> None:

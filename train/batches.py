@@ -102,16 +102,16 @@ class Steps(Dataset[list[Batch]]):
         )
 
     def _augment(self, batch: Batch, step: int, mine: slice) -> None:
-        """Mirror whole samples and permute their colours, then halve them, as the settings ask for."""
+        """Mirror whole samples and permute their colors, then halve them, as the settings ask for."""
         settings, generator = self.settings, _generator(self.settings.run.seed + 1, step)
         # drawn for the batch of all processes, of which this one uses its own rows
         draws = torch.rand(settings.run.batch, 5, generator=generator)[mine]
-        mirrored, recoloured = draws[:, 0] < settings.data.mirror, draws[:, 1] < settings.data.recolour
+        mirrored, recolored = draws[:, 0] < settings.data.mirror, draws[:, 1] < settings.data.recolor
         for name in (*_PICTURES, *_LABELS):
             batch[name][mirrored] = batch[name][mirrored].flip(-1)
-        colours = torch.where(recoloured[:, None], draws[:, 2:].argsort(1), torch.arange(3))
+        colors = torch.where(recolored[:, None], draws[:, 2:].argsort(1), torch.arange(3))
         for name in _PICTURES:
-            batch[name] = batch[name][torch.arange(len(colours))[:, None], colours]
+            batch[name] = batch[name][torch.arange(len(colors))[:, None], colors]
         if step < settings.schedule.half_steps:
             for name in _PICTURES:
                 batch[name] = F.avg_pool2d(batch[name], 2)

@@ -132,8 +132,8 @@ def contextual_distance(x: Tensor, y: Tensor) -> Tensor:
     loss is -log of the mean over x of the largest. Rows of the matrix are made a part at a time and remade in the
     backward pass.
     """
-    centre = y.mean(1, keepdim=True)
-    x, y = (_normalise((t - centre).flatten(2)) for t in (x, y))  # (B, C, N)
+    center = y.mean(1, keepdim=True)
+    x, y = (_normalize((t - center).flatten(2)) for t in (x, y))  # (B, C, N)
     rows = max(1, ROW_ENTRIES // y.shape[2])
     affinities = [checkpoint(_best_affinity, part, y, use_reentrant=False) for part in x.split(rows, 2)]
     return -torch.cat(affinities, 1).mean(1).log()
@@ -167,7 +167,7 @@ def _weighted_l1(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return ((x - y).abs().flatten(1).mean(1) * weights).sum()
 
 
-def _normalise(x: Tensor) -> Tensor:
+def _normalize(x: Tensor) -> Tensor:
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + NORM_EPS)
 
 

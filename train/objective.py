@@ -75,7 +75,7 @@ def generator_pass(
         true_values = model.warp_values(batch.image)
         there = warp(phi, theta, true_values)
         terms["warp_two_cycle"] = losses.warp_cycle(warp(theta, phi, there), true_values)
-    image, warped_image = model.synthesise(warped, label)
+    image, warped_image = model.synthesize(warped, label)
     pairs = losses.pseudo_weights(batch.self_reference, weights.upstream_batch_scale)
     if weights.warp_self:
         terms["warp_self"] = losses.warp_self(warped_image, batch.image, pairs)

@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..benchmarks.quality.photo_metrics import VGG_FILES
+from ..benchmarks.quality.predictors import torch_device
 from ..errors import InputError
 from ..files import atomic_path, sha256
 from ..preprocess.images import PathLike, load_image
 from ..progress import Progress
 from .data.photos import find_photos
-from .photo_measures import VGG_FILES
-from .sources import torch_device
 
 _ROWS = 512  # pictures whose similarities to all others are held at once
 

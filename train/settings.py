@@ -53,7 +53,7 @@ class DataSettings(_Section):
         avatars a warped copy).
     hard, flip, load_size: of photos, as in `PhotoOptions`; load_size 0 for 286 / 256 of the model's size.
     count, cache: of the avatars, the number of pairs, 0 for all, and the folder that keeps them.
-    mirror, recolour: chances of mirroring a whole sample and of permuting its red, green and blue.
+    mirror, recolor: chances of mirroring a whole sample and of permuting its red, green and blue.
     """
 
     kind: str = "photos"
@@ -69,24 +69,24 @@ class DataSettings(_Section):
     count: int = 0
     cache: str = ""
     mirror: float = 0.0
-    recolour: float = 0.0
+    recolor: float = 0.0
 
     def __post_init__(self) -> None:
         self._require("kind", self.kind in KINDS, f"one of {', '.join(KINDS)}")
-        for name in ("retrieved", "hard", "mirror", "recolour"):
+        for name in ("retrieved", "hard", "mirror", "recolor"):
             self._require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
         for name in ("load_size", "count"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimiserSettings(_Section):
+class OptimizerSettings(_Section):
     """Adam, with `beta1` and `beta2`.
 
     rate: the base learning rate; with `two_rates` the model learns at half of it and the discriminator at twice it
         (TTUR, arXiv 1706.08500).
     eps: Adam's epsilon for the model; the discriminator's is 1e-8, as upstream.
-    spectral_norm: whether the model's convolutions that upstream normalises are kept at spectral norm 1.
+    spectral_norm: whether the model's convolutions that upstream normalizes are kept at spectral norm 1.
     discriminator_width: channels of the discriminator's first layer.
     """
 
@@ -108,7 +108,7 @@ class OptimiserSettings(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleSettings(_Section):
-    """How long: `steps` optimiser steps, or where that is 0, `epochs` times through the data.
+    """How long: `steps` optimizer steps, or where that is 0, `epochs` times through the data.
 
     The learning rate falls linearly to 0 over the last share `decay`: at every step, or, counting epochs, once in each,
     as upstream.
@@ -127,7 +127,7 @@ class ScheduleSettings(_Section):
         self._require("decay", 0 <= self.decay <= 1, "0 to 1")
 
     def total(self, steps_per_epoch: int) -> int:
-        """Optimiser steps in all."""
+        """Optimizer steps in all."""
         return self.steps or self.epochs * steps_per_epoch
 
     def factor(self, step: int, steps_per_epoch: int) -> float:
@@ -141,10 +141,10 @@ class ScheduleSettings(_Section):
 class RunSettings(_Section):
     """How the work is done.
 
-    batch: samples per optimiser step, over all processes.
+    batch: samples per optimizer step, over all processes.
     micro_batch: samples that a process computes on at a time, their gradients accumulated; 0 for its whole share. But
         for rounding, a step depends on `batch` alone; only the terms that divide by a count of samples, classes or
-        pixels of some kind (pseudo_features, warp_self, warp_mask; class_colour, image, warp) count per micro-batch.
+        pixels of some kind (pseudo_features, warp_self, warp_mask; class_color, image, warp) count per micro-batch.
     precision: float32, or bfloat16 or float16 by autocast.
     checkpointing: recompute the blocks' activations in the backward pass: less memory, more time.
     ema: decay of the moving average of the weights that the model file then holds; 0 for none.
@@ -178,7 +178,7 @@ _SECTIONS: dict[str, type] = {
     "loss": LossWeights,
     "supervised": SupervisedWeights,
     "data": DataSettings,
-    "optimiser": OptimiserSettings,
+    "optimizer": OptimizerSettings,
     "schedule": ScheduleSettings,
     "run": RunSettings,
 }
@@ -201,7 +201,7 @@ class Settings:
     loss: LossWeights
     supervised: SupervisedWeights
     data: DataSettings
-    optimiser: OptimiserSettings
+    optimizer: OptimizerSettings
     schedule: ScheduleSettings
     run: RunSettings
     init: str = "upstream"
@@ -224,7 +224,7 @@ class Settings:
             raise InputError(
                 "loss.discriminator_features needs loss.adversarial, which trains the discriminator; give both or none"
             )
-        if not (self.needs_vgg or self.loss.adversarial or self.supervised.image or self.supervised.class_colour):
+        if not (self.needs_vgg or self.loss.adversarial or self.supervised.image or self.supervised.class_color):
             raise InputError(
                 "no term of the loss looks at the output picture: give a weight to loss.adversarial, to "
                 "loss.perceptual, or, where targets are known, to supervised.image"

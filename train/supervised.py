@@ -1,6 +1,6 @@
 """Terms for samples whose exact target is known: no discriminator, no pretrained features.
 
-L1 of the image and of the warped exemplar against the target, L1 of the mean colour of each class, and the negative
+L1 of the image and of the warped exemplar against the target, L1 of the mean color of each class, and the negative
 log-likelihood of the label under the warped exemplar label (arXiv 2004.05571, section 3.3, gives the idea of
 supervising the warp). They are a fast start for the published objective, and enough for the small model that ships.
 """
@@ -19,7 +19,7 @@ class SupervisedWeights:
     """Weight of each term; a term of weight 0 is not computed. Only `label` counts samples that have no target."""
 
     image: float = 0.0
-    class_colour: float = 0.0
+    class_color: float = 0.0
     warp: float = 0.0
     label: float = 0.0
 
@@ -42,8 +42,8 @@ def supervised_terms(
     known = has_target.to(image.dtype)
     if weights.image:
         terms["image"] = weights.image * _mean_l1(image, target, known)
-    if weights.class_colour:
-        terms["class_colour"] = weights.class_colour * class_colour_error(image, target, label, known)
+    if weights.class_color:
+        terms["class_color"] = weights.class_color * class_color_error(image, target, label, known)
     if weights.warp:
         terms["warp"] = weights.warp * _mean_l1(warped_image, target, known)
     if weights.label:
@@ -58,8 +58,8 @@ def quarter(label: Tensor) -> Tensor:
     return F.avg_pool2d(label, 4)
 
 
-def class_colour_error(image: Tensor, target: Tensor, label: Tensor, known: Tensor) -> Tensor:
-    """L1 between the mean colours of each class, every class that is present in a sample counting alike.
+def class_color_error(image: Tensor, target: Tensor, label: Tensor, known: Tensor) -> Tensor:
+    """L1 between the mean colors of each class, every class that is present in a sample counting alike.
 
     label: planes (B, nc, H, W). known (B,): 1 for the samples that count, 0 for the others.
     """

@@ -34,9 +34,9 @@ from ..files import atomic_path
 from .batches import Batch, Steps, open_data
 from .checkpoint import load_model, save_model
 from .data import PairData
-from .logbook import Logbook
+from .logger import Logbook
 from .losses import LossWeights
-from .networks import CoCosNet, Discriminator, Vgg19, initialise, spectral
+from .networks import CoCosNet, Discriminator, Vgg19, initialize, spectral
 from .networks.correspondence import ResidualBlock
 from .networks.layers import SpadeBlock, add_spectral_norm, folded_state
 from .networks.vgg_weights import load_features
@@ -156,7 +156,7 @@ class DiscriminatorStep(nn.Module):
 
 
 class Trainer:
-    """Networks, optimisers and moving average; `step` counts what is done. Resumes from `folder` if it can.
+    """Networks, optimizers and moving average; `step` counts what is done. Resumes from `folder` if it can.
 
     data: of one size. vgg: the frozen feature network, in place of the one that the settings name. warp: the backend of
     `kernels.corr_warp`. Raises `CheckpointError` for a checkpoint that is damaged or of another model, and for model or
@@ -194,7 +194,7 @@ class Trainer:
         for network in (self.discriminator, vgg):
             if network is not None:
                 self._place(network)
-        self.optimisers = self._make_optimisers()
+        self.optimizers = self._make_optimizers()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.run.precision == "float16")
         if resumes:
             self._load()
@@ -214,7 +214,7 @@ class Trainer:
             for pieces in self.steps.loader(self.step):
                 result = self.train_step(pieces)
                 if log is not None:
-                    log.step(result.terms, self.optimisers["model"].param_groups[0]["lr"])
+                    log.step(result.terms, self.optimizers["model"].param_groups[0]["lr"])
                     if self.step % run.image_steps == 0 or self.step in (1, len(self.steps)):
                         log.pictures(result.batch, result.warped_image, result.image)
                     if time.monotonic() - saved >= 60 * run.save_minutes:
@@ -232,7 +232,7 @@ class Trainer:
         """One step of the model and one of the discriminator; `TrainingError` names a term that is not finite."""
         torch.manual_seed(self.settings.run.seed * 1_000_003 + self.step)
         for name, rate in self._rates().items():
-            self.optimisers[name].param_groups[0]["lr"] = rate
+            self.optimizers[name].param_groups[0]["lr"] = rate
         pieces = [{name: x.to(self.device, non_blocking=True) for name, x in piece.items()} for piece in pieces]
         for network in (self.model, self.discriminator):
             if network is not None:
@@ -294,7 +294,7 @@ class Trainer:
             sums[name] = sums.get(name, 0.0) + term.detach()
 
     def _update(self, name: str, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Step the optimiser `name` unless a term, averaged over the processes, is not finite."""
+        """Step the optimizer `name` unless a term, averaged over the processes, is not finite."""
         means = torch.stack(list(sums.values()))
         if self.process.world > 1:
             dist.all_reduce(means)
@@ -303,11 +303,11 @@ class Trainer:
         for term, value in terms.items():
             if not math.isfinite(value):
                 raise TrainingError(
-                    f"step {self.step}: the loss term {term!r} is {value}; lower optimiser.rate"
+                    f"step {self.step}: the loss term {term!r} is {value}; lower optimizer.rate"
                     f"{' or use bfloat16' if self.scaler.is_enabled() else ''}, and resume from the checkpoint"
                 )
-        self.scaler.step(self.optimisers[name])
-        self.optimisers[name].zero_grad(set_to_none=True)
+        self.scaler.step(self.optimizers[name])
+        self.optimizers[name].zero_grad(set_to_none=True)
         return terms
 
     def _place(self, network: nn.Module) -> None:
@@ -315,20 +315,20 @@ class Trainer:
         if self.device.type != "cpu":
             network.to(self.device)
 
-    def _make_optimisers(self) -> dict[str, torch.optim.Adam]:
-        chosen = self.settings.optimiser
+    def _make_optimizers(self) -> dict[str, torch.optim.Adam]:
+        chosen = self.settings.optimizer
         adam = functools.partial(torch.optim.Adam, betas=(chosen.beta1, chosen.beta2))
-        optimisers = {"model": adam(self.model.parameters(), eps=chosen.eps)}
+        optimizers = {"model": adam(self.model.parameters(), eps=chosen.eps)}
         if self.discriminator is not None:
-            optimisers["discriminator"] = adam(self.discriminator.parameters())
-        return optimisers
+            optimizers["discriminator"] = adam(self.discriminator.parameters())
+        return optimizers
 
     def _rates(self) -> dict[str, float]:
-        """The learning rate of each optimiser in this step."""
-        chosen = self.settings.optimiser
+        """The learning rate of each optimizer in this step."""
+        chosen = self.settings.optimizer
         rate = chosen.rate * self.settings.schedule.factor(self.step, self.steps.per_epoch)
         slow, fast = (0.5, 2.0) if chosen.two_rates else (1.0, 1.0)
-        return {name: rate * (slow if name == "model" else fast) for name in self.optimisers}
+        return {name: rate * (slow if name == "model" else fast) for name in self.optimizers}
 
     def _autocast(self) -> torch.autocast:
         precision = self.settings.run.precision
@@ -366,8 +366,8 @@ class Trainer:
     def _parts(self) -> dict[str, Any]:
         """Everything with a state, by its name in the checkpoint."""
         parts = {"model": self.model, "average": self.average, "discriminator": self.discriminator}
-        optimisers = {f"optimiser of {name}": optimiser for name, optimiser in self.optimisers.items()}
-        return {name: part for name, part in parts.items() if part is not None} | optimisers | {"scaler": self.scaler}
+        optimizers = {f"optimizer of {name}": optimizer for name, optimizer in self.optimizers.items()}
+        return {name: part for name, part in parts.items() if part is not None} | optimizers | {"scaler": self.scaler}
 
     def _load(self) -> None:
         path, parts = self.folder / CHECKPOINT, self._parts()
@@ -396,7 +396,7 @@ def start_model(settings: Settings) -> CoCosNet:
     """The model with the weights that `settings.init` asks for; `CheckpointError` for a file of another network."""
     model = CoCosNet(settings.model)
     if settings.init == "upstream":
-        initialise(model)
+        initialize(model)
     elif settings.init == "matched":
         model.correspondence.phi.load_state_dict(model.correspondence.theta.state_dict())
     if settings.init not in FRESH:
@@ -408,7 +408,7 @@ def start_model(settings: Settings) -> CoCosNet:
                     f"{settings.init}: its {name} is {given[name]!r}, expected model.{name}, {wanted[name]!r}"
                 )
         model.load_state_dict(loaded.state_dict())
-    if settings.optimiser.spectral_norm:
+    if settings.optimizer.spectral_norm:
         # after the weights, so that the estimates start from them
         add_spectral_norm(model)
         spectral.prepare(model)
@@ -417,8 +417,8 @@ def start_model(settings: Settings) -> CoCosNet:
 
 def start_discriminator(settings: Settings) -> Discriminator:
     """The discriminator with upstream's random weights."""
-    discriminator = Discriminator(settings.model, ndf=settings.optimiser.discriminator_width, spectral_norm=False)
-    initialise(discriminator)
+    discriminator = Discriminator(settings.model, ndf=settings.optimizer.discriminator_width, spectral_norm=False)
+    initialize(discriminator)
     add_spectral_norm(discriminator)
     spectral.prepare(discriminator)
     return discriminator.train()

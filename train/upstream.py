@@ -195,7 +195,7 @@ def infer_config(
                     [key for key in corr.tensors if re.fullmatch(r"layer\.\d+\.conv1\.weight", key)]
                 ),
                 "adaptor_kernel": _dimensions(corr, "adaptive_model_seg.layer2.0.weight_orig")[2],
-                "mask_mixing": mixed != features,
+                "condition_on_label": mixed != features,
                 "attention": any(key.startswith("attn.") for key in generator.tensors),
             }
         )

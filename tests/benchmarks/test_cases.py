@@ -15,22 +15,23 @@ import pytest
 import torch
 from exported import CLASSES, exported_stage, exported_stages, model_file, seeded_model
 
-from flashcocos.benchmarks import machine, naive, translation, worker
+from flashcocos.benchmarks import worker
 from flashcocos.benchmarks.__main__ import main
-from flashcocos.benchmarks.inputs import differences, inputs
-from flashcocos.benchmarks.naive import Published
-from flashcocos.benchmarks.naive import seeded_model as random_model
 from flashcocos.benchmarks.registry import Case, Material, all_cases
 from flashcocos.benchmarks.runner import References, open_material
+from flashcocos.benchmarks.speed import machine, naive, translation
+from flashcocos.benchmarks.speed.inputs import differences, inputs
+from flashcocos.benchmarks.speed.naive import Published
+from flashcocos.benchmarks.speed.naive import seeded_model as random_model
 from flashcocos.config import ModelConfig
 from flashcocos.errors import BackendError
-from flashcocos.export import bundle_writer
+from flashcocos.export import bundle as bundle_writer
 from flashcocos.export.single import single_graph
 from flashcocos.train.checkpoint import load_model, save_model
 from flashcocos.train.networks import CoCosNet
 
 # a network of 4 channels for the step of training, in place of ade20k's
-SMALL_TRAINING = ["model.preset=tiny", "optimiser.discriminator_width=4"]
+SMALL_TRAINING = ["model.preset=tiny", "optimizer.discriminator_width=4"]
 # and without the networks and norms beside it, for a plan
 SMALL_PLAN = [
     "model.preset=tiny",
@@ -38,7 +39,7 @@ SMALL_PLAN = [
     "loss.adversarial=0.0",
     "loss.discriminator_features=0.0",
     "supervised.image=1.0",
-    "optimiser.spectral_norm=false",
+    "optimizer.spectral_norm=false",
 ]
 
 
@@ -250,7 +251,7 @@ def test_a_model_folder_is_filled_once(
     save_model(tmp_path / "model.safetensors", seeded_model(CLASSES))
     shutil.copytree(folder / "bundle", tmp_path / "bundle")
     asked = []
-    monkeypatch.setattr("flashcocos.benchmarks.naive.export_naive", lambda *paths: asked.append(paths))
+    monkeypatch.setattr("flashcocos.benchmarks.speed.naive.export_naive", lambda *paths: asked.append(paths))
     assert main(["model", "-o", str(tmp_path)]) == 0
     assert asked == [(tmp_path / "model.safetensors", tmp_path / "naive.onnx")]
     assert capsys.readouterr().out.split() == [

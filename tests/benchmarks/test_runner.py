@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from flashcocos import __version__
-from flashcocos.benchmarks import harness, worker
+from flashcocos.benchmarks import provenance as harness
+from flashcocos.benchmarks import worker
 from flashcocos.benchmarks.registry import Case, Gate, Material, all_cases, select
 from flashcocos.benchmarks.runner import open_material, read_rows, run_cases
 from flashcocos.errors import InputError

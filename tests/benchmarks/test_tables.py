@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flashcocos.benchmarks import tables
-from flashcocos.benchmarks.harness import RESULTS
+from flashcocos.benchmarks.provenance import RESULTS
 from flashcocos.benchmarks.registry import GROUPS
 from flashcocos.errors import InputError
 

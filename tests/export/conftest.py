@@ -10,7 +10,8 @@ from exported import exported_stage, model_file
 from onnx import ModelProto
 
 from flashcocos.config import ModelConfig
-from flashcocos.export import bundle_writer, single
+from flashcocos.export import bundle as bundle_writer
+from flashcocos.export import single
 from flashcocos.train.networks import CoCosNet
 
 

@@ -14,15 +14,15 @@ from flashcocos import cli
 from flashcocos.bundle import Bundle
 from flashcocos.config import ModelConfig
 from flashcocos.errors import BackendError
-from flashcocos.export import bundle_writer
-from flashcocos.runtime.cubins import BundleKernels, find_kernels
+from flashcocos.export import bundle as bundle_writer
+from flashcocos.runtime.gpu.cubins import BundleKernels, find_kernels
 
 TINY = ModelConfig.preset("tiny")
 # this process's Triton interprets and cannot compile
 _COMPILE = """
 import json, sys
 from flashcocos.config import ModelConfig
-from flashcocos.export.bundle_writer import compiled_kernels
+from flashcocos.export.bundle import compiled_kernels
 files = compiled_kernels(ModelConfig.preset("tiny"), [86, 120], ["float16"])
 print(json.dumps({name: data.hex() for name, data in files.items()}))
 """

@@ -17,6 +17,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from flashcocos.bundle import STAGES, TensorSpec
+from flashcocos.bundle.stages import axis_sizes, concrete_shape, stage_tensors
 from flashcocos.config import ModelConfig
 from flashcocos.errors import BundleError, InputError
 from flashcocos.export.graphs import (
@@ -30,7 +31,6 @@ from flashcocos.export.graphs import (
     store_float16,
 )
 from flashcocos.export.verify import random_inputs
-from flashcocos.runtime.stages import axis_sizes, concrete_shape, stage_tensors
 from flashcocos.train.checkpoint import load_model
 from flashcocos.train.networks import CoCosNet
 from flashcocos.train.networks.generator import class_means
@@ -113,7 +113,7 @@ def network_of(model: CoCosNet, stage: str) -> Callable[..., Any]:
         return generator.condition(subsample(model.upsample_warp(warped), step), subsample(planes, step), means)
 
     def coarse(warped: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-        means = class_means(model.upsample_warp(warped), model.label_planes(label)) if generator.warp_skip else None
+        means = class_means(model.upsample_warp(warped), model.label_planes(label)) if generator.warp_residual else None
         features = generator.coarse(condition(warped, label, means, 4))
         return (features,) if means is None else (features, means)
 
@@ -178,7 +178,7 @@ def test_equals_the_network_at_sizes_that_were_not_traced(
         reference = tensor.numpy()
         assert actual.shape == reference.shape
         assert reference.std() > 0.001  # something to compare: means of noise are the least
-        # float32 sums in another order, through some twenty normalised layers; features of noise are normalised worst
+        # float32 sums in another order, through some twenty normalized layers; features of noise are normalized worst
         bound = 3e-5 if stage == "fine" else 2e-5
         np.testing.assert_allclose(actual, reference, rtol=0, atol=bound * np.abs(reference).max())
 

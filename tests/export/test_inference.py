@@ -17,7 +17,7 @@ from flashcocos.export.inference import ATTENTION_ROWS, loop_attention, stage_mo
 @pytest.mark.parametrize("ids", [(7,), (0, 3, 11), tuple(range(12))], ids=["one", "some", "all"])
 @pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
 def test_the_classes_that_occur_give_what_all_give(ids: tuple[int, ...], skip: bool) -> None:
-    model = seeded_model(ModelConfig.preset("tiny", warp_skip=skip)).double()
+    model = seeded_model(ModelConfig.preset("tiny", warp_residual=skip)).double()
     generator = torch.Generator().manual_seed(0)
     label = torch.tensor(ids, dtype=torch.uint8)[torch.randint(0, len(ids), (2, 64, 96), generator=generator)]
     warped = torch.rand(2, 3, 16, 24, generator=generator).double()
@@ -31,7 +31,7 @@ def test_the_classes_that_occur_give_what_all_give(ids: tuple[int, ...], skip: b
         torch.testing.assert_close(query(label), model.encode_query(label), rtol=0, atol=1e-12)
         features, *means = coarse(warped, label)
         made = fine(features, warped, label, *means)
-        for found, expected in zip(made, model.synthesise(warped, label), strict=True):
+        for found, expected in zip(made, model.synthesize(warped, label), strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     planes = len({0, *ids})
     others = 6 if skip else 3

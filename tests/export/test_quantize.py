@@ -11,13 +11,13 @@ from tiny_bundle import random_label, random_picture
 
 from flashcocos import cli
 from flashcocos.bundle import Bundle
+from flashcocos.bundle.default_model import PAIRS, default_model_path
 from flashcocos.errors import BackendError, InputError
-from flashcocos.export.bundle_writer import export_bundle
+from flashcocos.export.bundle import export_bundle
 from flashcocos.export.quantize import MIN_PSNR, quantize_bundle
 from flashcocos.export.verify import verify
 from flashcocos.runtime import Translator
 from flashcocos.runtime.jobs import plan_jobs
-from flashcocos.runtime.shipped import PAIRS, shipped_bundle
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quantized(pairs, tmp_path_factory):
-    return quantize_bundle(shipped_bundle(), tmp_path_factory.mktemp("bundle") / "int8.zip", pairs)
+    return quantize_bundle(default_model_path(), tmp_path_factory.mktemp("bundle") / "int8.zip", pairs)
 
 
 def weights(path):
@@ -86,13 +86,13 @@ def test_too_little_quality_is_refused_and_nothing_written(pairs, tmp_path):
     with pytest.raises(
         BackendError, match=r"int8 gives \d+\.\d dB on a held-out pair, expected 90 or more; calibrate on"
     ):
-        quantize_bundle(shipped_bundle(), tmp_path / "int8.zip", pairs[:2], min_psnr=90)
+        quantize_bundle(default_model_path(), tmp_path / "int8.zip", pairs[:2], min_psnr=90)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_quantised_is_refused(quantized, pairs, tmp_path):
+def test_what_cannot_be_quantized_is_refused(quantized, pairs, tmp_path):
     with pytest.raises(InputError, match="1 pairs: expected at least 2"):
-        quantize_bundle(shipped_bundle(), tmp_path / "int8", pairs[:1])
+        quantize_bundle(default_model_path(), tmp_path / "int8", pairs[:1])
     with pytest.raises(InputError, match="its generator is int8 already"):
         quantize_bundle(quantized.path, tmp_path / "int8", pairs)
     with pytest.raises(InputError, match="export in float32, then flashcocos quantize"):
@@ -101,9 +101,11 @@ def test_what_cannot_be_quantised_is_refused(quantized, pairs, tmp_path):
 
 def test_the_command(tmp_path, capsys):
     output = tmp_path / "int8.zip"
-    assert cli.main(["quantize", str(shipped_bundle()), "--pairs", str(PAIRS), "--count", "2", "-o", str(output)]) == 0
+    assert (
+        cli.main(["quantize", str(default_model_path()), "--pairs", str(PAIRS), "--count", "2", "-o", str(output)]) == 0
+    )
     printed = capsys.readouterr().out
     assert printed.startswith("36 of 56 convolutions in int8; ")
     assert printed.splitlines()[-1] == str(output)
-    assert cli.main(["quantize", str(shipped_bundle()), "-o", str(output)]) == 1
+    assert cli.main(["quantize", str(default_model_path()), "-o", str(output)]) == 1
     assert "nothing to translate" in capsys.readouterr().err

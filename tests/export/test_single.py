@@ -108,7 +108,7 @@ def test_the_whole_equals_the_network(kind: str, size: tuple[int, int], exemplar
     label = random_inputs(config, size, 2)["label"]
     other = random_inputs(config, exemplar_size[::-1], 2)  # whose exemplar has height and width exchanged
     inputs = {"label": label, "exemplar": other["image"]}
-    if config.mask_mixing:
+    if config.condition_on_label:
         inputs["exemplar_label"] = other["exemplar_label"]
     with torch.inference_mode():
         tensors = [torch.from_numpy(array) for array in inputs.values()]

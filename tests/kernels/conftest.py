@@ -11,7 +11,7 @@ def device() -> str:
     pytest.importorskip("triton", reason="the Triton kernels need the triton package, which this platform has not")
     if torch.cuda.is_available():
         return "cuda"
-    from flashcocos.kernels import triton_warp
+    from flashcocos.kernels.gpu import triton_warp
 
     assert triton_warp.INTERPRETED, "triton was imported before tests/conftest.py could set TRITON_INTERPRET"
     return "cpu"

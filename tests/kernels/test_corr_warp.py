@@ -178,7 +178,7 @@ def test_numba_without_a_cache_folder():
         "from flashcocos.kernels import corr_warp, last_backend\n"
         "x = np.arange(18, dtype='float32').reshape(1, 2, 3, 3)\n"
         "out = corr_warp(x, x, x, patch=1, backend='numba')\n"
-        "from flashcocos.kernels.cpu_numba import sweep\n"
+        "from flashcocos.kernels.cpu.numba_warp import sweep\n"
         "print(json.dumps([last_backend(), bool(np.isfinite(out).all()), type(sweep._cache).__name__]))"
     )
     assert found == ["numba", True, "NullCache"]

@@ -10,7 +10,7 @@ from flashcocos.kernels import reference
 
 
 def patch_vector(features, y, x, patch):
-    """The zero padded, centred and normalised patch around one position of (C, H, W)."""
+    """The zero padded, centered and normalized patch around one position of (C, H, W)."""
     half = patch // 2
     padded = np.pad(features, ((0, 0), (half, half), (half, half)))
     vector = padded[:, y : y + patch, x : x + patch].ravel()

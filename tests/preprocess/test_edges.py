@@ -29,27 +29,27 @@ def test_upstream_canny_is_that_of_scikit_image_0_14() -> None:
 
 
 def test_the_two_cannys_differ_by_the_integer_smoothing_alone() -> None:
-    grey = picture()
-    modern = edges.canny_edges(grey, "modern")
-    assert (edges.canny_edges(grey) != modern).sum() == 584
-    np.testing.assert_array_equal(edges.canny_edges(grey.astype(np.float64)), modern)
+    gray = picture()
+    modern = edges.canny_edges(gray, "modern")
+    assert (edges.canny_edges(gray) != modern).sum() == 584
+    np.testing.assert_array_equal(edges.canny_edges(gray.astype(np.float64)), modern)
 
 
 def test_planes_of_a_synthetic_face() -> None:
-    grey = picture()
-    skin, hair, nose = (np.zeros(grey.shape, bool) for _ in range(3))
+    gray = picture()
+    skin, hair, nose = (np.zeros(gray.shape, bool) for _ in range(3))
     skin[30:80, 30:90] = hair[10:40, 25:95] = nose[50:60, 55:65] = True
-    planes = edges.edge_planes(grey, {"hair": hair, "skin": skin, "nose": nose}, "modern")
-    assert planes.shape == (15, *grey.shape)
+    planes = edges.edge_planes(gray, {"hair": hair, "skin": skin, "nose": nose}, "modern")
+    assert planes.shape == (15, *gray.shape)
     assert planes.dtype == np.uint8
     contours = contour(skin) | contour(hair) | contour(nose)
     np.testing.assert_array_equal(planes[14], contours * 255)
     background = ~(skin | nose) | hair
-    np.testing.assert_array_equal(planes[0] > 0, contours | (edges.canny_edges(grey, "modern") & background))
+    np.testing.assert_array_equal(planes[0] > 0, contours | (edges.canny_edges(gray, "modern") & background))
     for index, part in enumerate(edges.PARTS):
         mask = {"hair": hair, "skin": skin, "nose": nose}.get(part)
         expected = 255 if mask is None else distance_plane(contour(mask))
-        np.testing.assert_array_equal(planes[1 + index], np.broadcast_to(expected, grey.shape))
+        np.testing.assert_array_equal(planes[1 + index], np.broadcast_to(expected, gray.shape))
 
 
 def test_without_any_part_all_of_the_picture_is_background() -> None:
@@ -71,20 +71,20 @@ def test_files_are_resized_before_edges_are_taken(tmp_path: Path) -> None:
     mask[10:30, 20:40] = 255
     Image.fromarray(mask).save(tmp_path / "a_hair.png")
     planes = edges.load(tmp_path / "a.png", {"hair": tmp_path / "a_hair.png"}, (24, 30))
-    grey = np.asarray(photo.resize((30, 24), Image.Resampling.BILINEAR).convert("L"))
+    gray = np.asarray(photo.resize((30, 24), Image.Resampling.BILINEAR).convert("L"))
     hair = np.asarray(Image.fromarray(mask).resize((30, 24), Image.Resampling.NEAREST)) > 0
-    np.testing.assert_array_equal(planes, edges.edge_planes(grey, {"hair": hair}))
+    np.testing.assert_array_equal(planes, edges.edge_planes(gray, {"hair": hair}))
     assert edges.load(tmp_path / "a.png", {}).shape == (15, 96, 120)
 
 
 def test_unknown_options_parts_and_sizes_are_refused() -> None:
-    grey = picture()
+    gray = picture()
     with pytest.raises(InputError, match="canny: expected one of upstream, modern, got 'old'"):
-        edges.canny_edges(grey, "old")
+        edges.canny_edges(gray, "old")
     with pytest.raises(InputError, match="mask 'beard'"):
-        edges.edge_planes(grey, {"beard": np.zeros(grey.shape, bool)})
+        edges.edge_planes(gray, {"beard": np.zeros(gray.shape, bool)})
     with pytest.raises(InputError, match=r"mask 'nose' \(4, 4\)"):
-        edges.edge_planes(grey, {"nose": np.zeros((4, 4), bool)})
+        edges.edge_planes(gray, {"nose": np.zeros((4, 4), bool)})
 
 
 def test_without_scikit_image_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,9 +53,9 @@ def test_a_mask_of_zeros_and_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [[0, 254], [0, 128, 255], [0, 1, 255]])
-def test_grey_masks_are_refused(tmp_path: Path, values: list[int]) -> None:
+def test_gray_masks_are_refused(tmp_path: Path, values: list[int]) -> None:
     Image.fromarray(np.array([values], np.uint8)).save(tmp_path / "mask.png")
-    with pytest.raises(InputError, match=r"mask\.png: a mask with intermediate grey values"):
+    with pytest.raises(InputError, match=r"mask\.png: a mask with intermediate gray values"):
         read_mask(tmp_path / "mask.png")
 
 

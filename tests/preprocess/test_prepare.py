@@ -27,12 +27,12 @@ def scenes(tmp_path: Path, rng: np.random.Generator) -> Path:
     root = tmp_path / "scenes"
     for name in ("good", "sub/fine", "nophoto"):
         save(root / f"labels/{name}.png", rng.integers(0, 151, (20, 30), dtype=np.uint8))
-    for name in ("good", "sub/fine", "range", "colour", "empty", "zero", "nolabel", "twice"):
+    for name in ("good", "sub/fine", "range", "color", "empty", "zero", "nolabel", "twice"):
         save(root / f"images/{name}.jpg", np.zeros((20, 30, 3), np.uint8))
     save(root / "images/twice.png", np.zeros((20, 30, 3), np.uint8))
     save(root / "labels/twice.png", np.ones((20, 30), np.uint8))
     save(root / "labels/range.png", np.full((20, 30), 200, np.uint8))
-    save(root / "labels/colour.png", np.zeros((20, 30, 3), np.uint8))
+    save(root / "labels/color.png", np.zeros((20, 30, 3), np.uint8))
     save(root / "labels/zero.png", np.zeros((20, 30), np.uint8))
     (root / "labels/empty.png").touch()
     return root
@@ -47,7 +47,7 @@ def test_bad_files_are_reported_by_name_and_the_rest_goes_on(scenes: Path, tmp_p
     assert (summary.prepared, summary.failed) == (3, 6)
     failures = texts(summary)
     assert "class id 200" in failures["range"]
-    assert "image mode 'RGB'" in failures["colour"]
+    assert "image mode 'RGB'" in failures["color"]
     assert "not a readable image" in failures["empty"]
     assert "every pixel is of class 0" in failures["zero"]
     assert failures["nolabel"] == "lacks its label file, NAME.png"
@@ -84,17 +84,17 @@ def test_edges_of_a_plain_folder(tmp_path: Path, rng: np.random.Generator) -> No
     root = tmp_path / "faces"
     half = np.zeros((24, 24), np.uint8)
     half[:12] = 255
-    for name in ("me", "bare", "grey"):
+    for name in ("me", "bare", "gray"):
         save(root / f"images/{name}.jpg", rng.integers(0, 256, (48, 40, 3), dtype=np.uint8))
     save(root / "labels/me_hair.png", half)
     save(root / "labels/me_skin.png", 255 - half)
-    save(root / "labels/grey_skin.png", half // 2)
+    save(root / "labels/gray_skin.png", half // 2)
     save(root / "labels/masksonly_skin.png", half)
     summary = prepare_folder("celebahqedge", root, tmp_path / "out", size=(32, 64))
     assert (summary.prepared, summary.failed) == (1, 3)
     failures = texts(summary)
     assert failures["bare"].startswith("lacks the masks of its parts, NAME_skin.png and")
-    assert "grey_skin.png: a mask with intermediate grey values" in failures["grey"]
+    assert "gray_skin.png: a mask with intermediate gray values" in failures["gray"]
     assert failures["masksonly"].startswith("lacks its photograph")
     assert texts(summary, failed=False)["me"].startswith("lacks l_brow, r_brow")
     planes = load_label(ModelConfig.preset("celebahqedge"), tmp_path / "out/me.npz")

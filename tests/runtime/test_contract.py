@@ -58,7 +58,7 @@ def translator(
 
 
 def exemplar_of(translator: Translator, size: tuple[int, int] = (64, 64), seed: int = 0) -> Exemplar:
-    label = random_label(translator.config, *size, seed + 10) if translator.config.mask_mixing else None
+    label = random_label(translator.config, *size, seed + 10) if translator.config.condition_on_label else None
     return translator.encode_exemplar(random_picture(*size, seed), label, size)
 
 

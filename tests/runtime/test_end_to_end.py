@@ -13,7 +13,7 @@ from fake_tensorrt import profile
 from tiny_bundle import random_label, random_picture
 
 from flashcocos.config import ModelConfig
-from flashcocos.export import bundle_writer
+from flashcocos.export import bundle as bundle_writer
 from flashcocos.preprocess import load_image, load_label, to_uint8
 from flashcocos.runtime import Translator
 from flashcocos.train.checkpoint import load_model
@@ -40,13 +40,15 @@ def test_the_runtime_equals_the_network(
         for size, exemplar_size in (((64, 64), (64, 64)), ((96, 64), (64, 128))):
             label, exemplar_label = random_label(config, *size, 1), random_label(config, *exemplar_size, 2)
             picture = random_picture(*exemplar_size)
-            exemplar = translator.encode_exemplar(picture, exemplar_label if config.mask_mixing else None, "input")
+            exemplar = translator.encode_exemplar(
+                picture, exemplar_label if config.condition_on_label else None, "input"
+            )
             result = translator.translate(label, exemplar, "input")
             with torch.inference_mode():
                 expected = model(
                     torch.from_numpy(load_label(config, label))[None],
                     torch.from_numpy(load_image(picture))[None],
-                    torch.from_numpy(load_label(config, exemplar_label))[None] if config.mask_mixing else None,
+                    torch.from_numpy(load_label(config, exemplar_label))[None] if config.condition_on_label else None,
                     backend="reference",
                 )
             image, warped = (to_uint8(planes[0].numpy()) for planes in (expected.image, expected.warped_image))

@@ -39,7 +39,7 @@ def test_a_bundle(tmp_path: Path) -> None:
     text = describe_bundle(write_tiny_bundle(tmp_path / "b.zip", CHANNELS))
     assert "task        tiny" in text
     assert "precision   float32" in text
-    assert "warp_upsampling=patch" in text
+    assert "warp_upsampling=pixel_shuffle" in text
     assert "query       query.onnx: label float32[batch, 5, height, width] -> theta float32[batch, 16, h, w]" in text
     assert "license     not stated" in text
     assert text.endswith("hashes      ok (4 files)")

@@ -83,7 +83,7 @@ def test_a_picture_in_tiles_is_the_picture(tmp_path: Path, config) -> None:
     results = []
     for tile in (None, 64, 96, 160):
         with Translator(bundle, device="cpu", warp="numpy", threads=1, tile=tile) as translator:
-            exemplar_label = random_label(config, 96, 64, 5) if config.mask_mixing else None
+            exemplar_label = random_label(config, 96, 64, 5) if config.condition_on_label else None
             exemplar = translator.encode_exemplar(random_picture(96, 64), exemplar_label, "input")
             fine = translator._pipeline.engines["fine"]
             shapes, run = [], fine.run

@@ -33,7 +33,7 @@ def channels(tmp_path_factory: pytest.TempPathFactory) -> Translator:
 
 
 def exemplar_of(translator: Translator, seed: int = 0, size: Any = None) -> Exemplar:
-    label = random_label(translator.config, 64, 64, seed) if translator.config.mask_mixing else None
+    label = random_label(translator.config, 64, 64, seed) if translator.config.condition_on_label else None
     return translator.encode_exemplar(random_picture(64, 64, seed), label, size)
 
 
@@ -42,7 +42,7 @@ def same(one: Translation, other: Translation) -> bool:
 
 
 def test_a_label_finds_its_own_places(classes: Translator) -> None:
-    """The exemplar's own label as input: each position matches itself, and its colours come back."""
+    """The exemplar's own label as input: each position matches itself, and its colors come back."""
     label = np.arange(64).reshape(8, 8).repeat(8, 0).repeat(8, 1).astype(np.uint8) * 7 % 12
     picture = random_picture(64, 64)
     result = classes.translate(label, classes.encode_exemplar(picture, label))
@@ -57,7 +57,7 @@ def test_a_label_finds_its_own_places(classes: Translator) -> None:
     np.testing.assert_array_equal(found, label[2::4, 2::4])
 
 
-def test_matches_are_patch_centres_in_pixels(channels: Translator) -> None:
+def test_matches_are_patch_centers_in_pixels(channels: Translator) -> None:
     """All positions of a constant label look alike but for the border, whose corners are unique."""
     picture = random_picture(64, 96)
     label = random_label(CHANNELS, 64, 96)
@@ -68,7 +68,7 @@ def test_matches_are_patch_centres_in_pixels(channels: Translator) -> None:
     best = np.asarray(picture)[y.astype(int), x.astype(int)].astype(float)
     confident = result.confidence > 0.9
     assert confident.sum() > 5
-    # the warp is the softmax's mean colour: nearly the best match's where that holds nearly all the weight
+    # the warp is the softmax's mean color: nearly the best match's where that holds nearly all the weight
     warped = result.warped[2::4, 2::4].astype(float)
     assert np.abs(warped - best)[confident].max() <= 0.1 * 255 + 1
 

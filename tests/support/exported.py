@@ -24,11 +24,11 @@ from flashcocos.train.networks.layers import SpectralConv2d
 
 CLASSES = ModelConfig.preset("tiny")
 # with every option that `CLASSES` has not
-CHANNELS = ModelConfig.preset("tiny-channels", position_waves=2, warp_skip=True)
+CHANNELS = ModelConfig.preset("tiny-channels", position_frequencies=2, warp_residual=True)
 
 
 def seeded_model(config: ModelConfig, seed: int = 0) -> CoCosNet:
-    """A model whose every branch matters: attention weighs 0.5, and the convolutions to be normalised have norm 1."""
+    """A model whose every branch matters: attention weighs 0.5, and the convolutions to be normalized have norm 1."""
     generator = torch.Generator().manual_seed(seed)
     model = CoCosNet(config).eval()
     with torch.no_grad():

@@ -18,7 +18,7 @@ import kernel_twins
 import numpy as np
 
 from flashcocos.errors import BackendError
-from flashcocos.runtime.device import Box, Layout
+from flashcocos.runtime.gpu.device import Box, Layout
 
 MIB = 1 << 20
 

@@ -15,8 +15,9 @@ from fake_tensorrt import FakeTensorRt, profile, write_engines
 from kernel_twins import write_kernels
 
 from flashcocos.bundle import Bundle
-from flashcocos.runtime import Translator, device_pipeline, engine
-from flashcocos.runtime.engine_store import Profile, default_folder
+from flashcocos.runtime import Translator, engine
+from flashcocos.runtime.gpu import pipeline as device_pipeline
+from flashcocos.runtime.gpu.store import Profile, default_folder
 
 DYNAMIC = profile((64, 64, 128), (64, 64, 128), (1, 2, 4))
 
@@ -63,7 +64,7 @@ def fake_gpu(
         monkeypatch.setattr(engine, "_import_onnxruntime", lambda: onnx)
         options["device"] = "cuda"
     else:
-        write_engines(default_folder(bundle), opened, profiles, flavour=backend, **(engines or {}))
+        write_engines(default_folder(bundle), opened, profiles, variant=backend, **(engines or {}))
     if kernels:
         write_kernels(default_folder(bundle) / "kernels", config)
     return FakeGpu(gpu, trt, onnx, opened, options)

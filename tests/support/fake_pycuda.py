@@ -13,7 +13,7 @@ import numpy as np
 from fake_device import FakeDevice, FakeRecording
 
 from flashcocos.errors import BackendError
-from flashcocos.runtime.device import Box, Layout
+from flashcocos.runtime.gpu.device import Box, Layout
 
 
 class Error(Exception):

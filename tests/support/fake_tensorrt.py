@@ -1,7 +1,7 @@
 """A stand-in for the packages tensorrt and tensorrt_rtx: their runtime API over a fake device.
 
 An "engine" is a header and the ONNX graph of its stage; it runs in ONNX Runtime on the CPU, on the fake device's memory
-and in the order of its queue. As strict as what it stands for: None for what it cannot deserialise, with the reason
+and in the order of its queue. As strict as what it stands for: None for what it cannot deserialize, with the reason
 logged; no run without every shape, address and the working memory, which a run fills with garbage.
 """
 
@@ -21,11 +21,11 @@ import onnxruntime
 from fake_device import MIB, FakeDevice
 
 from flashcocos.bundle import STAGES, Bundle
+from flashcocos.bundle.stages import axis_sizes, concrete_shape
 from flashcocos.config import ModelConfig
 from flashcocos.preprocess import to_uint8
-from flashcocos.runtime.device_engine import device_tensors
-from flashcocos.runtime.engine_store import EngineKey, EngineRecord, Profile, write_engine
-from flashcocos.runtime.stages import axis_sizes, concrete_shape
+from flashcocos.runtime.gpu.engine import device_tensors
+from flashcocos.runtime.gpu.store import EngineKey, EngineRecord, Profile, write_engine
 
 MAGIC = b"FAKE"
 VERSION = "10.9.0"
@@ -42,7 +42,7 @@ def write_engines(
     bundle: Bundle,
     profiles: Sequence[Profile],
     *,
-    flavour: str = "tensorrt",
+    variant: str = "tensorrt",
     version: str = VERSION,
     architecture: int = 86,
     precision: str = "float16",
@@ -58,7 +58,7 @@ def write_engines(
             file = manifest.stages[stage].file
             tensors = device_tensors(manifest.config, stage, packed=True)
             sides = [_fixed(manifest.config, one, side) for side in tensors] if one.static else tensors
-            key = EngineKey(stage, manifest.files[file].sha256, flavour, version, (architecture,), precision, one)
+            key = EngineKey(stage, manifest.files[file].sha256, variant, version, (architecture,), precision, one)
             record = EngineRecord(key, tensors[0], tensors[1], WEIGHTS, scratch, 0, "")
             says = {"architecture": architecture, "version": version, "stage": stage, "scratch": scratch}
             says["tensors"] = [[(t.name, t.dtype, t.shape) for t in side] for side in sides]
@@ -83,7 +83,7 @@ class ILogger:
     Severity = Severity
 
     def __init__(self) -> None:
-        self.initialised = True
+        self.initialized = True
 
 
 class TensorIOMode(Enum):
@@ -95,7 +95,7 @@ class ExecutionContextAllocationStrategy(Enum):
 
 
 class FakeTensorRt:
-    """The module; `capturable` is what contexts answer, None for the flavour that has no such question."""
+    """The module; `capturable` is what contexts answer, None for the variant that has no such question."""
 
     ILogger, TensorIOMode = ILogger, TensorIOMode
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
@@ -110,7 +110,7 @@ class FakeTensorRt:
         self.engines = 0
 
     def Runtime(self, logger: Any) -> Any:
-        assert logger.initialised
+        assert logger.initialized
         return Runtime(self, logger)
 
     @staticmethod
@@ -258,7 +258,7 @@ class Context:
 
 
 class RtxContext(Context):
-    """Of the flavour that compiles kernels as it goes."""
+    """Of the variant that compiles kernels as it goes."""
 
     def is_stream_capturable(self, stream: int) -> bool:
         return self.trt.capturable and stream == self.device.stream

@@ -1,4 +1,4 @@
-"""A tiny data set of flat colours, and settings of tiny trainings on it."""
+"""A tiny data set of flat colors, and settings of tiny trainings on it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from flashcocos.train.data import Item
 from flashcocos.train.settings import Settings
 
-SUPERVISED = {"image": 1.0, "class_colour": 0.5, "warp": 0.5, "label": 0.1}
+SUPERVISED = {"image": 1.0, "class_color": 0.5, "warp": 0.5, "label": 0.1}
 # terms that are plain means over the samples: micro-batches and processes make no difference but rounding
 PLAIN = {"image": 1.0, "warp": 0.5, "label": 0.1}
 
 
 class FlatPairs:
-    """Blocks of flat colour: the target has the exemplar's colours, in its own blocks."""
+    """Blocks of flat color: the target has the exemplar's colors, in its own blocks."""
 
     def __init__(self, count: int = 5, size: int = 64) -> None:
         self.count, self.size = count, size
@@ -29,14 +29,14 @@ class FlatPairs:
 
     def __getitem__(self, index: int) -> Item:
         rng = np.random.default_rng(index)
-        colours = rng.uniform(-0.9, 0.9, (12, 3)).astype(np.float32)
+        colors = rng.uniform(-0.9, 0.9, (12, 3)).astype(np.float32)
         blocks = rng.integers(0, 4, (2, 4, 4), dtype=np.uint8)
         label, exemplar_label = blocks.repeat(self.size // 4, 1).repeat(self.size // 4, 2)
         return {
             "label": label,
             "exemplar_label": exemplar_label,
-            "exemplar": colours[exemplar_label].transpose(2, 0, 1),
-            "image": colours[label].transpose(2, 0, 1),
+            "exemplar": colors[exemplar_label].transpose(2, 0, 1),
+            "image": colors[label].transpose(2, 0, 1),
             "has_target": True,
             "self_reference": np.float32(index % 2),
         }
@@ -44,10 +44,10 @@ class FlatPairs:
 
 _SUPERVISED: dict[str, Any] = {
     "init": "matched",
-    "model": {"preset": "tiny", "warp_skip": True, "position_waves": 2},
+    "model": {"preset": "tiny", "warp_residual": True, "position_frequencies": 2},
     "supervised": SUPERVISED,
     "data": {"kind": "avatars"},
-    "optimiser": {"rate": 1e-3, "two_rates": False, "beta1": 0.9, "eps": 1e-8, "spectral_norm": False},
+    "optimizer": {"rate": 1e-3, "two_rates": False, "beta1": 0.9, "eps": 1e-8, "spectral_norm": False},
     "schedule": {"steps": 6},
     "run": {"batch": 2, "micro_batch": 0, "ema": 0.99, "workers": 0, "device": "cpu"},
 }
@@ -58,7 +58,7 @@ _ADVERSARIAL: dict[str, Any] = {
     "model": {"preset": "tiny", "attention": True},
     "loss": {"preset": "celebahq"},
     "supervised": {},
-    "optimiser": {"discriminator_width": 4},
+    "optimizer": {"discriminator_width": 4},
 }
 
 
@@ -68,7 +68,7 @@ def settings(**changes: dict[str, Any] | str) -> Settings:
 
 
 def adversarial(**changes: dict[str, Any] | str) -> Settings:
-    """As `settings`, of the published objective less the pretrained features, with upstream's optimisers."""
+    """As `settings`, of the published objective less the pretrained features, with upstream's optimizers."""
     return _changed(_ADVERSARIAL, changes)
 
 

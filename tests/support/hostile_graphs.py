@@ -17,7 +17,7 @@ def external_data(stage: str, model: onnx.ModelProto) -> None:
 
 
 def external_data_in_branch(stage: str, model: onnx.ModelProto) -> None:
-    """The place from which onnxruntime 1.18 and 1.32 do read a file, at full optimisation."""
+    """The place from which onnxruntime 1.18 and 1.32 do read a file, at full optimization."""
     tensor = onnx.TensorProto(name="bias", data_type=onnx.TensorProto.FLOAT, dims=[1])
     external_data(stage, SimpleNamespace(graph=SimpleNamespace(initializer=[tensor])))
     result = helper.make_tensor_value_info("o", onnx.TensorProto.FLOAT, [1])

@@ -1,4 +1,4 @@
-"""Numpy twins of the compiled kernels, and files that describe them as `kernels/aot.py` does.
+"""Numpy twins of the compiled kernels, and files that describe them as `kernels/gpu/aot.py` does.
 
 A twin gets what a launch gets, arguments by name with arrays in place of pointers, and computes what the kernel's
 docstring says. The "cubin" of a twin is a line of text that names it.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flashcocos.config import ModelConfig
-from flashcocos.runtime.cubins import kernel_names
+from flashcocos.runtime.gpu.cubins import kernel_names
 
 INTEGERS = ("width", "positions", "channels", "padded", "stride_b", "stride_c", "stride_y", "stride_x")
 SIZES = ("height_q", "width_q", "height_k", "width_k")

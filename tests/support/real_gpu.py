@@ -15,8 +15,8 @@ from fake_tensorrt import profile
 from flashcocos.errors import BackendError
 from flashcocos.runtime import Translator
 from flashcocos.runtime.engine import has_provider
-from flashcocos.runtime.engine_store import FLAVOURS, default_folder
-from flashcocos.runtime.pycuda_device import PycudaDevice
+from flashcocos.runtime.gpu.pycuda import PycudaDevice
+from flashcocos.runtime.gpu.store import VARIANTS, default_folder
 
 
 def require_gpu() -> PycudaDevice:
@@ -31,7 +31,7 @@ def compile_kernels(bundle: Path, capability: int) -> Path:
     """The folder of the bundle's float32 kernels, by the real compiler in a process of its own."""
     pytest.importorskip("triton", reason="compiling the kernels needs the triton package")
     code = (
-        "import sys; from pathlib import Path; from flashcocos.export.tensorrt_builder import build_kernels; "
+        "import sys; from pathlib import Path; from flashcocos.export.tensorrt.build import build_kernels; "
         "build_kernels(sys.argv[1], Path(sys.argv[2]), [int(sys.argv[3])], 'float32')"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -51,9 +51,9 @@ def real_translator(bundle: Path, backend: str, *, tile: int | None = None) -> T
         compile_kernels(bundle, capability)
         return Translator(bundle, device="cuda", precision="float32", tile=tile)
     if importlib.util.find_spec(backend.replace("-", "_")) is None:
-        pytest.skip(f"needs the extra {FLAVOURS[backend]}")
-    from flashcocos.export.tensorrt_builder import build
+        pytest.skip(f"needs the extra {VARIANTS[backend]}")
+    from flashcocos.export.tensorrt.build import build
 
-    list(build(bundle, targets=[capability], precision="float32", flavour=backend, profiles=[profile(), DYNAMIC]))
+    list(build(bundle, targets=[capability], precision="float32", variant=backend, profiles=[profile(), DYNAMIC]))
     compile_kernels(bundle, capability)
     return Translator(bundle, backend=backend, tile=tile)

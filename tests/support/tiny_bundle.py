@@ -1,8 +1,8 @@
 """Model bundles small enough to make in a test: a few ONNX operators a stage, no trained weights, no torch.
 
 theta is a fixed 1x1 convolution of the label averaged over 4x4 pixels and phi the same of the exemplar's label (of its
-picture, where the label is not mixed in), so that equal labels match; the synthesis enlarges the warped colours and
-adds a little of the label around and of features made of the colours.
+picture, where the label is not mixed in), so that equal labels match; the synthesis enlarges the warped colors and
+adds a little of the label around and of features made of the colors.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from flashcocos.bundle import STAGES, Manifest, StageSpec, write_bundle
+from flashcocos.bundle.stages import stage_tensors
 from flashcocos.config import ModelConfig
-from flashcocos.runtime.stages import stage_tensors
 
 CLASSES = ModelConfig.preset("tiny", warp_upsampling="nearest")
 CHANNELS = ModelConfig.preset("tiny-channels")
@@ -49,7 +49,7 @@ def random_label(config: ModelConfig, height: int, width: int, seed: int = 0) ->
 
 
 def random_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Coloured blocks of 4 pixels, (H, W, 3) uint8."""
+    """Colored blocks of 4 pixels, (H, W, 3) uint8."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (-(-height // 4), -(-width // 4), 3), np.uint8)
     return coarse.repeat(4, 0).repeat(4, 1)[:height, :width]
@@ -57,7 +57,7 @@ def random_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def _graph(stage: str, config: ModelConfig, seed: int) -> ModelProto:
     generator = np.random.default_rng(seed)
-    source = config.label_channels if stage == "query" or config.mask_mixing else 3
+    source = config.label_channels if stage == "query" or config.condition_on_label else 3
     features = generator.standard_normal((config.feature_channels, source, 1, 1)).astype(np.float32)
     constants: dict[str, np.ndarray] = {}
     if stage == "query":
@@ -65,7 +65,9 @@ def _graph(stage: str, config: ModelConfig, seed: int) -> ModelProto:
         constants["w"] = features
     elif stage == "exemplar":
         nodes = [_values(config)]
-        nodes += [*_planes(config, constants), _pool("planes", "c")] if config.mask_mixing else [_pool("image", "c")]
+        nodes += (
+            [*_planes(config, constants), _pool("planes", "c")] if config.condition_on_label else [_pool("image", "c")]
+        )
         nodes += [_node("Conv", ["c", "w"], "phi")]
         constants["w"] = features
     elif stage == "coarse":
@@ -76,13 +78,13 @@ def _graph(stage: str, config: ModelConfig, seed: int) -> ModelProto:
         nodes = [
             *_planes(config, constants),
             _node("Resize", ["warped", "", "twice"], "larger", mode="nearest"),
-            _node("Conv", ["larger", "w"], "colours"),
+            _node("Conv", ["larger", "w"], "colors"),
             _node("Conv", ["planes", "mix"], "places", strides=[2, 2]),
-            _node("Add", ["colours", "places"], "features"),
+            _node("Add", ["colors", "places"], "features"),
         ]
     else:
         constants["twice"] = np.array([1, 1, 2, 2], np.float32)
-        if config.warp_upsampling == "patch":
+        if config.warp_upsampling == "pixel_shuffle":
             nodes = [_node("DepthToSpace", ["warped"], "warped_image", blocksize=4, mode="DCR")]
         else:
             constants["scales"] = np.array([1, 1, 4, 4], np.float32)
@@ -92,7 +94,7 @@ def _graph(stage: str, config: ModelConfig, seed: int) -> ModelProto:
         nodes += [
             *_planes(config, constants),
             _node("Conv", ["planes", "mix"], "tint"),
-            # the neighbours count, as they do in the network: a tile that is cut too close differs
+            # the neighbors count, as they do in the network: a tile that is cut too close differs
             _node("AveragePool", ["tint"], "soft", kernel_shape=[25, 25], pads=[12] * 4),
             _node("Conv", ["features", "shade"], "shades"),
             _node("Resize", ["shades", "", "twice"], "shadow", mode="nearest"),
@@ -122,7 +124,7 @@ def _planes(config: ModelConfig, constants: dict[str, np.ndarray]) -> list[NodeP
 
 
 def _values(config: ModelConfig) -> NodeProto:
-    if config.warp_upsampling == "patch":
+    if config.warp_upsampling == "pixel_shuffle":
         return _node("SpaceToDepth", ["image"], "values", blocksize=4)
     return _pool("image", "values")
 

@@ -64,7 +64,7 @@ def test_a_paint_changes_only_its_class(style: str) -> None:
         assert (changed & ~_grown(inside)).sum() <= leak * changed.sum() + 5, name
 
 
-def test_the_trim_keeps_its_colours() -> None:
+def test_the_trim_keeps_its_colors() -> None:
     structure = random_structure("trim", style="micah")
     look = random_look("a look")
     other = look.replace("trim", Paint("solid", "#ff00ff"))
@@ -84,7 +84,7 @@ def test_sizes_out_of_range(size: int) -> None:
         render_label(random_structure("size", style="micah"), size)
 
 
-def test_every_pattern_shows_both_of_its_colours() -> None:
+def test_every_pattern_shows_both_of_its_colors() -> None:
     structure = random_structure("pattern", style="micah")
     clear = render_label(structure, 96) == 0
     for kind in avatars_paint.KINDS[1:]:
@@ -286,7 +286,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare_pairs("train", SMALL, count=1)
 
 
-def test_credits_name_every_style_and_licence() -> None:
+def test_credits_name_every_style_and_license() -> None:
     text = avatars_draw.credits()
     for style in STYLES:
         assert f"- {style}: Remix of" in text

@@ -35,7 +35,7 @@ def test_an_epoch_shows_every_sample_once_and_is_told_to_the_data() -> None:
 
 @pytest.mark.parametrize(("world", "micro_batch", "pieces"), [(1, 0, 1), (1, 2, 2), (2, 0, 1), (2, 1, 2), (4, 1, 1)])
 def test_processes_and_micro_batches_share_a_batch(world: int, micro_batch: int, pieces: int) -> None:
-    augmented = {"data": {"mirror": 0.5, "recolour": 0.5}}
+    augmented = {"data": {"mirror": 0.5, "recolor": 0.5}}
     expected = Steps(FlatPairs(9), settings(run={"batch": 4}, **augmented))[1][0]
     shares = []
     for rank in range(world):
@@ -47,19 +47,19 @@ def test_processes_and_micro_batches_share_a_batch(world: int, micro_batch: int,
     assert all(torch.equal(together[name], expected[name]) for name in expected)
 
 
-def test_mirroring_and_recolouring_keep_a_sample_together() -> None:
-    batch = Steps(FlatPairs(), settings(run={"batch": 5}, data={"mirror": 1.0, "recolour": 1.0}))[0][0]
+def test_mirroring_and_recoloring_keep_a_sample_together() -> None:
+    batch = Steps(FlatPairs(), settings(run={"batch": 5}, data={"mirror": 1.0, "recolor": 1.0}))[0][0]
     plain = Steps(FlatPairs(), settings(run={"batch": 5}))[0][0]
     assert torch.equal(batch["label"], plain["label"].flip(-1))
     assert torch.equal(batch["image"].sort(1).values, plain["image"].flip(-1).sort(1).values)
     assert not torch.equal(batch["image"], plain["image"].flip(-1))
     for row in range(5):
-        colours = {}
+        colors = {}
         for kind, label in (("exemplar", "exemplar_label"), ("image", "label")):
             for name in batch[label][row].unique().tolist():
-                colours[kind, name] = batch[kind][row][:, batch[label][row] == name].mean(1)
+                colors[kind, name] = batch[kind][row][:, batch[label][row] == name].mean(1)
         for name in range(4):
-            torch.testing.assert_close(colours["exemplar", name], colours["image", name])
+            torch.testing.assert_close(colors["exemplar", name], colors["image", name])
 
 
 def test_half_steps_see_half_the_size() -> None:

@@ -103,7 +103,7 @@ def test_ade20k_as_it_is_downloaded_and_flat(flat: bool, tmp_path: Path) -> None
         for kind, suffix, mode in (("images", ".jpg", "RGB"), ("annotations", ".png", "L")):
             file = tmp_path / kind / name / f"ADE_{part}_1{suffix}"
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.new(mode, (80, 70), 7 * (number + 1) if mode == "L" else "grey").save(file)
+            Image.new(mode, (80, 70), 7 * (number + 1) if mode == "L" else "gray").save(file)
     (tmp_path / "list.txt").write_text("ADE_validation_1.jpg,ADE_training_1.jpg\n")
     item = PhotoPairs(config, tmp_path, tmp_path / "list.txt", split="test")[0]
     assert (item["label"] == 14).all()

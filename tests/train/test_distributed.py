@@ -17,21 +17,21 @@ from flashcocos.train.trainer import CHECKPOINT, StepResult, Trainer, process_gr
 WORLD = 2
 # warp_mask counts pixels within a process, so that it alone of these terms differs by more than rounding
 CASES = {
-    "supervised": (settings(supervised=PLAIN | {"class_colour": 0.0}, run={"batch": 4, "micro_batch": 1}), 1e-3),
+    "supervised": (settings(supervised=PLAIN | {"class_color": 0.0}, run={"batch": 4, "micro_batch": 1}), 1e-3),
     "adversarial": (adversarial(loss={"preset": "celebahq", "warp_mask": 0.0}, run={"batch": 4}), 1e-3),
 }
 
 
 def first_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """What the optimisers are given in the first step, by network and parameter."""
+    """What the optimizers are given in the first step, by network and parameter."""
     found = {}
-    for name, optimiser in trainer.optimisers.items():
+    for name, optimizer in trainer.optimizers.items():
 
-        def note(optimiser: torch.optim.Optimizer, *_: object, name: str = name) -> None:
-            for index, parameter in enumerate(optimiser.param_groups[0]["params"]):
+        def note(optimizer: torch.optim.Optimizer, *_: object, name: str = name) -> None:
+            for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
                 found[f"{name} {index}"] = parameter.grad.clone()
 
-        optimiser.register_step_pre_hook(note)
+        optimizer.register_step_pre_hook(note)
     trainer.train_step(trainer.steps[0])
     return found
 

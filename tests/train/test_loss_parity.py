@@ -10,7 +10,7 @@ contextual loss divides by the distance to the nearest exemplar position, which 
 positions tie as closely, either may be taken, and that turns the gradient of a VGG19 map by up to 8 %; every task has
 several such ties. The one of `NEAR_TIE` alone moves deepfashion's norms by 3e-3, `attn.gamma` by 8e-3, and fell now to
 one side, now to the other when the order of float32 sums changed. The test therefore takes that loss's gradient in
-float64, and there upstream's neighbour. The rest is the softmax at temperature 0.01: theta and phi, good to 5e-6, move
+float64, and there upstream's neighbor. The rest is the softmax at temperature 0.01: theta and phi, good to 5e-6, move
 their norms by 1e-3. `attn.gamma` is a single number, a sum that cancels: a near tie of celebahq moves it by 3 %, and
 its float64 value is 4e-3 from upstream's.
 The norms say little of terms that hardly move them (celebahq's warp cycle makes 0.02 % of theta's gradient, the
@@ -43,7 +43,7 @@ from flashcocos.train.upstream import load_upstream_state, upstream_key
 
 TERM_BOUND = 1e-5
 NORM_BOUND, GAMMA_BOUND = 2.5e-3, 6e-3
-NEAR_TIE, NEIGHBOURS = (0, 4, 14), ((2, 14), (9, 14))  # position in r52 of deepfashion; the nearer one, upstream's
+NEAR_TIE, NEIGHBORS = (0, 4, 14), ((2, 14), (9, 14))  # position in r52 of deepfashion; the nearer one, upstream's
 UPSTREAM_TERMS = {
     "domain": "no_vgg_feat",
     "adversarial": "GAN",
@@ -102,15 +102,15 @@ def measured_parameters(model: CoCosNet, names: list[str]) -> dict[str, Tensor]:
 
 
 def resolve_near_ties(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the contextual loss's gradient, not its value, in float64, and at `NEAR_TIE` with upstream's neighbour."""
+    """Take the contextual loss's gradient, not its value, in float64, and at `NEAR_TIE` with upstream's neighbor."""
     distance = losses.contextual_distance
 
     def with_wide_gradient(x: Tensor, y: Tensor) -> Tensor:
         wide, others = x.double(), y.double()
         if task == "deepfashion" and x.shape[1:] == (512, 16, 16):  # r52
             sample, row, column = NEAR_TIE
-            centred = (others - others.mean(1, keepdim=True))[sample]
-            nearest, chosen = (F.normalize(centred[:, i, j], dim=0) for i, j in NEIGHBOURS)
+            centered = (others - others.mean(1, keepdim=True))[sample]
+            nearest, chosen = (F.normalize(centered[:, i, j], dim=0) for i, j in NEIGHBORS)
             nudge = torch.zeros_like(wide)
             nudge[sample, :, row, column] = 2e-4 * x[sample, :, row, column].detach().norm() * (chosen - nearest)
             wide = wide + nudge

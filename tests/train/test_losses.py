@@ -21,8 +21,8 @@ def seed() -> None:
 
 def plain_contextual(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """arXiv 1803.02077 section 3, forward direction, with the matrix in full."""
-    centre = y.mean(1, keepdim=True)
-    x, y = (F.normalize((t - centre).flatten(2), dim=1) for t in (x, y))
+    center = y.mean(1, keepdim=True)
+    x, y = (F.normalize((t - center).flatten(2), dim=1) for t in (x, y))
     distance = 1 - torch.einsum("bci,bcj->bij", x, y)
     relative = distance / (distance.min(2, keepdim=True).values + 1e-3)
     affinity = ((1 - relative) / 0.1).exp()

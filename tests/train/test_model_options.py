@@ -9,7 +9,7 @@ import torch
 
 from flashcocos.config import ModelConfig
 from flashcocos.train.networks import CoCosNet
-from flashcocos.train.networks.correspondence import position_waves
+from flashcocos.train.networks.correspondence import position_frequencies
 from flashcocos.train.networks.generator import class_means
 
 PLAIN = ModelConfig.preset("tiny")
@@ -22,20 +22,20 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_both_are_off_by_default_and_add_no_weights() -> None:
-    assert (PLAIN.position_waves, PLAIN.warp_skip) == (0, False)
+    assert (PLAIN.position_frequencies, PLAIN.warp_residual) == (0, False)
     model = CoCosNet(PLAIN)
     assert model.generator.last.weight.shape[0] == 3
     assert model.correspondence.theta.weight.shape[1] == PLAIN.feature_channels + PLAIN.label_channels
 
 
 def paint(image: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
-    """Every pixel's colour replaced by the mean of its class."""
+    """Every pixel's color replaced by the mean of its class."""
     return torch.einsum("bkc,bkhw->bchw", class_means(image, planes), planes)
 
 
 @pytest.mark.parametrize("kept", [30.0, -30.0])
 def test_the_mask_of_the_skip_chooses_between_warp_and_class_means(kept: float) -> None:
-    model = CoCosNet(dataclasses.replace(PLAIN, warp_skip=True)).eval()
+    model = CoCosNet(dataclasses.replace(PLAIN, warp_residual=True)).eval()
     label, exemplar, exemplar_label = inputs()
     with torch.no_grad():
         model.generator.last.weight.zero_()
@@ -60,18 +60,18 @@ def test_class_means(dtype: torch.dtype) -> None:
         torch.testing.assert_close(painted[0, :, inside], expected, rtol=0, atol=tolerance)
 
 
-def test_position_waves_tell_positions_apart_at_any_size() -> None:
-    waves = position_waves(torch.zeros(1, 1, 8, 12), 3)
+def test_position_frequencies_tell_positions_apart_at_any_size() -> None:
+    waves = position_frequencies(torch.zeros(1, 1, 8, 12), 3)
     assert waves.shape == (1, 12, 8, 12)
     flat = waves[0].flatten(1)
     assert torch.cdist(flat.T, flat.T).add(torch.eye(96)).min() > 0.1
     torch.testing.assert_close(flat.square().sum(0), torch.full((96,), 6.0))
-    finer = position_waves(torch.zeros(1, 1, 24, 36), 3)
+    finer = position_frequencies(torch.zeros(1, 1, 24, 36), 3)
     torch.testing.assert_close(finer[:, :, 1::3, 1::3], waves)
 
 
-def test_position_waves_let_equal_positions_attract() -> None:
-    model = CoCosNet(dataclasses.replace(PLAIN, position_waves=4)).eval()
+def test_position_frequencies_let_equal_positions_attract() -> None:
+    model = CoCosNet(dataclasses.replace(PLAIN, position_frequencies=4)).eval()
     with torch.no_grad():
         for branch in (model.correspondence.theta, model.correspondence.phi):
             branch.weight.zero_()

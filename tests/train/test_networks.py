@@ -51,7 +51,7 @@ def test_shapes_of_every_preset(preset: str, size: tuple[int, int]) -> None:
         label = make_label(config, 2, height, width)
         theta = model.encode_query(label)
         phi, values = model.encode_exemplar(torch.empty(2, 3, height, width), label)
-        image, warped_image = model.synthesise(values, label)
+        image, warped_image = model.synthesize(values, label)
     quarter = (height // 4, width // 4)
     assert theta.shape == phi.shape == (2, config.feature_channels, *quarter)
     assert values.shape == (2, config.warped_channels, *quarter)
@@ -67,7 +67,7 @@ def test_stages_equal_the_whole(preset: str) -> None:
     exemplar = torch.rand(1, 3, 96, 64) * 2 - 1  # another size than the label's
     whole = model(label, exemplar, exemplar_label, backend="reference")
     phi, _ = model.encode_exemplar(exemplar, exemplar_label)
-    image, warped_image = model.synthesise(whole.warped, label)
+    image, warped_image = model.synthesize(whole.warped, label)
     assert torch.equal(whole.theta, model.encode_query(label))
     assert torch.equal(whole.phi, phi)
     assert torch.equal(whole.image, image)
@@ -109,14 +109,14 @@ def test_patch_upsampling_is_fold_of_unfold() -> None:
     assert torch.equal(model.upsample_warp(values), image)
 
 
-def test_colour_upsampling() -> None:
+def test_color_upsampling() -> None:
     image = torch.rand(1, 3, 64, 96)
     means = image.unflatten(2, (16, 4)).unflatten(4, (24, 4)).mean((3, 5))  # (1, 3, 16, 24)
     nearest = CoCosNet(ModelConfig.preset("tiny", warp_upsampling="nearest"))
     torch.testing.assert_close(nearest.warp_values(image), means)
     assert torch.equal(nearest.upsample_warp(means), means.repeat_interleave(4, 2).repeat_interleave(4, 3))
     bilinear = make_model("tiny").upsample_warp(means)
-    # output pixel 5 has its centre at 5.5 / 4 - 0.5 = 0.875 of the way from value 0 to value 1
+    # output pixel 5 has its center at 5.5 / 4 - 0.5 = 0.875 of the way from value 0 to value 1
     torch.testing.assert_close(bilinear[0, 0, 0, 5], 0.125 * means[0, 0, 0, 0] + 0.875 * means[0, 0, 0, 1])
 
 

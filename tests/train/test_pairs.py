@@ -22,8 +22,8 @@ from flashcocos.train.networks import CoCosNet, Vgg19
 from flashcocos.train.pairs import Extractor, nearest, write_pairs
 
 
-class Colours:
-    """Mean colours as features, counting the pictures that are asked for."""
+class Colors:
+    """Mean colors as features, counting the pictures that are asked for."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -34,8 +34,8 @@ class Colours:
 
 
 @pytest.fixture
-def colours() -> Colours:
-    return Colours()
+def colors() -> Colors:
+    return Colors()
 
 
 @pytest.fixture
@@ -52,14 +52,14 @@ def listed(output: Path) -> dict[str, tuple[str, ...]]:
     return {first: rest for first, *rest in map(tuple, read_list(output))}
 
 
-def test_the_most_alike_come_first_and_never_the_picture_itself(folder: Path, tmp_path: Path, colours: Colours) -> None:
-    summary = write_pairs(folder, tmp_path / "list.txt", Extractor("colours", 8, colours), count=3, batch=2)
+def test_the_most_alike_come_first_and_never_the_picture_itself(folder: Path, tmp_path: Path, colors: Colors) -> None:
+    summary = write_pairs(folder, tmp_path / "list.txt", Extractor("colors", 8, colors), count=3, batch=2)
     assert (summary.written, summary.failed) == (5, ())
     lines = listed(tmp_path / "list.txt")
     assert list(lines["a.png"]) == ["b.png", "sub/c.png", "d.png"]
     assert list(lines["e.png"]) == ["d.png", "sub/c.png", "b.png"]
     assert set(lines["sub/c.png"][:2]) == {"b.png", "d.png"}
-    write_pairs(folder, tmp_path / "all.txt", Extractor("colours", 8, colours), count=99)
+    write_pairs(folder, tmp_path / "all.txt", Extractor("colors", 8, colors), count=99)
     assert all(len(rest) == 4 and first not in rest for first, rest in listed(tmp_path / "all.txt").items())
 
 
@@ -75,57 +75,57 @@ def test_nearest_agrees_with_sorting_in_any_blocks(monkeypatch: pytest.MonkeyPat
         assert best == alike[:4]
 
 
-def test_exemplars_from_another_folder_with_equal_names(folder: Path, tmp_path: Path, colours: Colours) -> None:
+def test_exemplars_from_another_folder_with_equal_names(folder: Path, tmp_path: Path, colors: Colors) -> None:
     other = tmp_path / "other"
     other.mkdir()
     Image.new("RGB", (16, 16), (10, 250, 10)).save(other / "a.png")  # green, unlike a.png of the first folder
     Image.new("RGB", (16, 16), (250, 10, 10)).save(other / "red.png")
-    write_pairs(folder, tmp_path / "list.txt", Extractor("colours", 8, colours), exemplars=other, count=1)
+    write_pairs(folder, tmp_path / "list.txt", Extractor("colors", 8, colors), exemplars=other, count=1)
     lines = listed(tmp_path / "list.txt")
     assert list(lines["a.png"]) == ["red.png"]
     assert list(lines["e.png"]) == ["a.png"]
 
 
-def test_features_are_kept_until_file_or_network_changes(folder: Path, tmp_path: Path, colours: Colours) -> None:
+def test_features_are_kept_until_file_or_network_changes(folder: Path, tmp_path: Path, colors: Colors) -> None:
     output = tmp_path / "list.txt"
-    extractor = Extractor("colours", 8, colours)
+    extractor = Extractor("colors", 8, colors)
     write_pairs(folder, output, extractor)
     first = output.read_text()
     write_pairs(folder, output, extractor)
-    assert colours.seen == 5
+    assert colors.seen == 5
     assert output.read_text() == first
     Image.new("RGB", (16, 16), (255, 0, 0)).save(folder / "e.png")
     os.utime(folder / "e.png", ns=(1, 1))
     write_pairs(folder, output, extractor)
-    assert colours.seen == 6
+    assert colors.seen == 6
     assert listed(output)["e.png"][0] == "a.png"
-    write_pairs(folder, output, Extractor("another", 8, colours))
-    assert colours.seen == 11
+    write_pairs(folder, output, Extractor("another", 8, colors))
+    assert colors.seen == 11
 
 
-def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, colours: Colours) -> None:
+def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, colors: Colors) -> None:
     def stops(pictures: Tensor) -> Tensor:
-        if colours.seen == 4:
+        if colors.seen == 4:
             raise KeyboardInterrupt
-        return colours(pictures)
+        return colors(pictures)
 
     output = tmp_path / "list.txt"
     with pytest.raises(KeyboardInterrupt):
-        write_pairs(folder, output, Extractor("colours", 8, stops), batch=2)
+        write_pairs(folder, output, Extractor("colors", 8, stops), batch=2)
     assert not output.exists()
-    write_pairs(folder, output, Extractor("colours", 8, colours), batch=2)
-    assert colours.seen == 5
+    write_pairs(folder, output, Extractor("colors", 8, colors), batch=2)
+    assert colors.seen == 5
     assert len(listed(output)) == 5
 
 
-def test_what_is_left_out_is_named(folder: Path, tmp_path: Path, colours: Colours) -> None:
+def test_what_is_left_out_is_named(folder: Path, tmp_path: Path, colors: Colors) -> None:
     (folder / "broken.png").write_bytes(b"no picture")
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     Image.new("RGB", (16, 16)).save(folder / "x,y.png")
     Image.new("RGB", (16, 16)).save(folder / "twice.png")
     Image.new("RGB", (16, 16)).save(folder / "twice.bmp")
     Image.new("RGB", (16, 16)).save(folder / "a.jpg")  # a.png is taken for its label
-    summary = write_pairs(folder, tmp_path / "list.txt", Extractor("colours", 8, colours))
+    summary = write_pairs(folder, tmp_path / "list.txt", Extractor("colors", 8, colors))
     assert summary.written == 5
     assert [Path(name).name for name, _ in summary.failed] == ["broken.png", "gone.png", "twice.bmp", "x,y.png"]
     reasons = " ".join(reason for _, reason in summary.failed)
@@ -134,8 +134,8 @@ def test_what_is_left_out_is_named(folder: Path, tmp_path: Path, colours: Colour
     assert "a.jpg" in listed(tmp_path / "list.txt")
 
 
-def test_bad_requests(folder: Path, tmp_path: Path, colours: Colours) -> None:
-    extractor = Extractor("colours", 8, colours)
+def test_bad_requests(folder: Path, tmp_path: Path, colors: Colors) -> None:
+    extractor = Extractor("colors", 8, colors)
     with pytest.raises(InputError, match="got 0 and 8"):
         write_pairs(folder, tmp_path / "list.txt", extractor, count=0)
     with pytest.raises(InputError, match="not a folder"):

@@ -48,7 +48,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @torch.no_grad()
 def translate(model: CoCosNet, label: Tensor, ref: Tensor, label_ref: Tensor) -> Translation:
-    result: Translation = model(label, ref, label_ref if model.config.mask_mixing else None)
+    result: Translation = model(label, ref, label_ref if model.config.condition_on_label else None)
     assert last_backend() == "cpu"
     return result
 

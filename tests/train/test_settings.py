@@ -27,7 +27,7 @@ def test_presets_of_the_published_tasks(task: str) -> None:
     assert settings.loss == LossWeights.preset(task)
     assert not any(vars(settings.supervised).values())
     assert (settings.run.batch, settings.run.micro_batch, settings.run.ema) == (32, 4, 0.0)
-    chosen = settings.optimiser
+    chosen = settings.optimizer
     assert (chosen.rate, chosen.two_rates, chosen.beta1, chosen.beta2, chosen.eps) == (2e-4, True, 0.0, 0.9, 1e-3)
     assert chosen.spectral_norm
     assert (settings.schedule.epochs, settings.schedule.decay, settings.init) == (TASKS[task], 0.5, "upstream")
@@ -42,7 +42,7 @@ def test_preset_of_the_avatars() -> None:
     assert settings.model == ModelConfig.preset("avatars-128")
     assert not settings.needs_vgg
     assert not settings.loss.adversarial
-    assert (settings.optimiser.beta1, settings.optimiser.beta2) == (0.9, 0.99)
+    assert (settings.optimizer.beta1, settings.optimizer.beta2) == (0.9, 0.99)
     assert settings.data.kind == "avatars"
 
 
@@ -57,12 +57,12 @@ def test_the_written_file_reads_back(preset: str, tmp_path: Path) -> None:
 
 
 def test_changes() -> None:
-    changes = ["run.batch=8", "vgg = models/vgg19.pth", "data.root='/data/a b'", "optimiser.rate=1", "loss.domain=0.5"]
+    changes = ["run.batch=8", "vgg = models/vgg19.pth", "data.root='/data/a b'", "optimizer.rate=1", "loss.domain=0.5"]
     settings = read_settings("celebahq", [*changes, "data.flip=false", "schedule.steps=7", "run.batch=16"])
     assert settings.run.batch == 16
     assert settings.vgg == "models/vgg19.pth"
     assert settings.data.root == "/data/a b"
-    assert type(settings.optimiser.rate) is float
+    assert type(settings.optimizer.rate) is float
     assert settings.loss == LossWeights(**{**vars(LossWeights.preset("celebahq")), "domain": 0.5})
     assert not settings.data.flip
     assert settings.schedule.total(1000) == 7
@@ -107,8 +107,8 @@ def test_the_rate_falls_over_the_last_part() -> None:
         (["run.precision=half"], r"run\.precision: expected one of float32, bfloat16, float16, got 'half'"),
         (["run.ema=1.0"], r"run\.ema: expected from 0 to below 1, got 1\.0"),
         (["run.device=tpu"], r"run\.device: expected auto, cpu or cuda, got 'tpu'"),
-        (["optimiser.rate=0"], r"optimiser\.rate: expected more than 0, got 0\.0"),
-        (["optimiser.beta1=1"], r"optimiser\.beta1: expected from 0 to below 1, got 1\.0"),
+        (["optimizer.rate=0"], r"optimizer\.rate: expected more than 0, got 0\.0"),
+        (["optimizer.beta1=1"], r"optimizer\.beta1: expected from 0 to below 1, got 1\.0"),
         (["schedule.decay=1.5"], r"schedule\.decay: expected 0 to 1, got 1\.5"),
         (["schedule.steps=-1"], r"schedule\.steps: expected at least 0, got -1"),
         (["schedule.epochs=0"], r"schedule\.steps: expected at least 1 where schedule\.epochs is 0, got 0"),

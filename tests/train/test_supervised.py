@@ -10,10 +10,10 @@ from flat_pairs import SUPERVISED, settings
 
 from flashcocos.config import ModelConfig
 from flashcocos.train.networks import CoCosNet
-from flashcocos.train.supervised import SupervisedWeights, class_colour_error, quarter, supervised_terms
+from flashcocos.train.supervised import SupervisedWeights, class_color_error, quarter, supervised_terms
 from flashcocos.train.trainer import GeneratorStep
 
-TINY = ModelConfig.preset("tiny", warp_skip=True, position_waves=4, warp_upsampling="patch")
+TINY = ModelConfig.preset("tiny", warp_residual=True, position_frequencies=4, warp_upsampling="pixel_shuffle")
 
 
 def test_a_perfect_warp_and_image_cost_nothing() -> None:
@@ -46,11 +46,11 @@ def test_samples_without_a_target_count_for_the_label_alone() -> None:
     first = supervised_terms(
         weights, label[:1], target[:1], known[:1], image[:1], warped[:1], quarter(label[:1])
     )  # fmt: skip
-    for name in ("image", "class_colour", "warp"):
+    for name in ("image", "class_color", "warp"):
         torch.testing.assert_close(both[name], first[name])
     assert both["label"] != first["label"]
     none = supervised_terms(weights, label, target, ~known & known, image, warped, quarter(label))
-    assert none["image"] == none["class_colour"] == none["warp"] == 0
+    assert none["image"] == none["class_color"] == none["warp"] == 0
 
 
 def test_a_term_of_weight_zero_is_not_computed() -> None:
@@ -58,11 +58,11 @@ def test_a_term_of_weight_zero_is_not_computed() -> None:
     assert supervised_terms(SupervisedWeights(), nothing, nothing, nothing, nothing, nothing, None) == {}
 
 
-def test_class_colour_error_counts_small_classes_like_large_ones() -> None:
+def test_class_color_error_counts_small_classes_like_large_ones() -> None:
     label = torch.zeros(1, 3, 8, 8)
     label[:, 0] = 1
     label[:, 0, 0, 0], label[:, 1, 0, 0] = 0, 1  # one pixel of class 1, none of class 2
     target = torch.zeros(1, 3, 8, 8)
     image = target.clone()
     image[:, :, 0, 0] = 0.5
-    assert float(class_colour_error(image, target, label, torch.ones(1))) == pytest.approx(0.25)
+    assert float(class_color_error(image, target, label, torch.ones(1))) == pytest.approx(0.25)

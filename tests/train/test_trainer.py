@@ -44,8 +44,8 @@ def make(folder: Path, chosen: Settings | None = None, count: int = 5, size: int
 
 def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """The model's gradients of the first step, which is not taken."""
-    monkeypatch.setattr(trainer.optimisers["model"], "step", lambda: None)
-    monkeypatch.setattr(trainer.optimisers["model"], "zero_grad", lambda set_to_none: None)
+    monkeypatch.setattr(trainer.optimizers["model"], "step", lambda: None)
+    monkeypatch.setattr(trainer.optimizers["model"], "zero_grad", lambda set_to_none: None)
     trainer.train_step(trainer.steps[0])
     found = {name: x.grad for name, x in trainer.model.named_parameters() if x.grad is not None}
     assert len(found) == len(list(trainer.model.parameters()))
@@ -53,7 +53,7 @@ def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, to
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], error: float) -> None:
-    """Equal but for `error` of each gradient's length; some are rounding alone, as of biases before a normalisation."""
+    """Equal but for `error` of each gradient's length; some are rounding alone, as of biases before a normalization."""
     noise = 1e-6 * torch.stack([value.norm() for value in expected.values()]).norm()
     for name, value in expected.items():
         assert (found[name] - value).norm() <= error * value.norm() + noise, name
@@ -82,7 +82,7 @@ def test_six_steps_equal_three_a_resume_and_three(chosen: Settings, tmp_path: Pa
 
 
 def test_run_learns_logs_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = settings(schedule={"steps": 12}, optimiser={"rate": 3e-3}, run={"log_steps": 4, "image_steps": 8})
+    chosen = settings(schedule={"steps": 12}, optimizer={"rate": 3e-3}, run={"log_steps": 4, "image_steps": 8})
     first = make(tmp_path, chosen)
     assert first.run() == 0
     lines = capsys.readouterr().err.splitlines()
@@ -160,7 +160,7 @@ def test_what_no_term_needs_is_not_built(tmp_path: Path, monkeypatch: pytest.Mon
 def test_micro_batches_give_the_gradients_of_the_batch(
     make_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = {"supervised": {"class_colour": 0.0}, "loss": {"warp_mask": 0.0}}  # these two count within a micro-batch
+    plain = {"supervised": {"class_color": 0.0}, "loss": {"warp_mask": 0.0}}  # these two count within a micro-batch
     expected = gradients(make(tmp_path, make_settings(**plain)), monkeypatch)
     found = gradients(make(tmp_path, make_settings(**plain, run={"micro_batch": 1})), monkeypatch)
     assert_close(found, expected, 2e-3)
@@ -258,7 +258,7 @@ def test_a_term_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: pytest.
     assert running.discriminator is not None
     bias = running.discriminator.scales[0].last.bias
     monkeypatch.setattr(running, "_discriminator_step", lambda *_: {"real": bias.sum(), "fake": bias.sum() / 0})
-    with pytest.raises(TrainingError, match=r"step 0: the loss term 'fake' is nan; lower optimiser\.rate, and resume"):
+    with pytest.raises(TrainingError, match=r"step 0: the loss term 'fake' is nan; lower optimizer\.rate, and resume"):
         advance(running, 1)
     before = running.model.generator.last.weight.detach().clone()
     with torch.no_grad():
@@ -274,16 +274,16 @@ def test_learning_rates_and_epsilons(tmp_path: Path) -> None:
     rates = []
     for _ in range(4):
         advance(running, 1)
-        rates.append([running.optimisers[name].param_groups[0]["lr"] for name in ("model", "discriminator")])
+        rates.append([running.optimizers[name].param_groups[0]["lr"] for name in ("model", "discriminator")])
     expected = [(1e-4, 4e-4), (1e-4, 4e-4), (1e-4, 4e-4), (0.5e-4, 2e-4)]
     assert rates == [pytest.approx(pair) for pair in expected]
-    groups = [running.optimisers[name].param_groups[0] for name in ("model", "discriminator")]
+    groups = [running.optimizers[name].param_groups[0] for name in ("model", "discriminator")]
     assert [(group["eps"], group["betas"]) for group in groups] == [(1e-3, (0.0, 0.9)), (1e-8, (0.0, 0.9))]
     running.save()
-    slower = make(tmp_path, adversarial(optimiser={"rate": 1e-4}, schedule={"steps": 5}))
+    slower = make(tmp_path, adversarial(optimizer={"rate": 1e-4}, schedule={"steps": 5}))
     assert slower.step == 4
     advance(slower, 1)
-    assert slower.optimisers["model"].param_groups[0]["lr"] == pytest.approx(0.5e-4 / 2.5)
+    assert slower.optimizers["model"].param_groups[0]["lr"] == pytest.approx(0.5e-4 / 2.5)
 
 
 def test_the_moving_average_holds_the_normed_weights(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_starting_from_a_model_file(tmp_path: Path) -> None:
     chosen = settings(init=str(tmp_path / "given.safetensors"), model={"image_size": 96})
     for started in (start_model(chosen), make(tmp_path / "run", chosen).model):
         assert all(torch.equal(started.state_dict()[name], value) for name, value in given.state_dict().items())
-    normed = start_model(settings(init=str(tmp_path / "given.safetensors"), optimiser={"spectral_norm": True}))
+    normed = start_model(settings(init=str(tmp_path / "given.safetensors"), optimizer={"spectral_norm": True}))
     length = torch.linalg.matrix_norm(normed.generator.head.conv_0.weight.detach().flatten(1), 2)
     assert length == pytest.approx(1, abs=0.1)
     with pytest.raises(CheckpointError, match=r"its temperature is 0\.01, expected model\.temperature, 0\.02"):

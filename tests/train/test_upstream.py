@@ -52,7 +52,7 @@ def test_configuration_is_inferred(task: str, changes: dict[str, Any]) -> None:
 
 
 def test_label_mixing_is_read_off_the_shapes() -> None:
-    config = tiny_config("ade20k", mask_mixing=False)
+    config = tiny_config("ade20k", condition_on_label=False)
     states = {network: StateDict(tensors, network) for network, tensors in upstream_states(config).items()}
     assert infer_config(states) == config
 
@@ -73,9 +73,9 @@ def test_own_label_channels_need_options(tmp_path: Path) -> None:
 def test_converted_model_equals_the_spectral_normed_one(tmp_path: Path) -> None:
     config = tiny_config()
     states = upstream_states(config)
-    assert convert(*write(tmp_path, states), tmp_path / "m.safetensors", warp_upsampling="patch") == tiny_config(
-        warp_upsampling="patch"
-    )
+    assert convert(
+        *write(tmp_path, states), tmp_path / "m.safetensors", warp_upsampling="pixel_shuffle"
+    ) == tiny_config(warp_upsampling="pixel_shuffle")
     convert(tmp_path / "latest_net_Corr.pth", tmp_path / "latest_net_G.pth", tmp_path / "m.safetensors")
     model = load_model(tmp_path / "m.safetensors")
     assert model.config == config
@@ -88,8 +88,8 @@ def test_converted_model_equals_the_spectral_normed_one(tmp_path: Path) -> None:
             (model.encode_query(label), normed.encode_query(label)),
             (model.encode_exemplar(image, label)[0], normed.encode_exemplar(image, label)[0]),
             (
-                model.synthesise(model.warp_values(image), label)[0],
-                normed.synthesise(model.warp_values(image), label)[0],
+                model.synthesize(model.warp_values(image), label)[0],
+                normed.synthesize(model.warp_values(image), label)[0],
             ),
         ]:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -36,7 +36,7 @@ SPLITS = {"train": 20_000, "validation": 1_000, "test": 1_000}
 FORMAT = 1  # raise it when a change of this code changes any pair
 MAX_REDRAWS = 8
 TARGET_SHARE, EXEMPLAR_SHARE = 0.01, 0.004
-_COVERED = np.array([name != "trim" for name in CLASSES])  # the trim keeps the artist's colours under every look
+_COVERED = np.array([name != "trim" for name in CLASSES])  # the trim keeps the artist's colors under every look
 _CHUNK = 64  # pairs per work unit and per transaction
 
 

@@ -1,9 +1,9 @@
 """Drawing one avatar: a structure (which drawing, where) as a map of classes, and under any look as an image.
 
-The drawings come from the packages dicebear-core and dicebear-styles (extra `avatars`) and are rasterised by resvg.
-Every fill and stroke of a style is rewritten twice: the label copy has one flat colour per class and no soft edges;
-the look copy has a sentinel colour per class, exchanged for the look's paint in the finished SVG. The same structure
-gives the same shapes in both. Fixed colours (eye white, teeth, shadows) stay as the artist chose them.
+The drawings come from the packages dicebear-core and dicebear-styles (extra `avatars`) and are rasterized by resvg.
+Every fill and stroke of a style is rewritten twice: the label copy has one flat color per class and no soft edges;
+the look copy has a sentinel color per class, exchanged for the look's paint in the finished SVG. The same structure
+gives the same shapes in both. Fixed colors (eye white, teeth, shadows) stay as the artist chose them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STYLES = ("open-peeps", "lorelei", "personas", "micah", "adventurer", "toon-head
 PACKAGES = ("dicebear-core", "dicebear-styles", "resvg")
 HELD_OUT_SHARE = 0.1  # of the hair variants of each style
 
-# display colours of the classes, also the flat colours of the label copy
+# display colors of the classes, also the flat colors of the label copy
 PALETTE = np.array(
     [
         (16, 16, 24), (240, 176, 128), (128, 64, 0), (0, 192, 255), (255, 0, 192), (255, 128, 0), (255, 0, 0),
@@ -38,13 +38,13 @@ PALETTE = np.array(
     dtype=np.uint8,
 )  # fmt: skip
 
-# a part's class: the component it belongs to, else the style's named colour, else what the component is made of
+# a part's class: the component it belongs to, else the style's named color, else what the component is made of
 _BY_COMPONENT = {
     "eyes": "eyes", "eyebrows": "brows", "nose": "nose", "freckles": "nose", "details": "nose", "mouth": "mouth",
     "expression": "mouth", "glasses": "glasses", "accessories": "glasses", "mask": "glasses", "earrings": "hat",
     "hairAccessories": "hat",
 }  # fmt: skip
-_BY_COLOUR = {
+_BY_COLOR = {
     "skin": "skin", "base": "skin", "hair": "hair", "facialHair": "hair", "headContrast": "hair",
     "clothing": "clothes", "shirt": "clothes", "clothes": "clothes", "ink": "ink", "outline": "ink", "stroke": "ink",
 }  # fmt: skip
@@ -52,7 +52,7 @@ _BY_MATERIAL = {
     "canvas": "skin", "head": "skin", "ears": "skin", "hair": "hair", "rearHair": "hair", "facialHair": "hair",
     "beard": "hair", "clothes": "trim", "body": "clothes",
 }  # fmt: skip
-_FIXED_COLOURS = frozenset({"sclera", "teeth", "throat", "tongue", "uvula", "lips", "eyeShadow"})
+_FIXED_COLORS = frozenset({"sclera", "teeth", "throat", "tongue", "uvula", "lips", "eyeShadow"})
 _BLACK = frozenset({"black", "#000", "#000000"})
 _NOT_PAINTED = frozenset({"mask", "clipPath", "defs", "linearGradient", "radialGradient", "filter"})
 _TRANSLUCENT = 0.6  # parts under this opacity shade what lies below and have no class of their own
@@ -60,7 +60,7 @@ _TRANSLUCENT = 0.6  # parts under this opacity shade what lies below and have no
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """One drawing without its colours.
+    """One drawing without its colors.
 
     style: one of `STYLES`. seed: picks every variant but the hair. hair: the hair variant, by the style's name.
     rotation in degrees, scale as a factor, shift_x and shift_y in percent of the canvas.
@@ -109,7 +109,7 @@ def hair_variants(style: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def render_label(structure: Structure, size: int) -> np.ndarray:
     """The structure as class ids, uint8 (size, size): positions in `CLASSES`."""
-    flat = _rasterise(_svg(structure, "label"), size)
+    flat = _rasterize(_svg(structure, "label"), size)
     codes = flat.astype(np.int32) @ _CODE
     label = _class_of_code()[codes]
     mixed = label == len(CLASSES)  # a few pixels where clip paths are soft
@@ -129,7 +129,7 @@ def render_image(structure: Structure, look: Look, size: int) -> np.ndarray:
             svg = svg.replace(sentinel, paint.value(f"paint-{name}"))
             servers.append(paint.server(f"paint-{name}", width))
     head, body = svg.split(">", 1)
-    return _rasterise(f"{head}><defs>{''.join(servers)}</defs>{body}", size)
+    return _rasterize(f"{head}><defs>{''.join(servers)}</defs>{body}", size)
 
 
 def package_versions() -> dict[str, str]:
@@ -141,8 +141,8 @@ def package_versions() -> dict[str, str]:
 
 
 def credits() -> str:
-    """Artist, source and licence of every style, with the note that the drawings are modified."""
-    lines = ["The avatars data set draws modified versions of these works (recoloured, transformed, rasterised):"]
+    """Artist, source and license of every style, with the note that the drawings are modified."""
+    lines = ["The avatars data set draws modified versions of these works (recolored, transformed, rasterized):"]
     for style in STYLES:
         lines.append(f"- {style}: {_definition(style)['meta']['license']['text']}; modified.")
     return "\n".join(lines) + "\n"
@@ -195,7 +195,7 @@ def _style(style: str, purpose: str) -> Any:
 
 
 def _rewrite(elements: list[dict[str, Any]], style: str, component: str, purpose: str, opacity: float = 1.0) -> None:
-    """Recolour the painted `elements` in place; `opacity` is what the enclosing groups leave of them."""
+    """Recolor the painted `elements` in place; `opacity` is what the enclosing groups leave of them."""
     for element in elements:
         if element.get("type") != "element" or element["name"] in _NOT_PAINTED:
             continue
@@ -206,27 +206,27 @@ def _rewrite(elements: list[dict[str, Any]], style: str, component: str, purpose
             value = attributes.get(key)
             if value is not None and value != "none":
                 visible = own * float(attributes.get(f"{key}-opacity", 1)) >= _TRANSLUCENT
-                attributes[key] = _recolour(value, style, component, purpose, visible)
+                attributes[key] = _recolor(value, style, component, purpose, visible)
         _rewrite(element.get("children") or [], style, component, purpose, own)
 
 
-def _recolour(value: Any, style: str, component: str, purpose: str, visible: bool) -> Any:
-    colour = value["name"] if isinstance(value, dict) else None
-    index = CLASSES.index(_class_name(style, component, colour, value))
+def _recolor(value: Any, style: str, component: str, purpose: str, visible: bool) -> Any:
+    color = value["name"] if isinstance(value, dict) else None
+    index = CLASSES.index(_class_name(style, component, color, value))
     if purpose == "label":
         return "#{:02x}{:02x}{:02x}".format(*PALETTE[index]) if visible else "none"
     # a translucent line shades a part of another class, so it must not follow the look's ink
-    fixed = colour is None or colour in _FIXED_COLOURS or (not visible and CLASSES[index] == "ink")
+    fixed = color is None or color in _FIXED_COLORS or (not visible and CLASSES[index] == "ink")
     return value if fixed else _SENTINELS[index]
 
 
-def _class_name(style: str, component: str, colour: str | None, value: Any) -> str:
+def _class_name(style: str, component: str, color: str | None, value: Any) -> str:
     if component in _BY_COMPONENT:
         return _BY_COMPONENT[component]
-    if style == "open-peeps" and component == "head" and colour == "clothing":
+    if style == "open-peeps" and component == "head" and color == "clothing":
         return "hat"
-    if colour in _BY_COLOUR:
-        return _BY_COLOUR[colour]
+    if color in _BY_COLOR:
+        return _BY_COLOR[color]
     if str(value).lower() in _BLACK:
         return "ink"
     return _BY_MATERIAL[component]
@@ -251,7 +251,7 @@ def _svg(structure: Structure, purpose: str) -> str:
     return svg.replace('shape-rendering="auto"', 'shape-rendering="crispEdges"') if purpose == "label" else svg
 
 
-def _rasterise(svg: str, size: int) -> np.ndarray:
+def _rasterize(svg: str, size: int) -> np.ndarray:
     if not 8 <= size <= 4096:
         raise InputError(f"avatar size: expected 8 to 4096 pixels, got {size}")
     resvg = _module("resvg", "resvg")

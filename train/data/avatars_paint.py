@@ -27,7 +27,7 @@ _PATTERN_CHANCE = {"background": 0.4, "clothes": 0.4, "hat": 0.4, "hair": 0.25}
 
 @dataclasses.dataclass(frozen=True)
 class Paint:
-    """Colours are "#rrggbb"; `second` and `period` (a fraction of the canvas width) are unused by a solid."""
+    """Colors are "#rrggbb"; `second` and `period` (a fraction of the canvas width) are unused by a solid."""
 
     kind: str
     first: str
@@ -41,7 +41,7 @@ class Paint:
             raise InputError(f"paint period: expected {min(PERIODS)} to 1 of the width, got {self.period!r}")
 
     def value(self, name: str) -> str:
-        """What goes into a fill or stroke attribute: the colour, or a reference to the server called `name`."""
+        """What goes into a fill or stroke attribute: the color, or a reference to the server called `name`."""
         return self.first if self.kind == "solid" else f"url(#{name})"
 
     def server(self, name: str, width: float) -> str:
@@ -97,14 +97,14 @@ def _random_paint(rng: random.Random, name: str) -> Paint:
     if name == "skin":
         return Paint("solid", rng.choice(_SKIN_TONES))
     if name == "ink" or name in _FEATURES:
-        return Paint("solid", _random_colour(rng, (0.3, 0.8), (0.05, 0.25)))
-    first = _random_colour(rng)
+        return Paint("solid", _random_color(rng, (0.3, 0.8), (0.05, 0.25)))
+    first = _random_color(rng)
     if rng.random() >= _PATTERN_CHANCE.get(name, 0.0):
         return Paint("solid", first)
-    return Paint(rng.choice(KINDS[1:]), first, _random_colour(rng), rng.choice(PERIODS))
+    return Paint(rng.choice(KINDS[1:]), first, _random_color(rng), rng.choice(PERIODS))
 
 
-def _random_colour(
+def _random_color(
     rng: random.Random, saturation: tuple[float, float] = (0.3, 0.9), value: tuple[float, float] = (0.35, 0.98)
 ) -> str:
     red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
@@ -113,8 +113,8 @@ def _random_colour(
 
 DEFAULT_LOOK = Look(
     tuple(
-        Paint("solid", colour)
-        for colour in (
+        Paint("solid", color)
+        for color in (
             "#d8dee9", "#edb98a", "#5a3b28", "#20242c", "#2a2320", "#3a2a26", "#3a1f24", "#4a6fa5", "#f4f4f4",
             "#8a5a83", "#35424f", "#181818",
         )

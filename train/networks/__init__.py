@@ -2,7 +2,7 @@
 
 from .cocosnet import CoCosNet, Translation
 from .discriminator import Discriminator
-from .initialisation import initialise
+from .initialization import initialize
 from .vgg import Vgg19
 
-__all__ = ["CoCosNet", "Discriminator", "Translation", "Vgg19", "initialise"]
+__all__ = ["CoCosNet", "Discriminator", "Translation", "Vgg19", "initialize"]

@@ -38,7 +38,7 @@ class CoCosNet(nn.Module):
     kind (one-hot or soft for classes). Images are (B, 3, H, W) in [-1, 1]. H and W are multiples of 32, 64 at least;
     the exemplar may differ from the label in size. Ids are not checked here (`preprocess.load_label` does): one outside
     the classes belongs to none of them.
-    With `spectral_norm` the weights are parametrised as in training; without, they are plain (a folded model).
+    With `spectral_norm` the weights are parametrized as in training; without, they are plain (a folded model).
     """
 
     def __init__(self, config: ModelConfig, *, spectral_norm: bool = False) -> None:
@@ -55,10 +55,10 @@ class CoCosNet(nn.Module):
         return self.correspondence.query(self.correspondence.label_adaptor(planes), planes)
 
     def encode_exemplar(self, image: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Exemplar, with its label if `mask_mixing` -> phi (B, C, H/4, W/4) and the values to warp (B, V, H/4, W/4)."""
+        """Exemplar, and its label if `condition_on_label` -> phi (B, C, H/4, W/4), values to warp (B, V, H/4, W/4)."""
         _check_size(image, 4, "image")
         planes = None
-        if self.config.mask_mixing:
+        if self.config.condition_on_label:
             if label is None:
                 raise InputError(f"task {self.config.task!r} mixes labels into the features: give the exemplar's label")
             planes = self.label_planes(label)
@@ -68,9 +68,9 @@ class CoCosNet(nn.Module):
         return phi, self.warp_values(image)
 
     def warp_values(self, image: Tensor) -> Tensor:
-        """Image (B, 3, H, W) -> (B, V, H/4, W/4): the mean colour of each 4x4 patch, or for "patch" its 48 values."""
+        """Image (B, 3, H, W) -> (B, V, H/4, W/4): the mean color of each 4x4 patch, or for "patch" its 48 values."""
         step = self.config.down_scale
-        if self.config.warp_upsampling == "patch":
+        if self.config.warp_upsampling == "pixel_shuffle":
             return F.pixel_unshuffle(image, step)
         return F.avg_pool2d(image, step)
 
@@ -83,7 +83,7 @@ class CoCosNet(nn.Module):
             return F.interpolate(warped, scale_factor=float(step), mode="bilinear", align_corners=False)
         return F.interpolate(warped, scale_factor=float(step), mode="nearest")
 
-    def synthesise(self, warped: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    def synthesize(self, warped: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Warped values (B, V, h, w) and the label -> image and warped_image, each (B, 3, H, W)."""
         warped_image = self.upsample_warp(warped)
         return self.generator(warped_image, self.label_planes(label)), warped_image
@@ -101,7 +101,7 @@ class CoCosNet(nn.Module):
         warped = corr_warp(
             theta, phi, values, patch=config.patch, temperature=config.temperature, backend=backend
         )  # (B, V, h, w)
-        image, warped_image = self.synthesise(warped, planes)
+        image, warped_image = self.synthesize(warped, planes)
         return Translation(image, warped_image, warped, theta, phi)
 
     def label_planes(self, label: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class DomainAdaptor(nn.Module):
     def __init__(self, in_channels: int, config: ModelConfig) -> None:
         super().__init__()
         nef, kernel, hidden = config.nef, config.adaptor_kernel, config.spade_hidden
-        # kernel 4 with padding 1 halves an even side just as kernel 3 does; instance normalisation makes a bias idle
+        # kernel 4 with padding 1 halves an even side just as kernel 3 does; instance normalization makes a bias idle
         self.layers = nn.ModuleList(
             [
                 SpectralConv2d(in_channels, nef, 3, padding=1, bias=False),
@@ -53,7 +53,7 @@ class DomainAdaptor(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with instance normalisation around a shortcut; one PReLU serves both activations."""
+    """Two 3x3 convolutions with instance normalization around a shortcut; one PReLU serves both activations."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -71,14 +71,14 @@ class Correspondence(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.feature_channels + (config.label_channels if config.mask_mixing else 0)
-        self.mask_mixing = config.mask_mixing
+        width = config.feature_channels + (config.label_channels if config.condition_on_label else 0)
+        self.condition_on_label = config.condition_on_label
         self.label_adaptor = DomainAdaptor(config.label_channels, config)
         self.image_adaptor = DomainAdaptor(3, config)
         self.residual = nn.Sequential(*(ResidualBlock(width) for _ in range(config.residual_blocks)))
-        self.position_waves = config.position_waves
-        self.theta = nn.Conv2d(width + 4 * config.position_waves, config.feature_channels, 1)
-        self.phi = nn.Conv2d(width + 4 * config.position_waves, config.feature_channels, 1)
+        self.position_frequencies = config.position_frequencies
+        self.theta = nn.Conv2d(width + 4 * config.position_frequencies, config.feature_channels, 1)
+        self.phi = nn.Conv2d(width + 4 * config.position_frequencies, config.feature_channels, 1)
 
     def query(self, features: Tensor, label: Tensor) -> Tensor:
         """Label features (B, C, h, w) and the label's planes, k h x k w for any whole k -> theta (B, C, h, w)."""
@@ -89,18 +89,18 @@ class Correspondence(nn.Module):
         return self.phi(self._mix(features, label))
 
     def _mix(self, features: Tensor, label: Tensor | None) -> Tensor:
-        if self.mask_mixing:
+        if self.condition_on_label:
             assert label is not None  # CoCosNet.encode_exemplar has refused its absence
             label = subsample(label, label.shape[2] // features.shape[2])
             features = torch.cat([features, label], 1)
         features = self.residual(features)
-        if not self.position_waves:
+        if not self.position_frequencies:
             return features
-        waves = position_waves(features, self.position_waves).expand(features.shape[0], -1, -1, -1)
+        waves = position_frequencies(features, self.position_frequencies).expand(features.shape[0], -1, -1, -1)
         return torch.cat([features, waves], 1)
 
 
-def position_waves(features: Tensor, count: int) -> Tensor:
+def position_frequencies(features: Tensor, count: int) -> Tensor:
     """Sines and cosines of each position (1, 4 count, h, w), at any size: 1, 2, 4 ... half turns along an axis."""
     waves = []
     for axis in (2, 3):

@@ -18,8 +18,8 @@ class Generator(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        ngf, hidden, self.warp_skip = config.ngf, config.spade_hidden, config.warp_skip
-        condition = (6 if config.warp_skip else 3) + config.label_channels
+        ngf, hidden, self.warp_residual = config.ngf, config.spade_hidden, config.warp_residual
+        condition = (6 if config.warp_residual else 3) + config.label_channels
         self.first = nn.Conv2d(condition, 16 * ngf, 3, padding=1)
         self.head = SpadeBlock(16 * ngf, 16 * ngf, condition, hidden)
         self.middle_0 = SpadeBlock(16 * ngf, 16 * ngf, condition, hidden)
@@ -29,10 +29,10 @@ class Generator(nn.Module):
         self.attention = SelfAttention(4 * ngf) if config.attention else nn.Identity()
         self.up_2 = SpadeBlock(4 * ngf, 2 * ngf, condition, hidden)
         self.up_3 = SpadeBlock(2 * ngf, ngf, condition, hidden)
-        self.last = nn.Conv2d(ngf, 4 if config.warp_skip else 3, 3, padding=1)
+        self.last = nn.Conv2d(ngf, 4 if config.warp_residual else 3, 3, padding=1)
 
     def forward(self, warped_image: Tensor, label: Tensor) -> Tensor:
-        means = class_means(warped_image, label) if self.warp_skip else None
+        means = class_means(warped_image, label) if self.warp_residual else None
         features = self.coarse(self.condition(subsample(warped_image, 4), subsample(label, 4), means))
         return self.fine(features, self.condition(warped_image, label, means))
 
@@ -63,7 +63,7 @@ class Generator(nn.Module):
         x = self.up_2(features, subsample(condition, 2))  # (B, 2 ngf, H/2, W/2)
         x = self.up_3(_double(x), condition)  # (B, ngf, H, W)
         x = self.last(F.leaky_relu(x, LEAKY_SLOPE))  # (B, 3 or 4, H, W)
-        if not self.warp_skip:
+        if not self.warp_residual:
             return torch.tanh(x)
         warped_image, painted = condition[:, :3], condition[:, 3:6]
         start = painted + torch.sigmoid(x[:, 3:]) * (warped_image - painted)

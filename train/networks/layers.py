@@ -1,6 +1,6 @@
-"""Layers that the networks share: SPADE with positional normalisation, its residual block, and self-attention.
+"""Layers that the networks share: SPADE with positional normalization, its residual block, and self-attention.
 
-Sources: SPADE, arXiv 1903.07291 equation 1; positional normalisation, arXiv 1907.04312; self-attention, arXiv
+Sources: SPADE, arXiv 1903.07291 equation 1; positional normalization, arXiv 1907.04312; self-attention, arXiv
 1805.08318 section 3. Read from the smallest part up.
 """
 
@@ -20,7 +20,7 @@ class SpectralConv2d(nn.Conv2d):
 
 
 def add_spectral_norm(model: nn.Module) -> None:
-    """Parametrise every `SpectralConv2d` of `model` by its spectral norm; the weights of a folded model have norm 1."""
+    """Parametrize every `SpectralConv2d` of `model` by its spectral norm; the weights of a folded model have norm 1."""
     for module in list(model.modules()):
         if isinstance(module, SpectralConv2d):
             parametrizations.spectral_norm(module)
@@ -47,20 +47,20 @@ def folded_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def subsample(planes: Tensor, step: int) -> Tensor:
-    """Every `step`-th pixel of (B, C, H, W): what nearest-neighbour resizing by 1 / step does, without its rounding."""
+    """Every `step`-th pixel of (B, C, H, W): what nearest-neighbor resizing by 1 / step does, without its rounding."""
     return planes[:, :, ::step, ::step] if step > 1 else planes
 
 
 def positional_norm(x: Tensor) -> Tensor:
     """(B, C, H, W) with mean 0 and unbiased variance 1 over the channels of each position."""
     # two passes: the one-pass formula loses all digits where the mean is large against the deviation
-    centred = x - x.mean(1, keepdim=True)
-    variance = centred.square().sum(1, keepdim=True) / (x.shape[1] - 1)
-    return centred / (variance + POSITIONAL_EPS).sqrt()
+    centered = x - x.mean(1, keepdim=True)
+    variance = centered.square().sum(1, keepdim=True) / (x.shape[1] - 1)
+    return centered / (variance + POSITIONAL_EPS).sqrt()
 
 
 class Spade(nn.Module):
-    """A scale and a shift of positionally normalised features, predicted at every position from `condition`."""
+    """A scale and a shift of positionally normalized features, predicted at every position from `condition`."""
 
     def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Spade(nn.Module):
 
 
 class SpadeBlock(nn.Module):
-    """Two SPADE-normalised convolutions with a shortcut, itself normalised and convolved where the channels change."""
+    """Two SPADE-normalized convolutions with a shortcut, itself normalized and convolved where the channels change."""
 
     def __init__(self, in_channels: int, out_channels: int, condition_channels: int, hidden: int) -> None:
         super().__init__()

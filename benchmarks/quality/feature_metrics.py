@@ -1,0 +1,103 @@
+"""Measures that compare pictures by the features of a pretrained network, whose weights the user brings.
+
+Semantic consistency and style relevance are the measures of arXiv 2004.05571, section 4, which names VGG19's layers and
+the cosine similarity, but neither how the positions of a map are averaged nor how patches of output and exemplar are
+brought together. Both are settled here, so the numbers compare models with each other, not with the paper's tables.
+The Frechet distance is torchmetrics' (arXiv 1706.08500), on an Inception network as a TorchScript file.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import BackendError, InputError
+from ...preprocess.images import UInt8Array
+from ...train.networks import Vgg19
+
+SEMANTIC = ("r32", "r42", "r52")
+COLOR, TEXTURE = "r12", "r22"
+MATCHING = "r42"  # the layer whose positions are the patches, 8 pixels a side
+
+
+def semantic_consistency(vgg: Vgg19, image: Tensor, photo: Tensor) -> Tensor:
+    """How far an output means what its label's photograph means, (B,), at most 1; pictures (B, 3, H, W) in [-1, 1].
+
+    The cosine similarity of the features at equal positions, averaged over the positions and the layers `SEMANTIC`.
+    """
+    own, true = vgg(image, SEMANTIC), vgg(photo, SEMANTIC)
+    return torch.stack([F.cosine_similarity(own[name], true[name]).mean((1, 2)) for name in SEMANTIC]).mean(0)
+
+
+def style_relevance(vgg: Vgg19, image: Tensor, exemplar: Tensor) -> tuple[Tensor, Tensor]:
+    """How far an output looks as the exemplar does where they mean the same: color (B,) and texture (B,), at most 1.
+
+    Each patch of the output is held against the exemplar's patch that is most alike in `MATCHING`: the cosine
+    similarity of their mean features of the layers `COLOR` and `TEXTURE`, averaged over the patches.
+    """
+    names = (COLOR, TEXTURE, MATCHING)
+    own, other = vgg(image, names), vgg(exemplar, names)
+    alike = F.normalize(own[MATCHING].flatten(2), dim=1).mT @ F.normalize(other[MATCHING].flatten(2), dim=1)
+    match = alike.argmax(2)  # (B, patches): the exemplar's patch of each of the output's
+    color, texture = (
+        F.cosine_similarity(
+            _patches(own, name), _patches(other, name).gather(2, match[:, None].expand(-1, own[name].shape[1], -1))
+        ).mean(1)
+        for name in (COLOR, TEXTURE)
+    )
+    return color, texture
+
+
+def _patches(features: dict[str, Tensor], name: str) -> Tensor:
+    """The mean features (B, C, patches) of each patch."""
+    height, width = features[MATCHING].shape[2:]
+    return F.adaptive_avg_pool2d(features[name], (height, width)).flatten(2)
+
+
+class Inception(nn.Module):
+    """An Inception network from a TorchScript file: pictures (B, 3, H, W) uint8 to features (B, n).
+
+    NVIDIA's `inception-2015-12-05.pt` is one: it resizes by itself, as the original FID does, and gives its 2048 pooled
+    features when asked to. Any other file must give (B, n) at once. `InputError` for what does not.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        try:
+            self.network = torch.jit.load(os.fspath(path), map_location="cpu").eval()
+            arguments = {argument.name for argument in self.network.forward.schema.arguments}
+            self.options = {"return_features": True} if "return_features" in arguments else {}
+            features = self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        except (OSError, ValueError, RuntimeError, AttributeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise InputError(f"{path}: not a TorchScript network of uint8 pictures ({reason})") from error
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            raise InputError(f"{path}: expected features (batch, n) from pictures (batch, 3, height, width)")
+        self.num_features = features.shape[1]
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.network(pictures, **self.options)
+
+
+class FrechetDistance:
+    """The Frechet distance between the features of real and of drawn pictures, added one by one; device: PyTorch's."""
+
+    def __init__(self, inception: nn.Module, device: str = "cpu") -> None:
+        try:
+            from torchmetrics.image.fid import FrechetInceptionDistance
+        except ImportError as error:
+            raise BackendError(f"FID needs torchmetrics: pip install 'flashcocos[eval]' ({error})") from error
+        self._device = device
+        self._metric = FrechetInceptionDistance(feature=inception).to(device)
+
+    def add(self, picture: UInt8Array, *, real: bool) -> None:
+        """Count one picture (H, W, 3)."""
+        with torch.inference_mode():
+            self._metric.update(torch.as_tensor(picture).permute(2, 0, 1)[None].to(self._device), real=real)
+
+    def compute(self) -> float:
+        """The distance; needs two pictures of each kind at least, and means little with fewer than thousands."""
+        return float(self._metric.compute())

@@ -1,0 +1,125 @@
+"""The measures on photographs, which have no exact target, taken picture by picture and given as one set of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import InputError
+from ...preprocess.images import PathLike, to_uint8
+from ...train.data import Item
+from .metrics import PatchSet, sliced_wasserstein_levels
+from .predictors import Drawing
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...train.networks import Vgg19
+
+METRICS = ("fid", "swd", "semantic", "style")
+VGG_FILES = (
+    "the weights of VGG19 (--vgg PATH): torchvision's vgg19-dcbb9e9d.pth, at https://download.pytorch.org/models, or "
+    "upstream's vgg19_conv.pth"
+)
+_INCEPTION = (
+    "an Inception network as TorchScript (--inception-weights PATH): NVIDIA's inception-2015-12-05.pt, which "
+    "stylegan2-ada-pytorch and clean-fid use"
+)
+
+
+class PhotoMeasures:
+    """The measures `names`, some of `METRICS`, over the pictures that `add` is given.
+
+    "fid": Frechet distance between the outputs and the data set's own photographs; needs `inception`, as
+        `feature_metrics.Inception`. "swd": sliced Wasserstein distance of the same.
+    "semantic": semantic consistency of output and photograph, "style": style relevance of output and exemplar, color
+        and texture; both need `vgg`.
+    device: PyTorch's, where the networks run. Raises `InputError` for an unknown name and for missing networks.
+    """
+
+    def __init__(
+        self,
+        names: Collection[str] = METRICS,
+        *,
+        vgg: Vgg19 | None = None,
+        inception: nn.Module | None = None,
+        device: str = "cpu",
+    ) -> None:
+        check_networks(names, vgg, inception)
+        self.names, self.device = set(names), device
+        self.patches = (PatchSet(0), PatchSet(1))
+        self.vgg = None if vgg is None else vgg.to(device).eval()
+        self.rows: list[dict[str, float]] = []
+        if inception is not None and "fid" in names:
+            from .feature_metrics import FrechetDistance
+
+            self.frechet = FrechetDistance(inception, device)
+
+    def add(self, item: Item, drawing: Drawing) -> None:
+        """Count one pair."""
+        photo = to_uint8(item["image"])
+        if "swd" in self.names:
+            self.patches[0].add(photo)
+            self.patches[1].add(drawing.image)
+        if "fid" in self.names:
+            self.frechet.add(photo, real=True)
+            self.frechet.add(drawing.image, real=False)
+        self.rows.append(self._features(item, drawing) if self.names & {"semantic", "style"} else {})
+
+    def scores(self) -> dict[str, Any]:
+        """Each measure by its name in the results; means over the pairs for those of single pairs."""
+        scores: dict[str, Any] = {"pairs": len(self.rows)}
+        if "fid" in self.names:
+            scores["fid"] = round(self.frechet.compute(), 3)
+        if "swd" in self.names:
+            scores["swd"] = sliced_wasserstein_levels(*self.patches)
+        for name in self.rows[0]:
+            scores[name] = round(float(np.mean([row[name] for row in self.rows])), 4)
+        return scores
+
+    def _features(self, item: Item, drawing: Drawing) -> dict[str, float]:
+        import torch
+
+        from .feature_metrics import semantic_consistency, style_relevance
+
+        assert self.vgg is not None  # checked on construction
+        image = torch.as_tensor(drawing.image).permute(2, 0, 1).float() / 127.5 - 1
+        pictures = (image, torch.as_tensor(item["image"]), torch.as_tensor(item["exemplar"]))
+        own, photo, exemplar = (picture[None].to(self.device) for picture in pictures)
+        row = {}
+        with torch.inference_mode():
+            if "semantic" in self.names:
+                row["semantic_consistency"] = float(semantic_consistency(self.vgg, own, photo))
+            if "style" in self.names:
+                color, texture = style_relevance(self.vgg, own, exemplar)
+                row.update(style_color=float(color), style_texture=float(texture))
+        return row
+
+
+def check_networks(names: Collection[str], vgg: object, inception: object) -> None:
+    """Raise `InputError` for an unknown measure, for none, and for one whose network is None."""
+    if unknown := sorted(set(names) - set(METRICS)) or not names:
+        raise InputError(f"measures {unknown or ''}: expected some of {', '.join(METRICS)}")
+    for needed, network, what in (({"fid"}, inception, _INCEPTION), ({"semantic", "style"}, vgg, VGG_FILES)):
+        if network is None and (lacking := sorted(needed & set(names))):
+            left = ",".join(name for name in METRICS if name in names and name not in needed) or "swd"
+            raise InputError(f"{' and '.join(lacking)}: needs {what}; or leave it out: --metrics {left}")
+
+
+def open_measures(
+    names: Collection[str], vgg: PathLike | None, inception: PathLike | None, device: str
+) -> PhotoMeasures:
+    """`PhotoMeasures` with the networks in these files; also raises their loaders' errors."""
+    check_networks(names, vgg, inception)
+    networks: dict[str, Any] = {}
+    if "fid" in names and inception is not None:
+        from .feature_metrics import Inception
+
+        networks["inception"] = Inception(inception)
+    if {"semantic", "style"} & set(names) and vgg is not None:
+        from ...train.networks.vgg_weights import load_vgg
+
+        networks["vgg"] = load_vgg(vgg)
+    return PhotoMeasures(names, device=device, **networks)

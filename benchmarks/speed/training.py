@@ -1,0 +1,101 @@
+"""One training step: the model's pass with all terms of the published objective, the discriminator's, both updates.
+
+    tiled     as `flashcocos train` runs it: no matrix in the warp nor in the self-attention
+    matrix    the same step with both matrices formed and kept for the backward pass, as published
+
+Samples are seeded noise, VGG19 has random weights: neither changes the time. Data loading is not in it. `plan` tells
+the memory of a step, and the largest batch, without running it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..registry import Case, Material, Outcome, Subject
+from .inputs import inputs
+
+
+def prepare(case: Case, material: Material) -> Subject:
+    """parameters: method, preset (of `flashcocos train`), size, batch, changes (settings, as --set takes them)."""
+    import torch
+
+    from ...train.networks import Vgg19
+    from ...train.networks.layers import SelfAttention
+    from ...train.settings import read_settings
+    from ...train.trainer import Process, Trainer
+
+    chosen = case.parameters
+    changes = [f"model.image_size={chosen['size']}", f"run.batch={chosen['batch']}", "schedule.steps=1000000"]
+    changes += [f"run.micro_batch={chosen['batch']}", "run.workers=0", *chosen["changes"]]
+    settings = read_settings(chosen["preset"], changes)
+    samples = _Samples(settings.model, chosen["size"], chosen["batch"])
+    process = Process(device=torch.device(material.device))
+    vgg = Vgg19().eval().requires_grad_(False)
+    whole = chosen["method"] == "matrix"
+    with tempfile.TemporaryDirectory() as folder:  # where there is nothing to resume
+        trainer = Trainer(settings, samples, folder, process, vgg=vgg, warp="reference" if whole else "auto")
+    if whole and isinstance(block := trainer.model.generator.attention, SelfAttention):
+        from .naive import matrix_attention
+
+        block.attend = matrix_attention
+    pieces = trainer.steps[0]
+
+    def run() -> Outcome:
+        return Outcome(trainer.train_step(pieces).terms)
+
+    return Subject(run, lambda terms: {"largest_term": max(map(abs, terms.values()))})
+
+
+def plan(case: Case, material: Material) -> Subject:
+    """parameters: preset, size, checkpointing, budgets_gib, changes. Facts: MiB of one sample, and the largest batches.
+
+    Of the tensors alone, by `train.memory_plan`: nothing runs, and it is the same whatever the machine.
+    """
+    from ...train.memory_estimate import GIB, Planner
+    from ...train.settings import read_settings
+
+    chosen = case.parameters
+    changes = [f"model.image_size={chosen['size']}", f"run.checkpointing={str(chosen['checkpointing']).lower()}"]
+    planner = Planner(read_settings(chosen["preset"], [*changes, *chosen["changes"]]))
+    one = planner.peak(1)
+    largest = {}
+    for budget in chosen["budgets_gib"]:
+        batch, peak = planner.largest_batch(budget * GIB)
+        largest[f"{budget:g}"] = {"batch": batch, "mib": _mib(peak.total)}
+    parts = {name: _mib(size) for name, size in one._asdict().items()}
+    return Subject(None, facts={"one_mib": {"total": _mib(one.total), **parts}, "largest": largest})
+
+
+def _mib(size: int) -> float:
+    return round(size / 2**20, 1)
+
+
+class _Samples:
+    """`PairData` of `count` samples, all alike."""
+
+    def __init__(self, config: Any, size: int, count: int) -> None:
+        label, exemplar, exemplar_label = inputs(config, size)
+        scale = 1 if config.label_kind == "classes" else np.float32(1 / 255)
+        picture = exemplar.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+        self._count = count
+        self._item: Mapping[str, Any] = {
+            "label": label * scale,
+            "exemplar_label": exemplar_label * scale,
+            "image": np.roll(picture, 32, axis=-1),
+            "exemplar": picture,
+            "self_reference": np.float32(1),
+            "has_target": False,
+        }
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        return self._item
+
+    def set_epoch(self, epoch: int) -> None:
+        """Every epoch is alike."""

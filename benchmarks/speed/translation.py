@@ -1,0 +1,159 @@
+"""One translation, label and exemplar to picture, by everything that can do it.
+
+    eager            CoCosNet in PyTorch as published: whole matrices in the warp and in the self-attention
+    eager-fused      the same with torch's fused attention in place of the self-attention's matrix
+    eager-tiled      flashcocos's own networks in PyTorch: tiled warp and fused attention, no matrix at all
+    compiled         torch.compile of `eager`; the compilation is in first_ms
+    naive            `eager` as one ONNX graph in ONNX Runtime
+    naive-openvino   the same graph in OpenVINO
+    runtime          Translator on a bundle
+
+Inputs are seeded noise of the right kind; files are neither read nor decoded in the timed part. Pictures are compared
+as uint8. On a GPU, PyTorch and ONNX Runtime's CUDA provider run the same cases; that has not been done yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...config import ModelConfig
+from ...errors import BackendError
+from ..registry import Case, Material, Outcome, Subject
+from .inputs import UInt8Array, differences, inputs, similarity
+
+
+def prepare(case: Case, material: Material) -> Subject:
+    """parameters: method, size; of the runtime bundle, backend, precision, cached, batch and tile; of eager, dtype."""
+    chosen = case.parameters
+    makers: dict[str, Callable[..., tuple[Callable[[], Outcome], dict[str, Any]]]] = {
+        **dict.fromkeys(("eager", "eager-fused", "eager-tiled", "compiled"), _eager),
+        "runtime": _runtime,
+        "naive": _naive,
+        "naive-openvino": _naive_openvino,
+    }
+    run, facts = makers[chosen["method"]](chosen, material)
+    path = Path(material.references) / f"{case.reference or case.name}.npy"
+
+    def check(picture: UInt8Array) -> dict[str, float]:
+        if case.reference:
+            return differences(picture, np.load(path))
+        if material.references:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, picture)
+        return {}
+
+    def score(picture: UInt8Array) -> dict[str, float]:
+        return similarity(picture, np.load(path)) if case.reference else {}
+
+    return Subject(run, check, score, facts=facts)
+
+
+def _eager(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], Outcome], dict[str, Any]]:
+    import torch
+
+    from ...preprocess import to_uint8
+    from ...train.checkpoint import load_model
+    from .naive import Published
+
+    method, dtype, batch = chosen["method"], getattr(torch, chosen["dtype"]), chosen["batch"]
+    model = load_model(material.model).to(material.device, dtype).eval()
+    tensors = [torch.from_numpy(array).to(material.device) for array in _arrays(model.config, chosen["size"])]
+    tensors = [x.repeat(batch, *[1] * (x.ndim - 1)).to(dtype if x.is_floating_point() else x.dtype) for x in tensors]
+    network: Callable[..., Any] = Published(model, attention=method != "eager-fused")
+    if method == "compiled":
+        torch.compiler.config.force_disable_caches = True  # else only the machine's first run compiles
+        network = torch.compile(network, dynamic=False)
+
+    @torch.inference_mode()
+    def run() -> Outcome:
+        picture = model(*tensors).image if method == "eager-tiled" else network(*tensors)
+        return Outcome(to_uint8(picture[0].float().cpu().numpy()))
+
+    return run, {}
+
+
+def _naive(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], Outcome], dict[str, Any]]:
+    import onnxruntime
+
+    from ...preprocess import to_uint8
+
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[material.device]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = material.threads or 0
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(material.naive, options, providers=[provider])
+    if provider not in session.get_providers():
+        raise BackendError(f"onnxruntime could not start {provider}; pip install flashcocos[gpu]")
+    feeds = _feeds(chosen, material, [value.name for value in session.get_inputs()])
+    return lambda: Outcome(to_uint8(session.run(["image"], feeds)[0][0])), {}
+
+
+def _naive_openvino(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], Outcome], dict[str, Any]]:
+    import openvino
+
+    from ...preprocess import to_uint8
+
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if material.threads:
+        options["INFERENCE_NUM_THREADS"] = material.threads
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(material.naive), "CPU", options)
+    feeds = _feeds(chosen, material, [port.get_any_name() for port in compiled.inputs])
+    return lambda: Outcome(to_uint8(compiled(feeds)[0][0])), {}
+
+
+def _runtime(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], Outcome], dict[str, Any]]:
+    from ...runtime import Translator
+
+    start = time.perf_counter()
+    translator = Translator(
+        material.bundles[chosen["bundle"]],
+        backend=chosen["backend"],
+        precision=chosen["precision"],
+        device=material.device,
+        threads=material.threads,
+        tile=chosen["tile"],
+    )
+    load = time.perf_counter() - start
+    size, batch = chosen["size"], chosen["batch"]
+    label, image, image_label = inputs(translator.config, size)
+    mixed = image_label if translator.config.condition_on_label else None
+    labels: Any = label if batch == 1 else [np.roll(label, 32 * item, axis=-1) for item in range(batch)]
+
+    def encode() -> tuple[Any, float]:
+        start = time.perf_counter()
+        exemplar = translator.encode_exemplar(image, mixed, size)
+        return exemplar, 1e3 * (time.perf_counter() - start)
+
+    kept, encoding = encode() if chosen["cached"] else (None, 0.0)
+
+    def run() -> Outcome:
+        exemplar, took = (kept, 0.0) if kept is not None else encode()
+        if batch == 1:
+            result = translator.translate(labels, exemplar, size)
+        else:
+            result = translator.translate(labels, exemplar, size, batch_size=batch)[0]
+        parts = {stage: share * batch for stage, share in result.timings.items()}
+        return Outcome(result.image, {**({} if kept is not None else {"exemplar": took}), **parts})
+
+    facts = {"load_ms": round(1e3 * load, 1), "warp": translator.describe()["warp"]["backend"]}
+    return run, facts | ({"exemplar_ms": round(encoding, 1)} if kept is not None else {})
+
+
+def _feeds(chosen: Mapping[str, Any], material: Material, names: list[str]) -> dict[str, np.ndarray]:
+    """Inputs of the single graph, by their names."""
+    return dict(zip(names, _arrays(ModelConfig.from_json(material.config), chosen["size"]), strict=True))
+
+
+def _arrays(config: ModelConfig, size: int) -> list[np.ndarray]:
+    """label, exemplar and, for models that mix it in, the exemplar's label, batched, as the networks take them."""
+    from ...preprocess import load_image, load_label
+
+    label, image, image_label = inputs(config, size)
+    arrays = [load_label(config, label)[None], load_image(image)[None]]
+    return [*arrays, load_label(config, image_label)[None]] if config.condition_on_label else arrays

@@ -1,0 +1,219 @@
+"""Model bundles: one folder or one zip file holding `manifest.json` and the files it lists.
+
+A bundle may come from anyone, so nothing in it is trusted: the manifest is validated field by field, only files that it
+lists are read, by plain names without folders, no more bytes than it states, and only with the stated SHA-256.
+Nothing is ever extracted to disk.
+
+Stages of a translation, each an ONNX graph with dynamic batch, height and width (label_map = uint8 class ids
+`(batch, height, width)` for "classes", float32 planes `(batch, label_channels, height, width)` for "channels"):
+
+    query      label                        -> theta (batch, C, h, w) float32, h = height / 4
+    exemplar   image (+ label if mixing)    -> phi (batch, C, h, w), values (batch, V, h, w) float32
+    coarse     warped (batch, V, h, w), label -> features (batch, F, height / 2, width / 2) float32
+    fine       features, warped, label       -> image, warped_image (batch, 3, height, width) in [-1, 1]
+
+The warp itself, theta x phi x values -> warped, runs after the first two in `flashcocos.kernels`. The last two are the
+synthesis; with `warp_residual` they pass means (batch, label_channels, 3) on as well. The fine one looks less than
+`TILE_OVERLAP` pixels around each, so it runs on a whole picture or on overlapping tiles of it, with one result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import ModelConfig
+from ..errors import BundleError, InputError
+from ..files import atomic_path
+
+FORMAT = "flashcocos-bundle"
+FORMAT_VERSION = 3
+MANIFEST = "manifest.json"
+STAGES = ("query", "exemplar", "coarse", "fine")
+# in which the weights are stored, "int8" those of the generator; graphs take and give float32
+PRECISIONS = ("float32", "float16", "int8")
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILE_BYTES = 2 << 30  # protobuf's own limit for an ONNX file
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a stage: its name, numpy dtype name, and shape with named dynamic axes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSpec:
+    """One ONNX graph of a bundle."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSpec:
+    """Size in bytes and SHA-256 (hexadecimal) of one file of a bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself. `provenance` and `license` are the exporter's words, shown but never acted on."""
+
+    config: ModelConfig
+    precision: str
+    opset: int
+    stages: dict[str, StageSpec]
+    files: dict[str, FileSpec]
+    license: str = ""
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """This manifest as a JSON object."""
+        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Parse and validate; anything unexpected raises `BundleError`."""
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
+        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+            raise BundleError(f'{MANIFEST}: expected an object with "format": "{FORMAT}"')
+        if (version := fields.pop("format_version", None)) != FORMAT_VERSION:
+            raise BundleError(
+                f"{MANIFEST}: format_version {version!r} is unknown to this flashcocos, which reads {FORMAT_VERSION}; "
+                "install a matching flashcocos or export the model again"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(fields) != names:
+            raise BundleError(f"{MANIFEST}: expected the fields {sorted(names)}, got {sorted(fields)}")
+        try:
+            manifest = cls(
+                config=ModelConfig.from_dict(fields["config"]),
+                precision=fields["precision"],
+                opset=fields["opset"],
+                stages={name: _stage(spec) for name, spec in fields["stages"].items()},
+                files={name: FileSpec(**spec) for name, spec in fields["files"].items()},
+                license=fields["license"],
+                provenance=fields["provenance"],
+            )
+        except (InputError, TypeError, KeyError, AttributeError) as error:
+            raise BundleError(f"{MANIFEST}: {error}") from error
+        manifest._validate()
+        return manifest
+
+    def _validate(self) -> None:
+        for name, spec in self.files.items():
+            if not _NAME.fullmatch(name) or name == MANIFEST:
+                raise BundleError(f"{MANIFEST}: file name {name!r} is not allowed in a bundle")
+            if type(spec.bytes) is not int or not 0 <= spec.bytes <= MAX_FILE_BYTES:
+                raise BundleError(f"{MANIFEST}: {name}: expected a size of 0 to {MAX_FILE_BYTES}, got {spec.bytes!r}")
+            if not isinstance(spec.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", spec.sha256):
+                raise BundleError(f"{MANIFEST}: {name}: sha256 {spec.sha256!r} is not 64 hexadecimal digits")
+        if self.precision not in PRECISIONS:
+            raise BundleError(f"{MANIFEST}: precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if type(self.opset) is not int or not isinstance(self.license, str) or not isinstance(self.provenance, dict):
+            raise BundleError(f"{MANIFEST}: opset, license or provenance has the wrong type")
+        if set(self.stages) != set(STAGES):
+            raise BundleError(f"{MANIFEST}: expected the stages {STAGES}, got {sorted(self.stages)}")
+        for name, stage in self.stages.items():
+            if stage.file not in self.files:
+                raise BundleError(f"{MANIFEST}: stage {name} names {stage.file!r}, which is not among its files")
+
+
+def _stage(fields: dict[str, Any]) -> StageSpec:
+    def tensors(key: str) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(str(t["name"]), str(t["dtype"]), tuple(t["shape"])) for t in fields[key])
+
+    return StageSpec(str(fields["file"]), tensors("inputs"), tensors("outputs"))
+
+
+class Bundle:
+    """An opened bundle: `manifest`, and `read(name)` for the verified bytes of a file it lists.
+
+    Raises `InputError` if `path` does not exist, `BundleError` if it is not a readable bundle.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise InputError(f"no model bundle at {self.path}; `flashcocos export` writes one")
+        self.manifest = Manifest.from_json(self._bytes(MANIFEST, MAX_MANIFEST_BYTES))
+
+    def read(self, name: str) -> bytes:
+        """Content of the listed file `name`; `BundleError` when its size or SHA-256 is not what the manifest states."""
+        spec = self.manifest.files.get(name)
+        if spec is None:
+            raise BundleError(f"{self.path}: the manifest lists no file {name!r}")
+        content = self._bytes(name, spec.bytes)
+        if len(content) != spec.bytes or hashlib.sha256(content).hexdigest() != spec.sha256:
+            raise BundleError(
+                f"{self.path}: {name} does not match the manifest (damaged or changed); export or download it again"
+            )
+        return content
+
+    def read_stage(self, stage: str) -> bytes:
+        """The ONNX file of one of `STAGES`."""
+        return self.read(self.manifest.stages[stage].file)
+
+    def verify(self) -> None:
+        """Read every listed file; raises `BundleError` at the first that does not match."""
+        for name in self.manifest.files:
+            self.read(name)
+
+    def _bytes(self, name: str, limit: int) -> bytes:
+        # one byte above the limit is enough to tell that a file is larger than stated
+        try:
+            if self.path.is_dir():
+                file_path = self.path / name
+                if file_path.is_symlink() or not file_path.is_file():
+                    raise BundleError(f"{self.path}: {name} is missing or not a plain file")
+                with file_path.open("rb") as file:
+                    return file.read(limit + 1)
+            with zipfile.ZipFile(self.path) as archive, archive.open(name) as file:
+                return file.read(limit + 1)
+        except KeyError as error:
+            raise BundleError(f"{self.path}: {name} is missing") from error
+        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+            raise BundleError(f"{self.path}: {name} cannot be read: {error}") from error
+
+
+def write_bundle(path: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, bytes]) -> Path:
+    """Write a bundle atomically: a zip file if `path` ends in ".zip", else a folder. Returns the path.
+
+    `manifest.files` is filled in from `files`; an existing folder is replaced only if it is a bundle.
+    """
+    path = Path(path)
+    specs = {name: FileSpec(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    manifest = dataclasses.replace(manifest, files=specs)
+    manifest._validate()
+    content = {MANIFEST: manifest.to_json().encode(), **files}
+    if path.suffix == ".zip":
+        with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in content.items():
+                entry = zipfile.ZipInfo(name)  # without today's date, so that equal content gives equal bytes
+                entry.external_attr = 0o644 << 16
+                archive.writestr(entry, data)
+        return path
+    if path.exists() and not (path / MANIFEST).is_file() and (path.is_file() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is not a model bundle; choose another output or remove it")
+    with atomic_path(path, directory=True) as temporary:
+        for name, data in content.items():
+            (temporary / name).write_bytes(data)
+    return path

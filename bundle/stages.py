@@ -1,0 +1,86 @@
+"""What the stages of a bundle must take and give, by its configuration: the table in the docstring of `bundle.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from ..config import ModelConfig
+from ..errors import BundleError
+from . import Manifest, TensorSpec
+
+
+def stage_tensors(config: ModelConfig) -> dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]:
+    """(inputs, outputs) of every stage of a network of this configuration."""
+    image, fine, coarse = ("batch", 3, "height", "width"), ("height", "width"), ("h", "w")
+    if config.label_kind == "classes":
+        label = TensorSpec("label", "uint8", ("batch", *fine))
+    else:
+        label = TensorSpec("label", "float32", ("batch", config.label_channels, *fine))
+
+    def features(name: str, channels: int) -> TensorSpec:
+        return TensorSpec(name, "float32", ("batch", channels, *coarse))
+
+    exemplar = (TensorSpec("image", "float32", image),)
+    # between the halves of the synthesis: the second can make a part of the picture alone
+    between = TensorSpec("features", "float32", ("batch", 4 * config.ngf, "half_height", "half_width"))
+    means = (TensorSpec("means", "float32", ("batch", config.label_channels, 3)),) if config.warp_residual else ()
+    warped = features("warped", config.warped_channels)
+    return {
+        "query": ((label,), (features("theta", config.feature_channels),)),
+        "exemplar": (
+            (*exemplar, label) if config.condition_on_label else exemplar,
+            (features("phi", config.feature_channels), features("values", config.warped_channels)),
+        ),
+        "coarse": ((warped, label), (between, *means)),
+        "fine": (
+            (between, warped, label, *means),
+            (TensorSpec("image", "float32", image), TensorSpec("warped_image", "float32", image)),
+        ),
+    }
+
+
+def stage_inputs(
+    config: ModelConfig, stage: str, arrays: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
+    """The inputs of a stage out of `arrays`: label, image and exemplar_label, and what the stages before have given."""
+    own = {"label": "exemplar_label"} if stage == "exemplar" else {}
+    return {tensor.name: arrays[own.get(tensor.name, tensor.name)] for tensor in stage_tensors(config)[stage][0]}
+
+
+def axis_sizes(config: ModelConfig, batch: int, height: int, width: int) -> dict[str, int]:
+    """The named axes of `stage_tensors` in numbers, for images of height x width."""
+    scale = config.down_scale
+    return {
+        "batch": batch,
+        "height": height,
+        "width": width,
+        "half_height": height // 2,
+        "half_width": width // 2,
+        "h": height // scale,
+        "w": width // scale,
+    }
+
+
+def concrete_shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of `tensor` with `axis_sizes` for its named axes."""
+    return tuple(sizes[side] if isinstance(side, str) else side for side in tensor.shape)
+
+
+def check_stages(manifest: Manifest) -> None:
+    """Raise `BundleError` where a stage's stated tensors are not those of the manifest's configuration."""
+    for stage, (inputs, outputs) in stage_tensors(manifest.config).items():
+        spec = manifest.stages[stage]
+        for what, expected, stated in (("inputs", inputs, spec.inputs), ("outputs", outputs, spec.outputs)):
+            if signature(expected) != signature(stated):
+                raise BundleError(
+                    f"manifest.json: stage {stage} states the {what} {signature(stated)}; "
+                    f"its configuration asks for {signature(expected)}"
+                )
+
+
+def signature(tensors: Iterable[TensorSpec]) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """Name -> (dtype, shape with None for dynamic axes): what must agree, for the names of dynamic axes are free."""
+    return {t.name: (t.dtype, tuple(side if isinstance(side, int) else None for side in t.shape)) for t in tensors}

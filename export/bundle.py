@@ -1,0 +1,97 @@
+"""`flashcocos export`: a model file becomes a model bundle."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from .. import __version__
+from ..bundle import PRECISIONS, STAGES, Manifest, StageSpec, write_bundle
+from ..bundle.stages import stage_tensors
+from ..config import ModelConfig
+from ..errors import InputError
+from ..files import sha256
+from ..progress import Progress
+from ..train.checkpoint import load_model, read_metadata
+from .graphs import OPSET, export_stage, store_float16
+
+
+def export_bundle(
+    model_path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    precision: str = "float32",
+    license: str = "",
+    targets: Sequence[int] = (),
+) -> Path:
+    """Export the model file `model_path` to the bundle `output`, a zip file if it ends in ".zip", else a folder.
+
+    precision: how the weights are stored, "float32" or "float16" (half the size; arithmetic stays float32).
+    license: of the weights, free text for the manifest.
+    targets: compute capabilities, 89 for 8.9, for which the warp's kernels are compiled into the bundle (needs triton).
+    Returns `output`. Raises `InputError` for a bad option or weights that do not fit float16, `CheckpointError` for a
+    bad model file. The same model file gives the same content again under the same versions of torch and onnx.
+    """
+    check_precision(precision)
+    model = load_model(model_path)
+    files, stages = {}, {}
+    with Progress("export", len(STAGES), unit="graph") as progress:
+        for stage in STAGES:
+            graph = export_stage(model, stage)
+            if precision == "float16":
+                store_float16(graph)
+            files[f"{stage}.onnx"] = graph.SerializeToString(deterministic=True)
+            stages[stage] = StageSpec(f"{stage}.onnx", *stage_tensors(model.config)[stage])
+            progress.advance()
+    if targets:
+        files |= compiled_kernels(model.config, targets)
+    manifest = Manifest(model.config, precision, OPSET, stages, {}, license, provenance(model_path))
+    return write_bundle(output, manifest, files)
+
+
+def compiled_kernels(
+    config: ModelConfig, targets: Sequence[int], dtypes: Sequence[str] = ("float16", "float32")
+) -> dict[str, bytes]:
+    """The warp of a network of `config` for the compute capabilities `targets`: file name -> content.
+
+    A cubin and its JSON description for each kernel, architecture and dtype; see `kernels.gpu.aot`. Raises `InputError`
+    for a target that the kernels have no line for, `BackendError` where triton is missing.
+    """
+    from ..kernels.gpu.aot import compile_kernels
+
+    with tempfile.TemporaryDirectory() as folder, Progress("kernels", unit="kernel") as progress:
+        for _ in compile_kernels(
+            Path(folder),
+            sorted(set(targets)),
+            values=[config.warped_channels],
+            patch=config.patch,
+            channels=config.feature_channels,
+            dtypes=dtypes,
+        ):
+            progress.advance()
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def provenance(model_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Where an export came from: the model file's hash and own provenance, and the versions that exported it."""
+    return {
+        "model_sha256": sha256(model_path),
+        "model": read_metadata(model_path)[1],
+        "flashcocos": __version__,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+    }
+
+
+def check_precision(precision: str) -> None:
+    """Raise `InputError` unless `precision` is one that an export stores weights in."""
+    if precision == "int8":
+        raise InputError("precision 'int8' needs pictures to calibrate on: export in float32, then flashcocos quantize")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS[:2])}")

@@ -1,0 +1,80 @@
+"""How near the graphs that TensorRT is given stay to the bundle's own: both run on the CPU, end to end, before a build.
+
+ONNX Runtime rounds what is declared float16 as TensorRT does, if not in the same order, so what float16 costs is known
+on a machine without a GPU. The picture that leaves is compared: PSNR over the 256 levels of uint8.
+
+What int8 costs is no part of it: `flashcocos quantize` has measured that, on pictures of the kind that it calibrated
+for, which random ones are not. Neither form of such a bundle rounds activations to int8 here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+
+from ...bundle import Bundle
+from ...bundle.graph_check import refuse_external_data
+from ...errors import BackendError
+from ...preprocess.images import to_uint8
+from ...runtime.engine import OnnxRuntimeEngine
+from ..verify import random_inputs, run_stages
+from .graphs import bundle_graph
+from .int8 import unrounded
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+# dB; measured with float16: 59 on full-size ade20k with seeded weights at 256 px, 65 on avatars-128 at 128 px; of the
+# int8 bundles of both 62 and 67
+MIN_PSNR = {"float32": 75.0, "float16": 45.0}
+
+
+def agreement(bundle: Bundle, precision: str, size: int) -> float:
+    """PSNR in dB of a translation of seeded random inputs, `size` pixels a side, against the bundle's own graphs.
+
+    Infinite where no level differs. Raises `BackendError` where the graphs give NaN in this precision.
+    """
+    config = bundle.manifest.config
+    inputs = random_inputs(config, (size, size), 1)
+
+    def rewritten(stage: str, feeds: Arrays) -> Arrays:
+        return _run(unrounded(bundle_graph(bundle, stage, precision)), feeds)
+
+    expected = run_stages(config, lambda stage, feeds: _run_own(bundle, stage, feeds), inputs)
+    found = run_stages(config, rewritten, inputs)
+    if found["invalid"]:
+        raise BackendError(f"{bundle.path}: gives NaN in {precision}: its weights overflow; use precision float32")
+    difference = found["image"][0].astype(np.float64) - to_uint8(expected["image"][0])
+    mean_square = float(np.mean(np.square(difference)))
+    return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
+
+
+def require_agreement(bundle: Bundle, precision: str, size: int) -> float:
+    """`agreement`, or `BackendError` where it is below `MIN_PSNR`."""
+    found = agreement(bundle, precision, size)
+    if found < MIN_PSNR[precision]:
+        raise BackendError(
+            f"{bundle.path}: {precision} gives {found:.1f} dB against the bundle's own graphs at {size} px, "
+            f"expected {MIN_PSNR[precision]:g} or more; use precision float32"
+        )
+    return found
+
+
+def _run_own(bundle: Bundle, stage: str, feeds: Arrays) -> Arrays:
+    if bundle.manifest.precision != "int8":
+        return OnnxRuntimeEngine(bundle, stage).run(feeds)
+    graph = bundle.read_stage(stage)
+    refuse_external_data(graph, f"{bundle.path}: stage {stage}")
+    return _run(unrounded(onnx.load_model_from_string(graph)), feeds)
+
+
+def _run(graph: onnx.ModelProto, feeds: Arrays) -> Arrays:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))

@@ -1,0 +1,262 @@
+"""Compile the Triton forward ahead of time, without a GPU: a cubin and a JSON description per kernel and architecture.
+
+    python -m flashcocos.kernels.gpu.aot --sm 80 89 -o cubins
+    sm80 pack float16: 34 registers, 0 bytes spilled, 8.0 KiB shared
+    ...
+    cubins
+
+What a torch-free runtime launches, in this order, all through the driver API:
+    pack        theta, phi (padded = C) and values (padded = V rounded up to 8): float32 (B, C, H, W) -> rows of `dtype`
+    statistics  mean and inverse norm of the patches, once for theta and once for phi
+    warp        out (B, V, Hq, Wq) and lse, float32; or `match`: index, probability and entropy
+Of the two forward kernels the rule of `configs.nine_tap_tile` takes one; their arguments are the same, in one launch.
+The nine-tap kernel is not split over the keys here, and has smaller bands of queries for it.
+Strides and sizes are in elements. Shared memory is dynamic: above 48 KiB the function's limit has to be raised first.
+The cubins have been compiled and inspected, never launched: no GPU was at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import BackendError, FlashcocosError, InputError
+from ...files import atomic_path
+from . import configs
+
+DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+HIDDEN = ("global_scratch", "profile_scratch")  # pointers that Triton appends; these kernels use neither: pass null
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One kernel to compile. grid: rules in the arguments' names; types: of the arguments that are not constants."""
+
+    name: str
+    kernel: Any
+    tile: configs.Tile
+    types: dict[str, str]
+    constants: dict[str, Any]
+    grid: tuple[str, str, str]
+
+
+def compile_kernels(
+    output: Path,
+    architectures: Sequence[int] = tuple(configs.ARCHITECTURES),
+    *,
+    values: Sequence[int] = (3, 48),
+    patch: int = 3,
+    channels: int = 256,
+    dtypes: Sequence[str] = ("float16",),
+) -> Iterator[dict[str, Any]]:
+    """Compile, write `<name>.cubin` and `<name>.json` into `output`, and yield each description once it is written.
+
+    architectures: of `configs.ARCHITECTURES`; values: V of each warp, 1 to 256; patch: 1, 3 or 5; channels: C.
+    Raises `InputError` for options that do not fit, `BackendError` where Triton is missing or interpreted, or where a
+    kernel needs more shared memory than its architecture has.
+    """
+    known = ", ".join(map(str, configs.ARCHITECTURES))
+    for sm in architectures:
+        if sm not in configs.ARCHITECTURES:
+            raise InputError(f"architecture {sm} is not one of {known}; cubins run on chips of the same major version")
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if patch not in (1, 3, 5) or channels < 1 or not all(1 <= v <= configs.MAX_VALUES for v in values):
+        raise InputError(
+            f"expected patch 1, 3 or 5, channels of at least 1 and values of 1 to {configs.MAX_VALUES}, "
+            f"got {patch}, {channels} and {list(values)}"
+        )
+    jobs = []
+    for sm in architectures:
+        for dtype in dtypes:
+            if dtype == "bfloat16" and not configs.ARCHITECTURES[sm].bfloat16:
+                raise InputError(f"architecture {sm} has no bfloat16; use float16 or float32")
+            jobs += [(sm, dtype, job) for job in _jobs(sm, dtype, values, patch, channels)]
+    for sm, dtype, job in jobs:
+        yield _compile(output, sm, dtype, job)
+
+
+def _jobs(sm: int, dtype: str, values: Sequence[int], patch: int, channels: int) -> Iterator[_Job]:
+    try:
+        import triton
+    except ModuleNotFoundError as error:
+        raise BackendError("compiling the kernels needs the triton package: pip install triton") from error
+    from .triton_kernels import forward_kernel, pack_kernel, statistics_kernel
+    from .triton_nine_tap import nine_tap_kernel
+
+    if not isinstance(forward_kernel, triton.JITFunction):
+        raise BackendError("TRITON_INTERPRET is set, so Triton interprets and cannot compile; unset it")
+    element, itemsize = "*" + DTYPES[dtype], 4 if dtype == "float32" else 2
+    tile = configs.PACK
+    integers = ("width", "positions", "channels", "padded", "stride_b", "stride_c", "stride_y", "stride_x")
+    yield _Job(
+        f"pack_{dtype}",
+        pack_kernel,
+        tile,
+        {"source": "*fp32", "target": element, **dict.fromkeys(integers, "i32")},
+        {"BN": tile.queries, "BC": tile.channels},
+        (f"ceil(positions / {tile.queries})", f"ceil(padded / {tile.channels})", "batch"),
+    )
+    tile = configs.STATISTICS
+    feature = {"C": channels, "PATCH": patch}
+    yield _Job(
+        f"statistics_p{patch}_c{channels}_{dtype}",
+        statistics_kernel,
+        tile,
+        {"packed": element, "mean": "*fp32", "inverse": "*fp32", "height": "i32", "width": "i32"},
+        {**feature, "BN": tile.queries, "BC": tile.channels},
+        (f"ceil(height * width / {tile.queries})", "batch", "1"),
+    )
+    sizes = {**dict.fromkeys(("height_q", "width_q", "height_k", "width_k"), "i32"), "scale": "fp32"}
+    maps = {"theta": element, "phi": element, **dict.fromkeys(("mu", "a", "nu", "b"), "*fp32"), **sizes}
+    for count in (*values, None):
+        match = count is None
+        width = 1 if count is None else count
+        # of unknown size, and taken to have less than 2^31 elements
+        nine_tap = configs.nine_tap_tile(sm, itemsize, patch, channels, 0)
+        tile = nine_tap or configs.forward_tile(sm, itemsize, width)
+        outputs = {"index": "*i64", "probability": "*fp32", "entropy": "*fp32"}
+        carried = {"values": element, "out": "*fp32", "lse": "*fp32"}
+        yield _Job(
+            f"match_p{patch}_c{channels}_{dtype}" if match else f"warp_p{patch}_c{channels}_v{count}_{dtype}",
+            nine_tap_kernel if nine_tap else forward_kernel,
+            tile,
+            {**maps, **(outputs if match else carried)},
+            {
+                **dict.fromkeys(carried if match else outputs),
+                **feature,
+                "V": width,
+                "VP": configs.padded_values(width),
+                "BN": tile.queries,
+                "BM": tile.keys,
+                "BC": tile.channels,
+                "BV": configs.NINE_TAP_VALUES if nine_tap else configs.value_block(width),
+                "MATCH": match,
+                **({"BAND": configs.WHOLE_BAND} if nine_tap else {}),
+            },
+            (_lanes_grid(tile) if nine_tap else f"ceil(height_q * width_q / {tile.queries})", "batch", "1"),
+        )
+
+
+def _lanes_grid(tile: configs.Tile) -> str:
+    """`triton_nine_tap.query_tiles` as a rule."""
+    return f"ceil(ceil(height_q / {configs.WHOLE_BAND}) * width_q / {tile.queries - 2})"
+
+
+def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = job.kernel.arg_names
+    arguments = [{"name": name, "type": job.types[name]} for name in names if name in job.types]
+    signature = {name: job.types.get(name, "constexpr") for name in names}
+    # every pointer is the start of an allocation, so wide loads are safe
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    compiled = triton.compile(
+        ASTSource(job.kernel, signature, job.constants, aligned),
+        target=GPUTarget("cuda", sm, 32),
+        options={"num_warps": job.tile.warps, "num_stages": job.tile.stages, "enable_fp_fusion": True},
+    )
+    parameters = re.search(r"\.entry\s+\w+\s*\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
+    hidden = (parameters[1].count(".param") if parameters else 0) - len(arguments)
+    if not 0 <= hidden <= len(HIDDEN) or compiled.metadata.global_scratch_size:
+        raise BackendError(f"Triton {triton.__version__} passes {hidden} unknown arguments; use 3.6 to 3.9")
+    limit = configs.ARCHITECTURES[sm].shared_kib * 1024
+    if compiled.metadata.shared > limit:
+        raise BackendError(
+            f"{job.name} takes {compiled.metadata.shared} bytes of shared memory, sm {sm} has {limit}; "
+            "choose a smaller tile in kernels/configs.py"
+        )
+    cubin, stem = compiled.asm["cubin"], f"{job.name}_sm{sm}"
+    with atomic_path(output / f"{stem}.cubin") as path:
+        path.write_bytes(cubin)
+        registers, spilled = _resources(path)
+    description = {
+        "kernel": job.name,
+        "cubin": f"{stem}.cubin",
+        "sha256": hashlib.sha256(cubin).hexdigest(),
+        "architecture": sm,
+        "dtype": dtype,
+        "entry": compiled.metadata.name,
+        "grid": job.grid,
+        "threads": compiled.metadata.num_warps * 32,
+        "shared_bytes": compiled.metadata.shared,
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "arguments": arguments + [{"name": name, "type": "null"} for name in HIDDEN[:hidden]],
+        "pointer_alignment": 16,
+        "constants": {name: value for name, value in job.constants.items() if value is not None},
+        "triton": triton.__version__,
+    }
+    with atomic_path(output / f"{stem}.json") as path:
+        path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    return description
+
+
+def _resources(cubin: Path) -> tuple[int, int]:
+    """Registers and bytes of stack (spills) a thread of the only function in `cubin`, by Triton's own cuobjdump."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    try:
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BackendError(f"{tool} cannot inspect {cubin.name}: {error}; reinstall triton") from error
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    if usage is None:
+        raise BackendError(f"{tool} reported no registers for {cubin.name}; its output was {report!r}")
+    return int(usage[1]), int(usage[2]) + int(usage[3])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flashcocos.kernels.gpu.aot",
+        description="Compile the correlation warp to cubin + JSON for GPUs that need not be present.",
+        epilog="example: python -m flashcocos.kernels.gpu.aot --sm 80 89 --values 3 48 -o cubins",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    known = list(configs.ARCHITECTURES)
+    parser.add_argument(
+        "--sm", type=int, nargs="+", default=known, metavar="N", help=f"compute capabilities, of {known}"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write into")
+    parser.add_argument(
+        "--values", type=int, nargs="+", default=[3, 48], metavar="V", help="value channels of each warp"
+    )
+    parser.add_argument("--patch", type=int, default=3, help="side of the patch: 1, 3 or 5")
+    parser.add_argument("--channels", type=int, default=256, metavar="C", help="channels of theta and phi")
+    parser.add_argument("--dtype", nargs="+", default=["float16"], metavar="NAME", help=f"of {', '.join(DTYPES)}")
+    options = parser.parse_args(arguments)
+    try:
+        for done in compile_kernels(
+            options.output,
+            options.sm,
+            values=options.values,
+            patch=options.patch,
+            channels=options.channels,
+            dtypes=options.dtype,
+        ):
+            print(
+                f"sm{done['architecture']} {done['kernel']}: {done['registers']} registers, "
+                f"{done['spilled_bytes']} bytes spilled, {done['shared_bytes'] / 1024:.1f} KiB shared",
+                flush=True,
+            )
+    except FlashcocosError as error:
+        parser.error(str(error))
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()

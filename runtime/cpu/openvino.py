@@ -1,0 +1,165 @@
+"""The engine over OpenVINO, for CPUs: computes in float32, or in bfloat16 where that is asked for and the CPU has it.
+
+Its convolutions take no weights whose number only a run tells, which a bundle's graphs have: the columns of the label
+classes that occur (export/inference.py). Here every class counts as occurring, to the same result by planes of zeros.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...bundle import Bundle, TensorSpec
+from ...bundle.graph_check import refuse_external_data
+from ...errors import BackendError, BundleError
+from ..engine import EngineInfo, check_inputs, check_tensors, one_line
+
+_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+_TYPES = {"f32": "float32", "u8": "uint8", "i32": "int32", "i64": "int64"}
+_TELEMETRY = "openvino_telemetry"
+
+
+class OpenVinoEngine:
+    """A stage of `bundle` in OpenVINO on the CPU, computing in `precision`, "float32" or "bfloat16".
+
+    threads: None leaves the number to OpenVINO (one per core).
+    Raises `BackendError` where openvino is not there or cannot run the graph, or the CPU lacks the precision;
+    `BundleError` where the graph cannot be read, has other inputs or outputs than the manifest states, or refers to
+    files.
+    """
+
+    def __init__(self, bundle: Bundle, stage: str, *, threads: int | None = None, precision: str = "float32") -> None:
+        openvino = _import_openvino()
+        core = openvino.Core()
+        if precision not in (known := _precisions(core)):
+            raise BackendError(
+                f"precision {precision!r}: openvino computes in {' or '.join(known)} on this CPU, "
+                f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}; use one of these, or a CPU with AVX-512 BF16 or AMX"
+            )
+        self._name = f"{bundle.path}: stage {stage}"
+        self._spec = bundle.manifest.stages[stage]
+        self._errors = _openvino_errors()
+        self._info = EngineInfo(
+            f"openvino {openvino.__version__.partition('-')[0]}", "CPU", "cpu", bundle.manifest.precision, precision
+        )
+        graph = self._read(bundle.read_stage(stage))
+        if bundle.manifest.config.label_kind == "classes":
+            _let_every_class_occur(graph, bundle.manifest.config.label_channels)
+        check_tensors(self._name, "inputs", self._spec.inputs, _tensors(graph.inputs, self._spec.inputs))
+        check_tensors(self._name, "outputs", self._spec.outputs, _tensors(graph.outputs, self._spec.outputs))
+        self._running = threading.Lock()  # it runs one request at a time anyway, and gives memory back only when idle
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self._compiled: Any = core.compile_model(graph, "CPU", options)
+        except self._errors as error:
+            raise BackendError(
+                f"{self._name}: openvino cannot run the graph: {_message(error)}; use backend onnxruntime"
+            ) from error
+        used = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        if used != _HINTS[precision]:  # what the plugin cannot do it replaces without a word
+            raise BackendError(f"precision {precision!r}: openvino would compute in {used} on this CPU")
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """All outputs by name; see `Engine.run`. A run that fails, say out of memory, raises `BackendError`."""
+        compiled = self._compiled  # held, so that close() in another thread cannot free it under this run
+        if compiled is None:
+            raise BackendError(f"{self._name}: the engine is closed")
+        check_inputs(self._name, self._spec, inputs)
+        try:
+            with self._running:
+                results = compiled.create_infer_request().infer(dict(inputs))
+                compiled.release_memory()  # else each stage keeps what its largest run took: 1 GB of 5 at 512 px
+            return {tensor.name: results[tensor.name] for tensor in self._spec.outputs}
+        except self._errors as error:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
+            raise BackendError(
+                f"{self._name}: failed on {shapes}: {_message(error)}; where memory ran out, lower size or batch"
+            ) from error
+
+    def describe(self) -> EngineInfo:
+        """Backend, provider, device and precision."""
+        return self._info
+
+    def close(self) -> None:
+        """Free the compiled graph; closing twice does no harm."""
+        self._compiled = None
+
+    def _read(self, model: bytes) -> Any:
+        refuse_external_data(model, self._name)
+        try:
+            # this frontend by name, for core.read_model guesses the format from the bytes
+            frontend = importlib.import_module("openvino.frontend").FrontEndManager().load_by_framework("onnx")
+            return frontend.convert(frontend.load(io.BytesIO(model)))
+        except self._errors as error:
+            raise BundleError(f"{self._name}: openvino cannot load the graph: {_message(error)}") from error
+
+
+def cpu_precisions() -> tuple[str, ...]:
+    """What the installed openvino computes in on this CPU; `BackendError` where there is no openvino."""
+    return _precisions(_import_openvino().Core())
+
+
+def _precisions(core: Any) -> tuple[str, ...]:
+    return ("float32", "bfloat16") if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else ("float32",)
+
+
+def _let_every_class_occur(graph: Any, classes: int) -> None:
+    """Put 0, 1, ... `classes` - 1 in place of the list of classes that occur: a NonZero of one flag a class."""
+    every = importlib.import_module("openvino.op").Constant(np.arange(classes, dtype=np.int64)[None])
+    for node in graph.get_ops():
+        if node.get_type_name() == "NonZero" and _shape(node.input_value(0)) == (classes,):
+            node.output(0).replace(every.output(0))
+    graph.validate_nodes_and_infer_types()
+
+
+def _tensors(ports: list[Any], stated: tuple[TensorSpec, ...]) -> list[TensorSpec]:
+    """What the graph's inputs or outputs are; of a tensor's several names the stated one."""
+    found = []
+    for port in ports:
+        names = sorted(port.get_names())
+        name = next((tensor.name for tensor in stated if tensor.name in names), names[0] if names else "")
+        kind = port.get_element_type().to_string()
+        found.append(TensorSpec(name, _TYPES.get(kind, kind), _shape(port)))
+    return found
+
+
+def _shape(port: Any) -> tuple[int | str, ...]:
+    shape = port.get_partial_shape()
+    return tuple(side.get_length() if side.is_static else "?" for side in shape) if shape.rank.is_static else ("?",)
+
+
+def _import_openvino() -> Any:
+    # openvino reports over the network that it was imported, unless it finds no package to do so
+    silenced = "openvino" not in sys.modules and _TELEMETRY not in sys.modules
+    if silenced:
+        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise BackendError(
+            f"backend 'openvino' cannot be imported ({error}); pip install flashcocos[openvino]"
+        ) from error
+    finally:
+        if silenced:
+            del sys.modules[_TELEMETRY]
+
+
+def _openvino_errors() -> tuple[type[Exception], ...]:
+    # its frontends' exceptions share no base class short of Exception
+    members = vars(importlib.import_module("openvino.frontend")).values()
+    failures = (member for member in members if isinstance(member, type) and issubclass(member, Exception))
+    return (*failures, RuntimeError, ValueError, MemoryError)
+
+
+def _message(error: Exception) -> str:
+    return one_line(re.sub(r"Exception from \S+:\s", "", str(error)))

@@ -1,0 +1,102 @@
+"""Engines on device memory: what the GPU pipeline asks of TensorRT and of ONNX Runtime's CUDA provider alike.
+
+Like the engines of engine.py they load in their constructor, `describe` themselves and `close`; instead of running
+numpy arrays they are bound to addresses once a shape, and then enqueue their work on the device's stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from ...bundle import TensorSpec
+from ...bundle.stages import axis_sizes, concrete_shape, stage_tensors
+from ...config import ModelConfig
+from ..engine import EngineInfo
+
+Shape = tuple[int, int, int]  # images a batch, height and width in pixels
+
+
+class Need(NamedTuple):
+    """Bytes of device memory for a shape: what loading the graph would take, and working memory that stages share."""
+
+    weights: int
+    scratch: int
+
+
+class Binding(Protocol):
+    """A stage at one shape with all its tensors' addresses. scratch: bytes of working memory that it needs."""
+
+    scratch: int
+
+    @property
+    def capturable(self) -> bool:
+        """Whether `enqueue` may be recorded now, after a first run."""
+        ...
+
+    def use_scratch(self, address: int, size: int) -> None:
+        """Work in this memory from now on; to be called before the first `enqueue` where `scratch` is not 0."""
+        ...
+
+    def enqueue(self) -> None:
+        """Put one run on the stream; `BackendError` where that fails."""
+        ...
+
+    def close(self) -> None:
+        """Free what belongs to the shape."""
+        ...
+
+
+class DeviceEngine(Protocol):
+    """One stage of a bundle. packed: whether it gives pictures as `packed_tensors` says, instead of float32 planes."""
+
+    packed: bool
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether the stage runs at this shape."""
+        ...
+
+    def refusal(self, height: int, width: int) -> str:
+        """Why it does not run at this size, in words: the shapes that it runs at, and how to get others."""
+        ...
+
+    def need(self, shape: Shape) -> Need:
+        """What `bind` and a run at a shape that it holds will take, as far as can be told before."""
+        ...
+
+    def bind(self, shape: Shape, addresses: Mapping[str, int]) -> Binding:
+        """The stage at `shape`, its inputs and outputs at `addresses`; loads the graph where it is not loaded yet."""
+        ...
+
+    def describe(self) -> EngineInfo:
+        """What runs this stage."""
+        ...
+
+    def close(self) -> None:
+        """Free the graph; its bindings have to be closed before. Twice does no harm."""
+        ...
+
+
+def device_tensors(
+    config: ModelConfig, stage: str, *, packed: bool
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """(inputs, outputs) of a stage on the device: those of the bundle, but for a fine one that packs its pictures."""
+    inputs, outputs = stage_tensors(config)[stage]
+    if stage == "fine" and packed:
+        picture = ("batch", "height", "width", 3)
+        images = tuple(TensorSpec(name, "uint8", picture) for name in ("image", "warped_image"))
+        outputs = (*images, TensorSpec("invalid", "float32", ()))
+    return inputs, outputs
+
+
+def concrete(
+    config: ModelConfig, tensors: Iterable[TensorSpec], shape: Shape
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """name -> (shape, dtype) with every dynamic axis in numbers."""
+    sizes = axis_sizes(config, *shape)
+    return {tensor.name: (concrete_shape(tensor, sizes), tensor.dtype) for tensor in tensors}
+
+
+def axis_names(tensors: Iterable[TensorSpec]) -> dict[str, tuple[str, int]]:
+    """name -> (dtype, number of axes): what must agree whether or not a tensor's sides are fixed."""
+    return {tensor.name: (tensor.dtype, len(tensor.shape)) for tensor in tensors}

@@ -1,0 +1,100 @@
+"""How much device memory a translation takes with TensorRT engines, before a GPU is at hand.
+
+Weights of all stages lie on the device together. The stages run one after another and share their working memory, the
+most that one of them asks for, by TensorRT's own figure at the engine's largest shape. Between the stages lie the
+buffers of labels, features and pictures, and those of the warp; N = H W / 16 positions, so all grow with the picture
+and nothing with its square. The context of the driver, some 300 to 500 MiB, comes on top and is not counted.
+
+Arithmetic alone: no plan has been compared with a measurement, for no GPU was at hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from ...bundle import STAGES
+from ...config import ModelConfig
+from ...errors import BackendError
+from .device import mebibytes
+from .engine import concrete, device_tensors
+from .store import EngineRecord
+from .warp import WarpTensors, total_bytes
+from .workspace import tile_shape, translate_tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of device memory for a batch of pictures of height x width, with an exemplar of the same size.
+
+    weights, working: of each stage. stages, warp: of the buffers between them. exemplar: of one encoded exemplar in the
+    cache; encoding: of the buffers that encoding one takes, which stay allocated.
+    """
+
+    batch: int
+    height: int
+    width: int
+    weights: Mapping[str, int]
+    working: Mapping[str, int]
+    stages: int
+    warp: int
+    exemplar: int
+    encoding: int
+
+    @property
+    def total(self) -> int:
+        """All of it at once."""
+        shared = max(self.working.values())
+        return sum(self.weights.values()) + shared + self.stages + self.warp + self.exemplar + self.encoding
+
+    def __str__(self) -> str:
+        rows = [f"{stage} weights {mebibytes(self.weights[stage])}" for stage in STAGES]
+        rows += [f"working memory {mebibytes(max(self.working.values()))}"]
+        rows += [f"{name} {mebibytes(getattr(self, name))}" for name in ("stages", "warp", "exemplar", "encoding")]
+        return f"{self.height} x {self.width}, batch {self.batch}: {mebibytes(self.total)} ({', '.join(rows)})"
+
+
+def plan_memory(
+    config: ModelConfig,
+    records: Sequence[EngineRecord],
+    height: int,
+    width: int,
+    *,
+    batch: int = 1,
+    tile: int | None = None,
+) -> MemoryPlan:
+    """The plan for `batch` pictures with the engines of `records`, of one variant and precision, static ones first.
+
+    tile: side of the fine stage's tiles, None for whole pictures.
+    Raises `BackendError` where a stage has no engine for the shape.
+    """
+    chosen: dict[str, EngineRecord] = {}
+    for stage in STAGES:
+        shape = (1 if stage == "exemplar" else batch, height, width)  # an exemplar is encoded alone
+        if stage == "fine":
+            shape = tile_shape(shape, tile)
+        held = [record for record in records if record.key.stage == stage and record.key.profile.holds(*shape)]
+        if not held:
+            there = "; ".join(str(record.key.profile) for record in records if record.key.stage == stage) or "none"
+            tiled = "" if tile is None else f" --tile {tile}"
+            raise BackendError(
+                f"no engine of {stage} for {shape[1]} x {shape[2]}, batch {shape[0]}, only {there}; "
+                f"flashcocos build BUNDLE --size {height}x{width} --batch {batch}{tiled}"
+            )
+        chosen[stage] = held[0]
+    warp = WarpTensors.of(config, chosen["query"].key.precision)
+    shape, map_ = (batch, height, width), (height // config.down_scale, width // config.down_scale)
+    fine = device_tensors(config, "fine", packed=True)
+    stages, keys, results, parts = translate_tensors(config, warp, fine, shape, map_, tile)
+    encoding = [concrete(config, side, (1, height, width)) for side in device_tensors(config, "exemplar", packed=True)]
+    return MemoryPlan(
+        batch,
+        height,
+        width,
+        {stage: record.weight_bytes for stage, record in chosen.items()},
+        {stage: record.activation_bytes for stage, record in chosen.items()},
+        total_bytes([stages, parts]),
+        total_bytes([keys, results]),
+        total_bytes([warp.keys(1, *map_)]),
+        total_bytes(encoding),
+    )

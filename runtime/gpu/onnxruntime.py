@@ -1,0 +1,108 @@
+"""ONNX Runtime's CUDA provider on device buffers, for the GPU pipeline of users without TensorRT.
+
+Inputs and outputs are bound to addresses (IOBinding) and the session works on the pipeline's stream, so that between
+the stages nothing leaves the GPU. Graphs with loops cannot be recorded, pictures come as float32 planes that the host
+packs, and the session's own memory is not known before it runs.
+
+Written against the documented API and tested on the CPU provider: it has run on no GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...bundle import STAGES, Bundle
+from ...errors import BackendError
+from ..engine import EngineInfo, one_line, onnxruntime_errors, open_session
+from .device import Device
+from .engine import Need, Shape, concrete, device_tensors
+
+TF32_FROM = 80  # compute capability whose tensor cores multiply float32 with 10 bits of mantissa, the provider's choice
+
+
+class OnnxCudaEngine:
+    """A stage of `bundle` in a session on `device`; any shape.
+
+    exact: float32 products, where the provider would choose tf32. Raises as `engine.open_session`.
+    """
+
+    packed = False
+
+    def __init__(self, bundle: Bundle, stage: str, device: Device, *, exact: bool = False) -> None:
+        options = {
+            "device_id": str(device.ordinal),
+            "user_compute_stream": str(device.stream),
+            "arena_extend_strategy": "kSameAsRequested",  # the default doubles, and would not share the GPU
+        }
+        if exact:
+            options["use_tf32"] = "0"
+        session, info = open_session(bundle, stage, device=device.kind, options=options)
+        rounded = not exact and device.capability >= TF32_FROM
+        self._info = dataclasses.replace(info, arithmetic="tf32") if rounded else info
+        self._session: Any = session
+        self._device, self._name = device, f"{bundle.path}: stage {stage}"
+        self._config = bundle.manifest.config
+        self._tensors = device_tensors(self._config, stage, packed=False)
+
+    def holds(self, shape: Shape) -> bool:
+        """Always: the graphs are dynamic."""
+        return True
+
+    def refusal(self, height: int, width: int) -> str:
+        """There is none."""
+        return f"{self._name} runs at every size"
+
+    def need(self, shape: Shape) -> Need:
+        """Nothing that is known."""
+        return Need(0, 0)
+
+    def bind(self, shape: Shape, addresses: Mapping[str, int]) -> OnnxCudaBinding:
+        """The session with its inputs and outputs at `addresses`."""
+        binding = self._session.io_binding()
+        for bind, tensors in zip((binding.bind_input, binding.bind_output), self._tensors, strict=True):
+            for name, (sides, dtype) in concrete(self._config, tensors, shape).items():
+                bind(name, self._device.kind, self._device.ordinal, np.dtype(dtype).type, list(sides), addresses[name])
+        return OnnxCudaBinding(self._session, binding, f"{self._name} at {shape}")
+
+    def describe(self) -> EngineInfo:
+        """Backend, provider, device, precision and arithmetic."""
+        return self._info
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+
+class OnnxCudaBinding:
+    """A session with bound tensors; see `Binding`."""
+
+    scratch = 0
+    capturable = False
+
+    def __init__(self, session: Any, binding: Any, name: str) -> None:
+        self._session, self._binding, self._name = session, binding, name
+
+    def use_scratch(self, address: int, size: int) -> None:
+        """The session has memory of its own."""
+
+    def enqueue(self) -> None:
+        """Run; the session's kernels follow on the stream what is there."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except onnxruntime_errors() as error:
+            raise BackendError(
+                f"{self._name}: failed: {one_line(error)}; where memory ran out, lower size or batch"
+            ) from error
+
+    def close(self) -> None:
+        """Free the binding."""
+        self._session = self._binding = None
+
+
+def open_onnx_cuda(bundle: Bundle, device: Device, *, exact: bool = False) -> dict[str, OnnxCudaEngine]:
+    """An engine for every stage, by name."""
+    return {stage: OnnxCudaEngine(bundle, stage, device, exact=exact) for stage in STAGES}

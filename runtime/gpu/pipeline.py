@@ -1,0 +1,386 @@
+"""The stages of a translation on a GPU: only labels go in and pictures, matches and confidence come out.
+
+Everything runs in order on one stream, under one lock. Each shape has a plan (device_plan.py), and encoded exemplars
+stay on the device up to a budget, the least recently used making room; what was evicted is uploaded again. Whether a
+request fits is checked before anything of it is launched, by what the engines state and the plan adds up.
+
+Tested with a device made of numpy arrays, where its pictures equal the CPU's; it has run on no GPU.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ...bundle import STAGES, Bundle
+from ...config import SIZE_MULTIPLE
+from ...errors import BackendError, InputError
+from ...preprocess.images import FloatArray, UInt8Array, to_uint8
+from ..engine import ARITHMETIC, EngineInfo
+from ..pipeline import Exemplar, Rendering, require_finite
+from .cubins import FOLDER, BundleKernels, KernelFolder, find_kernels
+from .device import Buffer, Device, mebibytes
+from .engine import DeviceEngine, Shape, device_tensors
+from .store import PRECISIONS, VARIANTS, default_folder
+from .warp import DeviceWarp, total_bytes
+from .workspace import EncodePlan, KeyPlan, Plan, TranslatePlan, UploadPlan, tile_shape, translate_tensors
+
+MAX_PLANS = 16  # shapes whose buffers are kept
+MAX_BATCH = 256
+_TRANSLATE = ("query", "coarse", "fine")
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+class DevicePipeline:
+    """The stages of `bundle` on `device`, which it owns and closes; so it does the engines.
+
+    budget: bytes of device memory for encoded exemplars. tile: side of the fine stage's tiles, None for whole pictures.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Device,
+        engines: Mapping[str, DeviceEngine],
+        warp: DeviceWarp,
+        budget: int,
+        tile: int | None = None,
+    ) -> None:
+        self._name, self._config = bundle.path, bundle.manifest.config
+        self._device, self._engines, self._warp, self._budget = device, engines, warp, budget
+        self._tile, self._packed = tile, engines["fine"].packed
+        self._lock = threading.RLock()
+        self._closed = False
+        self._plans: collections.OrderedDict[tuple[Any, ...], Plan] = collections.OrderedDict()
+        self._exemplars: collections.OrderedDict[weakref.ref[Exemplar], KeyPlan] = collections.OrderedDict()
+        self._forgotten: collections.deque[weakref.ref[Exemplar]] = collections.deque()
+        self._scratch: Buffer | None = None
+        self._busy: Plan | None = None  # not to be evicted
+
+    def encode(self, inputs: Mapping[str, npt.NDArray[Any]]) -> tuple[FloatArray, FloatArray]:
+        """See `Pipeline.encode`."""
+        height, width = inputs["image"].shape[2:]
+        with self._running():
+            shape = (self._batch(("exemplar",), 1, height, width), height, width)
+            tensors = EncodePlan.tensors(self._engines, self._config, shape)
+            plan = self._plan(
+                ("encode", shape),
+                lambda: EncodePlan(self._device, self._engines, self._config, shape),
+                total_bytes(tensors) + self._stages_need(("exemplar",), shape),
+                shape,
+            )
+            plan.run(inputs)
+            outputs = {name: plan.staged[name][:1].copy() for name in ("phi", "values")}
+        for name, array in outputs.items():
+            self._require_finite("exemplar", name, np.isfinite(array).all())
+        return outputs["phi"], outputs["values"]
+
+    def render(self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar]) -> list[Rendering]:
+        """See `Pipeline.render`. Items whose exemplars have one size run together, as many as the engines hold."""
+        height, width = label.shape[-2:]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for index, exemplar in enumerate(exemplars):
+            key_height, key_width = exemplar.phi.shape[2:]
+            alike.setdefault((key_height, key_width), []).append(index)
+        results: dict[int, Rendering] = {}
+        with self._running():
+            for key_map, indices in alike.items():
+                while indices:
+                    batch = self._batch(_TRANSLATE, len(indices), height, width)
+                    part, indices = indices[:batch], indices[batch:]
+                    rendered = self._render(label[part], [exemplars[i] for i in part], (batch, height, width), key_map)
+                    results.update(zip(part, rendered, strict=True))
+        return [results[index] for index in range(len(label))]
+
+    def describe(self) -> dict[str, EngineInfo]:
+        """See `Pipeline.describe`."""
+        stages = {stage: self._engines[stage].describe() for stage in STAGES}
+        kernels = self._warp.kernels
+        warp = EngineInfo(f"cubins for {kernels.architectures}", "flashcocos", "cuda", kernels.dtype, kernels.dtype)
+        return {**stages, "warp": warp}
+
+    def close(self) -> None:
+        """See `Pipeline.close`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._device.close)
+                stack.enter_context(self._device.active())
+                for engine in self._engines.values():
+                    stack.callback(engine.close)
+                for owner in (*self._exemplars.values(), *self._plans.values()):
+                    stack.callback(owner.free)
+                if self._scratch is not None:
+                    stack.callback(self._scratch.free)
+                self._plans.clear()
+                self._exemplars.clear()
+                self._settle()
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                raise BackendError(f"{self._name}: the translator is closed")
+            with self._device.active():
+                self._drop_forgotten()
+                try:
+                    yield
+                except BaseException:
+                    self._settle()
+                    raise
+                finally:
+                    self._busy = None
+
+    def _render(
+        self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar], shape: Shape, key_map: tuple[int, int]
+    ) -> list[Rendering]:
+        """As `render` for at most a batch, filled up with the last item."""
+        plan = self._busy = self._translate_plan(shape, key_map)
+        last = len(label) - 1
+        for slot in range(shape[0]):
+            plan.load(slot, self._keys(exemplars[min(slot, last)]))
+            plan.staged["label"][slot] = label[min(slot, last)]
+        timings = {name: value / len(label) for name, value in plan.run().items()}
+        staged = plan.staged
+        if "invalid" in staged:
+            self._require_finite("fine", "image", not staged["invalid"].any())
+        query_map = shape[1] // self._config.down_scale, shape[2] // self._config.down_scale
+        return [
+            Rendering(
+                self._picture("image", staged["image"][item]),
+                self._picture("warped_image", staged["warped_image"][item]),
+                staged["index"][item].reshape(query_map).astype(np.int64),
+                staged["probability"][item].reshape(query_map).astype(np.float32),
+                timings,
+            )
+            for item in range(len(label))
+        ]
+
+    def _picture(self, name: str, staged: npt.NDArray[Any]) -> UInt8Array:
+        if staged.dtype == np.uint8:
+            return staged.copy()
+        self._require_finite("fine", name, np.isfinite(staged).all())
+        return to_uint8(staged)
+
+    def _require_finite(self, stage: str, what: str, finite: Any) -> None:
+        remedy = "build it again" if self._packed else "export it again"
+        require_finite(f"{self._name}: stage {stage} gave", what, finite, remedy)
+
+    def _batch(self, stages: Sequence[str], wanted: int, height: int, width: int) -> int:
+        """How many items run together: `wanted` or the next fewer that all stages hold, else the next more."""
+
+        def held(batches: Iterable[int], stages: Sequence[str] = stages) -> int | None:
+            shapes = ((batch, height, width) for batch in batches)
+            return next((one[0] for one in shapes if self._hold(stages, one)), None)
+
+        if batch := held(range(wanted, 0, -1)) or held(range(wanted + 1, MAX_BATCH + 1)):
+            return batch
+        lacking = [stage for stage in stages if held(range(1, MAX_BATCH + 1), [stage]) is None] or stages
+        reasons = "; ".join(
+            self._engines[stage].refusal(*self._shape(stage, (wanted, height, width))[1:]) for stage in lacking
+        )
+        raise InputError(f"{height} x {width} pixels (height x width), batch {wanted}: {reasons}")
+
+    def _translate_plan(self, shape: Shape, key_map: tuple[int, int]) -> TranslatePlan:
+        return self._plan(
+            ("translate", shape, key_map),
+            lambda: TranslatePlan(self._device, self._engines, self._warp, self._config, shape, key_map, self._tile),
+            self._need(shape, key_map),
+            shape,
+            key_map,
+        )
+
+    def _need(self, shape: Shape, key_map: tuple[int, int]) -> int:
+        """Bytes that a new plan takes, with all that its stages still have to load."""
+        fine = device_tensors(self._config, "fine", packed=self._packed)
+        tensors = translate_tensors(self._config, self._warp.tensors, fine, shape, key_map, self._tile)
+        return total_bytes(tensors) + self._stages_need(_TRANSLATE, shape)
+
+    def _stages_need(self, stages: Sequence[str], shape: Shape) -> int:
+        needs = [self._engines[stage].need(self._shape(stage, shape)) for stage in stages]
+        held = 0 if self._scratch is None else self._scratch.bytes
+        return sum(need.weights for need in needs) + max(max(need.scratch for need in needs) - held, 0)
+
+    def _plan(
+        self,
+        key: tuple[Any, ...],
+        make: Callable[[], AnyPlan],
+        need: int,
+        shape: Shape | None = None,
+        key_map: tuple[int, int] | None = None,
+    ) -> AnyPlan:
+        """The plan `key`, made where it is not there; then `need` bytes must be free. The rest is for messages."""
+        plan = self._plans.get(key)
+        if plan is None:
+            self._reserve(need, shape, key_map)
+            plan = self._plans[key] = make()
+            while len(self._plans) > MAX_PLANS:
+                self._evict()
+        self._plans.move_to_end(key)
+        if plan.scratch:
+            plan.use_scratch(self._working_memory(plan.scratch))
+        return plan  # type: ignore[return-value]  # a key's first part tells the kind of plan
+
+    def _working_memory(self, size: int) -> Buffer:
+        if self._scratch is None or self._scratch.bytes < size:
+            self._device.synchronize()
+            if self._scratch is not None:
+                self._scratch.free()
+                self._scratch = None  # where the next line fails, nothing of it may be left
+            self._scratch = self._device.allocate(size)
+        return self._scratch
+
+    def _keys(self, exemplar: Exemplar) -> KeyPlan:
+        """The exemplar's state on the device, uploaded where it is not there."""
+        found = self._exemplars.get(weakref.ref(exemplar))
+        if found is not None:
+            self._exemplars.move_to_end(weakref.ref(exemplar))
+            return found
+        height, width = exemplar.phi.shape[2:]
+        size = total_bytes([self._warp.tensors.keys(1, height, width)])
+        if size > self._budget:
+            raise InputError(
+                f"exemplar of {exemplar.size[0]} x {exemplar.size[1]} pixels takes {mebibytes(size)} on the GPU, more "
+                f"than exemplar_cache_mib, {mebibytes(self._budget)}; raise it"
+            )
+        while sum(keys.bytes for keys in self._exemplars.values()) + size > self._budget:
+            self._evict_exemplar()
+        tensors = UploadPlan.tensors(self._config, (height, width))
+        upload = self._plan(
+            ("upload", height, width),
+            lambda: UploadPlan(self._device, self._warp, self._config, (height, width)),
+            total_bytes([tensors]),
+        )
+        self._reserve(size, None)
+        keys = KeyPlan(self._device, self._warp, (height, width))
+        try:
+            upload.run(exemplar.phi, exemplar.values, keys)
+        except BaseException:
+            self._settle()
+            keys.free()
+            raise
+        self._exemplars[weakref.ref(exemplar, self._forgotten.append)] = keys
+        return keys
+
+    def _reserve(self, need: int, shape: Shape | None, key_map: tuple[int, int] | None = None) -> None:
+        """Let `need` bytes be free, by evicting if it must be; `BackendError` where even that is not enough."""
+        free, total = self._device.memory()
+        while need > free:
+            if not self._evict():
+                what = "an exemplar" if shape is None else f"batch {shape[0]} of {shape[1]} x {shape[2]} pixels"
+                advice = (
+                    self._largest(free, shape, key_map) if shape and key_map else "lower size or exemplar_cache_mib"
+                )
+                if self._tile is None:
+                    advice += ", or tile= makes pictures in parts"
+                raise BackendError(
+                    f"{what} needs {mebibytes(need)} more device memory; {mebibytes(free)} of {mebibytes(total)} are "
+                    f"free on {self._device.name}; {advice}, or close what else uses the GPU"
+                )
+            free, _ = self._device.memory()
+
+    def _largest(self, free: int, shape: Shape, key_map: tuple[int, int]) -> str:
+        """The largest square and batch that `free` bytes are enough for, in words."""
+        for side in range(max(shape[1:]), SIZE_MULTIPLE, -SIZE_MULTIPLE):
+            for batch in range(shape[0], 0, -1):
+                one = (batch, side, side)
+                if self._hold(_TRANSLATE, one) and self._need(one, key_map) <= free:
+                    return f"the largest square that fits is {side} x {side}, batch {batch}"
+        return "no size fits: lower exemplar_cache_mib"
+
+    def _hold(self, stages: Sequence[str], shape: Shape) -> bool:
+        return all(self._engines[stage].holds(self._shape(stage, shape)) for stage in stages)
+
+    def _shape(self, stage: str, shape: Shape) -> Shape:
+        """The shape that a stage runs at for pictures of `shape`."""
+        return tile_shape(shape, self._tile) if stage == "fine" else shape
+
+    def _evict(self) -> bool:
+        """Free the plan that was not used for longest, or else such an exemplar; False where there is none."""
+        key = next((key for key, plan in self._plans.items() if plan is not self._busy), None)
+        if key is None:
+            return bool(self._exemplars) and self._evict_exemplar()
+        self._device.synchronize()
+        self._plans.pop(key).free()
+        return True
+
+    def _evict_exemplar(self) -> bool:
+        self._device.synchronize()
+        self._exemplars.popitem(last=False)[1].free()
+        return True
+
+    def _drop_forgotten(self) -> None:
+        """Free what belongs to exemplars that nobody holds any more."""
+        while self._forgotten:
+            if keys := self._exemplars.pop(self._forgotten.popleft(), None):
+                keys.free()
+
+    def _settle(self) -> None:
+        """Wait for what an error has left on the stream: after one of the GPU itself, waiting raises it once more."""
+        with contextlib.suppress(BackendError):
+            self._device.synchronize()
+
+
+def open_device() -> Device:
+    """The GPU; raises `BackendError` as `PycudaDevice`."""
+    from .pycuda import PycudaDevice
+
+    return PycudaDevice()
+
+
+def open_device_pipeline(
+    bundle: Bundle,
+    *,
+    backend: str,
+    precision: str | None,
+    engines: str | os.PathLike[str] | None,
+    budget: int,
+    tile: int | None,
+) -> DevicePipeline:
+    """The pipeline over TensorRT or ONNX Runtime's CUDA provider.
+
+    precision: of TensorRT's engines, None for the fastest there are; with ONNX Runtime None, or "float32" for exact
+    products. engines: the folder of `flashcocos build`, None for its default. budget: bytes for exemplars.
+    tile: as `DevicePipeline`.
+    Raises `BackendError` where the GPU, pycuda, the backend, an engine or the compiled kernels are missing, and
+    `InputError` for a precision that the backend has not.
+    """
+    tensorrt = backend in VARIANTS
+    known = PRECISIONS if tensorrt else ARITHMETIC[:1]
+    if precision is not None and precision not in known:
+        raise InputError(f"precision {precision!r}: backend {backend!r} on a GPU has {', '.join(known)}")
+    folder = default_folder(bundle.path) if engines is None else Path(engines)
+    device = open_device()
+    try:
+        with device.active():
+            config, sources = bundle.manifest.config, (KernelFolder(folder / FOLDER), BundleKernels(bundle))
+            dtypes = ("float32", "float16") if precision == "float32" else ("float16", "float32")
+            target = f"--target sm_{device.capability}"
+            remedy = f"flashcocos build {bundle.path} {target}, or flashcocos export --aot, makes them"
+            if not tensorrt:
+                remedy += '; or choose warp="numba", on the CPU'
+            warp = DeviceWarp(device, find_kernels(sources, config, device.capability, dtypes, remedy), config)
+            opened: Mapping[str, DeviceEngine]
+            if tensorrt:
+                from .tensorrt import open_tensorrt
+
+                opened = open_tensorrt(bundle, device, variant=backend, folder=folder, precision=precision)
+            else:
+                from .onnxruntime import open_onnx_cuda
+
+                opened = open_onnx_cuda(bundle, device, exact=precision == "float32")
+            return DevicePipeline(bundle, device, opened, warp, budget, tile)
+    except BaseException:
+        device.close()
+        raise

@@ -1,0 +1,261 @@
+"""Where TensorRT engines lie and which of them is served: never one that was built for something else.
+
+`flashcocos build` writes, `Translator(backend="tensorrt")` reads. An engine runs on what it was built for alone, so
+its key holds all of that: the graph's SHA-256, the variant of TensorRT and its version, the architectures, the
+precision, the range of shapes, and the revision of the rewriting that `export/` does before TensorRT sees a graph.
+An engine is two files named by its key, `STAGE-KEY.engine` and `STAGE-KEY.json`; the second is written last, so half
+of an engine is none. Engines are code for the machine that built them and are no part of a bundle: deserializing one
+from a stranger would run it.
+
+Inputs and outputs of an engine are those of the bundle's stage (`bundle.py`), but for the synthesis, which gives
+
+    image, warped_image   (batch, height, width, 3) uint8, rounded as `preprocess.images.to_uint8` does
+    invalid               () float32, 1 where the network gave NaN, else 0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...bundle import STAGES, Bundle, TensorSpec
+from ...config import SIZE_MULTIPLE
+from ...errors import BackendError, InputError
+from ...files import atomic_path
+from ..tiles import tile_side
+
+VARIANTS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}  # variant -> extra that installs it
+PRECISIONS = ("float32", "float16")  # from the slowest to the fastest
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+GRAPH_REVISION = 1  # of export/tensorrt_graphs.py: another gives other engines of the same bundle
+MAX_ENGINE_BYTES = 16 << 30
+_MAX_DESCRIPTION_BYTES = 1 << 20
+
+Range = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """The shapes that an engine takes, each axis as (least, optimal, most): images a batch, and pixels."""
+
+    batch: Range
+    height: Range
+    width: Range
+
+    def holds(self, batch: int, height: int, width: int) -> bool:
+        """Whether the engine runs this shape."""
+        axes = ((self.batch, batch), (self.height, height), (self.width, width))
+        return all(least <= side <= most for (least, _, most), side in axes)
+
+    def tiled(self, tile: int | None) -> Profile:
+        """What the fine stage needs for pictures of this profile in tiles of side `tile`."""
+
+        def cut(axis: Range) -> Range:
+            sides = [tile_side(side, tile) for side in range(axis[0], axis[2] + 1, SIZE_MULTIPLE)]
+            return min(sides), tile_side(axis[1], tile), max(sides)
+
+        return Profile(self.batch, cut(self.height), cut(self.width))
+
+    @property
+    def static(self) -> bool:
+        """Whether it is for one shape alone."""
+        return all(axis[0] == axis[2] for axis in (self.batch, self.height, self.width))
+
+    def __str__(self) -> str:
+        def axis(sides: Range) -> str:
+            return str(sides[0]) if sides[0] == sides[2] else ":".join(map(str, sides))
+
+        return f"{axis(self.height)} x {axis(self.width)}, batch {axis(self.batch)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineKey:
+    """All that decides an engine's bytes. architectures: compute capabilities, 89 for 8.9; sorted."""
+
+    stage: str
+    graph_sha256: str
+    variant: str
+    version: str
+    architectures: tuple[int, ...]
+    precision: str
+    profile: Profile
+    revision: int = GRAPH_REVISION
+
+    @property
+    def stem(self) -> str:
+        """The name of the engine's files, without their suffix."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineRecord:
+    """What the store knows of one engine.
+
+    inputs, outputs: tensors with named dynamic axes. weight_bytes, activation_bytes: of device memory, by TensorRT's
+    own figures at the profile's largest shape; activation_bytes includes scratch. sha256, bytes: of the engine's file.
+    int8_convolutions: how many TensorRT was given in int8; the rest is of the key's precision.
+    """
+
+    key: EngineKey
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weight_bytes: int
+    activation_bytes: int
+    bytes: int
+    sha256: str
+    int8_convolutions: int = 0
+
+    @property
+    def arithmetic(self) -> str:
+        """What the engine computes in, for people."""
+        return f"int8 and {self.key.precision}" if self.int8_convolutions else self.key.precision
+
+
+def import_variant(variant: str) -> Any:
+    """The module of `variant`; `InputError` for an unknown name, `BackendError` where it is not installed."""
+    if variant not in VARIANTS:
+        raise InputError(f"variant {variant!r} is unknown; expected one of {', '.join(VARIANTS)}")
+    try:
+        return importlib.import_module(_MODULES[variant])
+    except (ImportError, OSError) as error:  # OSError where one of its libraries does not load
+        raise BackendError(
+            f"{variant} cannot be imported ({error}); pip install flashcocos[{VARIANTS[variant]}]"
+        ) from error
+
+
+def default_folder(bundle: str | os.PathLike[str]) -> Path:
+    """Where the engines of the bundle at `bundle` lie unless another place is named: beside it, NAME.engines."""
+    path = Path(bundle)
+    return path.with_name((path.stem if path.suffix == ".zip" else path.name) + ".engines")
+
+
+def write_engine(folder: str | os.PathLike[str], record: EngineRecord, engine: bytes) -> EngineRecord:
+    """Store `engine` under its key; returns `record` with `bytes` and `sha256` filled in."""
+    path = Path(folder) / f"{record.key.stem}.engine"
+    record = dataclasses.replace(record, bytes=len(engine), sha256=hashlib.sha256(engine).hexdigest())
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(engine)
+    with atomic_path(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def read_engine(folder: str | os.PathLike[str], record: EngineRecord) -> bytes:
+    """The engine of `record`; `BackendError` where its file is missing, cut short or changed."""
+    path = Path(folder) / f"{record.key.stem}.engine"
+    try:
+        with path.open("rb") as file:
+            engine = file.read(record.bytes + 1)
+    except OSError as error:
+        raise BackendError(f"{path} cannot be read: {error.strerror}; run flashcocos build again") from error
+    if len(engine) != record.bytes or hashlib.sha256(engine).hexdigest() != record.sha256:
+        raise BackendError(f"{path} is damaged or cut short; remove it and run flashcocos build again")
+    return engine
+
+
+def list_engines(folder: str | os.PathLike[str]) -> list[EngineRecord]:
+    """The engines in `folder`, by name; none without the folder. `BackendError` for a damaged description."""
+    return [
+        _read_record(path) for path in sorted(Path(folder).glob("*-*.json")) if path.with_suffix(".engine").exists()
+    ]
+
+
+def find_engines(
+    bundle: Bundle,
+    folder: str | os.PathLike[str],
+    *,
+    variant: str,
+    version: str,
+    architecture: int,
+    precision: str | None = None,
+) -> list[EngineRecord]:
+    """The engines in `folder` that may run `bundle` here, at least one for each stage; static ones first.
+
+    precision: None for the fastest there is. Raises `BackendError` that names the first thing
+    that does not fit, what there is instead, and how to build what is asked for.
+    """
+    manifest = bundle.manifest
+    graphs = {stage: manifest.files[manifest.stages[stage].file].sha256 for stage in STAGES}
+    build = f"flashcocos build {bundle.path} --variant {variant} --target sm_{architecture}"
+    found = list_engines(folder)
+    if not found:
+        raise BackendError(f"no TensorRT engines in {folder}; {build}")
+    steps: list[tuple[str, Any, Any]] = [
+        ("of this bundle (it was changed since they were built)", lambda key: key.graph_sha256, graphs.values()),
+        ("of these graphs by this flashcocos", lambda key: key.revision, (GRAPH_REVISION,)),
+        (f"of variant {variant}", lambda key: key.variant, (variant,)),
+        (f"of {variant} {version}, which is installed,", lambda key: key.version, (version,)),
+        (f"for architecture sm_{architecture}", lambda key: key.architectures, _Holds(architecture)),
+    ]
+    if precision is not None:
+        steps.append((f"of precision {precision}", lambda key: key.precision, (precision,)))
+        build += f" --precision {precision}"
+    for what, value, allowed in steps:
+        fitting = [record for record in found if value(record.key) in allowed]
+        if not fitting:
+            there = ", ".join(sorted({_shown(value(record.key)) for record in found}))
+            raise BackendError(f"no TensorRT engine {what} in {folder}, only {there}; {build}")
+        found = fitting
+    for chosen in reversed(PRECISIONS):
+        complete = [record for record in found if record.key.precision == chosen]
+        if {record.key.stage for record in complete} == set(STAGES):
+            return sorted(complete, key=lambda record: (not record.key.profile.static, record.key.stem))
+    there = ", ".join(sorted(f"{record.key.stage} in {record.key.precision}" for record in found))
+    raise BackendError(f"no TensorRT engines of all stages in one precision in {folder}, only {there}; {build}")
+
+
+class _Holds:
+    """The lists of architectures that hold one of them."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def __contains__(self, architectures: Sequence[int]) -> bool:
+        return self.architecture in architectures
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " + ".join(f"sm_{architecture}" for architecture in value)
+    return value[:12] if isinstance(value, str) else str(value)
+
+
+def _read_record(path: Path) -> EngineRecord:
+    try:
+        if path.stat().st_size > _MAX_DESCRIPTION_BYTES:
+            raise ValueError("it is too large")
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        key = fields["key"]
+        axes = {axis: (int(sides[0]), int(sides[1]), int(sides[2])) for axis, sides in key.pop("profile").items()}
+        profile = Profile(**axes)
+        key = EngineKey(**{**key, "architectures": tuple(key["architectures"]), "profile": profile})
+        tensors = {
+            side: tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in fields.pop(side))
+            for side in ("inputs", "outputs")
+        }
+        record = EngineRecord(**{**fields, **tensors, "key": key})
+        if key.stage not in STAGES or key.precision not in PRECISIONS or not 0 <= record.bytes <= MAX_ENGINE_BYTES:
+            raise ValueError("a field has a value that none may have")
+        if key.stem != path.stem:
+            raise ValueError("it does not belong to the engine of this name")
+        return record
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise BackendError(
+            f"{path} cannot be used: {error}; remove it with its .engine, and run flashcocos build again"
+        ) from error
+
+
+def parse_target(text: str) -> int:
+    """ "sm_89", "sm89", "89" or "8.9" as 89; raises `InputError`."""
+    match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text.strip().lower())
+    if not match:
+        raise InputError(f"target {text!r}: expected a compute capability as sm_89")
+    return int(match[1]) * 10 + int(match[2])

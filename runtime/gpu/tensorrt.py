@@ -1,0 +1,278 @@
+"""TensorRT engines that `flashcocos build` wrote: found, checked, deserialized, and run on device buffers.
+
+Both variants, the packages tensorrt and tensorrt_rtx, have one Python API for this. Working memory is handed to
+TensorRT, since the stages run one after another and can share it. A stage may have several engines; the one whose
+profile holds a shape runs it, static ones first, and is deserialized when it is first needed.
+
+Written against the documented API and tested with a stand-in for TensorRT's runtime: no engine has run on a GPU.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ...bundle import STAGES, Bundle, TensorSpec
+from ...errors import BackendError
+from ..engine import EngineInfo, one_line
+from .device import Device, mebibytes
+from .engine import Need, Shape, axis_names, concrete, device_tensors
+from .store import EngineRecord, find_engines, import_variant, read_engine
+
+
+class TensorRt:
+    """The installed package of a variant, its runtime and what it last complained of.
+
+    Raises `BackendError` where the package is missing or does not start.
+    """
+
+    def __init__(self, variant: str) -> None:
+        self.module: Any = import_variant(variant)
+        self.variant, self.version = variant, str(self.module.__version__)
+        self._messages: collections.deque[str] = collections.deque(maxlen=3)
+        self._logger = _logger(self.module, self._messages)
+        try:
+            self.runtime: Any = self.module.Runtime(self._logger)
+        except (RuntimeError, TypeError) as error:  # TypeError where its factory gives nothing
+            raise BackendError(f"{variant} {self.version} does not start: {self.complaint(error)}") from error
+
+    def complaint(self, otherwise: object = "it gives no reason") -> str:
+        """What TensorRT logged as errors since the last call, in one line, or `otherwise`."""
+        messages = "; ".join(self._messages)
+        self._messages.clear()
+        return one_line(messages or otherwise)
+
+
+class TensorRtEngine:
+    """A stage of `bundle`, run by the engines of `records` that are for this stage.
+
+    folder: where the engines lie. Raises `BackendError` for a record of other tensors than the stage has.
+    """
+
+    packed = True
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        stage: str,
+        device: Device,
+        tensorrt: TensorRt,
+        folder: str | os.PathLike[str],
+        records: Iterable[EngineRecord],
+    ) -> None:
+        self._name, self._stage, self._device, self._tensorrt, self._folder = (
+            bundle.path,
+            stage,
+            device,
+            tensorrt,
+            folder,
+        )
+        self._config, self._stored = bundle.manifest.config, bundle.manifest.precision
+        self._tensors = device_tensors(self._config, stage, packed=True)
+        self._records = [record for record in records if record.key.stage == stage]
+        for record in self._records:
+            stated = axis_names(record.inputs), axis_names(record.outputs)
+            if stated != (axis_names(self._tensors[0]), axis_names(self._tensors[1])):
+                raise BackendError(
+                    f"{folder}: engine {record.key.stem} has other tensors than stage {stage}: {stated}; "
+                    "remove it and run flashcocos build again"
+                )
+        self._engines: dict[str, Any] = {}
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether an engine's profile holds this shape."""
+        return any(record.key.profile.holds(*shape) for record in self._records)
+
+    def refusal(self, height: int, width: int) -> str:
+        """The profiles, the largest first, and how to build for this size."""
+
+        def pixels(record: EngineRecord) -> int:
+            return record.key.profile.height[2] * record.key.profile.width[2]
+
+        profiles = dict.fromkeys(str(one.key.profile) for one in sorted(self._records, key=pixels, reverse=True))
+        return (
+            f"the engines of stage {self._stage} hold {'; '.join(profiles)} (the largest first); "
+            f"flashcocos build {self._name} --size {height}x{width} makes others"
+        )
+
+    def need(self, shape: Shape) -> Need:
+        """Weights of the engine unless it is loaded, and its working memory: the builder's figures."""
+        record = self._record(shape)
+        engine = self._engines.get(record.key.stem)
+        if engine is None:
+            return Need(record.weight_bytes, record.activation_bytes)
+        return Need(0, engine.device_memory_size_v2)
+
+    def bind(self, shape: Shape, addresses: Mapping[str, int]) -> TensorRtBinding:
+        """An execution context for `shape`."""
+        record = self._record(shape)
+        engine = self._engines.get(record.key.stem)
+        if engine is None:
+            engine = self._engines[record.key.stem] = self._load(record)
+        inputs, outputs = (concrete(self._config, tensors, shape) for tensors in self._tensors)
+        name = f"{self._folder}: engine {record.key.stem}"
+        static = record.key.profile.static
+        return TensorRtBinding(self._tensorrt, engine, self._device, name, inputs, outputs, addresses, static)
+
+    def load(self) -> None:
+        """Load the engine for one picture of the model's own size, or else the first, so that it can fail early."""
+        side = self._config.image_size
+        record = self._record((1, side, side)) if self.holds((1, side, side)) else self._records[0]
+        self._engines[record.key.stem] = self._load(record)
+
+    def describe(self) -> EngineInfo:
+        """Variant with version, device, precision of the bundle's weights, and the engines' arithmetic."""
+        backend, arithmetic = f"{self._tensorrt.variant} {self._tensorrt.version}", self._records[0].arithmetic
+        return EngineInfo(backend, "TensorRT", "cuda", self._stored, arithmetic)
+
+    def close(self) -> None:
+        """Free the engines."""
+        self._engines.clear()
+
+    def _record(self, shape: Shape) -> EngineRecord:
+        return next(record for record in self._records if record.key.profile.holds(*shape))
+
+    def _load(self, record: EngineRecord) -> Any:
+        free, _ = self._device.memory()
+        if record.weight_bytes > free:
+            raise BackendError(
+                f"{self._folder}: the weights of engine {record.key.stem} take {mebibytes(record.weight_bytes)}, "
+                f"{mebibytes(free)} are free on {self._device.name}; close what else uses the GPU"
+            )
+        engine = self._tensorrt.runtime.deserialize_cuda_engine(read_engine(self._folder, record))
+        if engine is None:
+            device, variant = self._device, f"{self._tensorrt.variant} {self._tensorrt.version}"
+            raise BackendError(
+                f"{self._folder}: {variant} cannot load engine {record.key.stem} on {device.name} "
+                f"(sm_{device.capability}, CUDA {device.driver}): {self._tensorrt.complaint()}; it was built "
+                "for another GPU or driver: run flashcocos build on this machine, or update the driver"
+            )
+        actual = _tensors(self._tensorrt.module, engine)
+        stated = axis_names(record.inputs), axis_names(record.outputs)
+        if actual != stated:
+            del engine  # which the error's frames would keep
+            raise BackendError(
+                f"{self._folder}: engine {record.key.stem} has the tensors {actual}, its description states {stated}; "
+                "remove it and run flashcocos build again"
+            )
+        return engine
+
+
+class TensorRtBinding:
+    """An execution context at one shape; see `Binding`. It can be recorded where the engine is for this shape alone."""
+
+    def __init__(
+        self,
+        tensorrt: TensorRt,
+        engine: Any,
+        device: Device,
+        name: str,
+        inputs: Mapping[str, tuple[tuple[int, ...], str]],
+        outputs: Mapping[str, tuple[tuple[int, ...], str]],
+        addresses: Mapping[str, int],
+        static: bool,
+    ) -> None:
+        self._tensorrt, self._device, self._name = tensorrt, device, name
+        self.scratch = int(engine.device_memory_size_v2)
+        strategy = tensorrt.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = engine.create_execution_context(strategy)
+        if context is None:
+            raise BackendError(
+                f"{name}: no execution context: {tensorrt.complaint()}; where memory ran out, lower size or batch"
+            )
+        self._context: Any = context
+        for tensor, (shape, _) in inputs.items():
+            self._require(context.set_input_shape(tensor, shape), f"takes no {tensor} {shape}")
+        self._require(not context.infer_shapes(), "lacks the shape of an input")
+        for tensor, (shape, _) in outputs.items():
+            actual = tuple(context.get_tensor_shape(tensor))
+            self._require(actual == shape, f"gives {tensor} {actual}, expected {shape}")
+        for tensor in (*inputs, *outputs):
+            self._require(context.set_tensor_address(tensor, addresses[tensor]), f"takes no address for {tensor}")
+        self._static = static
+
+    @property
+    def capturable(self) -> bool:
+        """See `Binding`; the variant for consumer GPUs compiles kernels as it goes, and says when it has them all."""
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return self._static and (ask is None or bool(ask(self._device.stream)))
+
+    def use_scratch(self, address: int, size: int) -> None:
+        """Hand the shared working memory to the context."""
+        self._context.set_device_memory(address, size)
+
+    def enqueue(self) -> None:
+        """Run on the device's stream."""
+        self._require(self._context.execute_async_v3(self._device.stream), "failed to run")
+
+    def close(self) -> None:
+        """Free the context."""
+        self._context = None
+
+    def _require(self, ok: bool, what: str) -> None:
+        if not ok:
+            raise BackendError(f"{self._name} {what}: {self._tensorrt.complaint()}; run flashcocos build again")
+
+
+def open_tensorrt(
+    bundle: Bundle, device: Device, *, variant: str, folder: str | os.PathLike[str], precision: str | None
+) -> dict[str, TensorRtEngine]:
+    """A stage's engines by its name, for every stage.
+
+    precision: as `store.find_engines` takes it. Raises `BackendError` where TensorRT or a fitting engine is
+    missing, or does not load: of each stage one is loaded here.
+    """
+    tensorrt = TensorRt(variant)
+    records = find_engines(
+        bundle,
+        folder,
+        variant=variant,
+        version=tensorrt.version,
+        architecture=device.capability,
+        precision=precision,
+    )
+    engines = {stage: TensorRtEngine(bundle, stage, device, tensorrt, folder, records) for stage in STAGES}
+    try:
+        for engine in engines.values():
+            engine.load()
+    except BaseException:
+        for engine in engines.values():
+            engine.close()
+        raise
+    return engines
+
+
+def _tensors(module: Any, engine: Any) -> tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int]]]:
+    """Inputs and outputs of an engine, as `axis_names` gives them."""
+    found: tuple[list[TensorSpec], list[TensorSpec]] = ([], [])
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        side = found[engine.get_tensor_mode(name) != module.TensorIOMode.INPUT]
+        kind = _dtype(module, engine.get_tensor_dtype(name))
+        side.append(TensorSpec(name, kind, tuple(engine.get_tensor_shape(name))))
+    return axis_names(found[0]), axis_names(found[1])
+
+
+def _dtype(module: Any, kind: Any) -> str:
+    try:
+        return str(np.dtype(module.nptype(kind)))
+    except TypeError:  # numpy has no such type
+        return str(kind)
+
+
+def _logger(module: Any, messages: collections.deque[str]) -> Any:
+    """A logger that keeps errors instead of printing them; its class can only be made once the module is there."""
+
+    class Logger(module.ILogger):
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (module.ILogger.Severity.INTERNAL_ERROR, module.ILogger.Severity.ERROR):
+                messages.append(message)
+
+    return Logger()

@@ -1,0 +1,218 @@
+"""Every line of the tile table compiles, for every architecture, within its shared memory and without a spill.
+
+The real compiler runs in a process of its own, because this one may have Triton in interpreter mode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from flashcocos.errors import BackendError
+from flashcocos.kernels.gpu import aot, configs
+from flashcocos.runtime.gpu.cubins import evaluate
+
+triton_nine_tap = pytest.importorskip("flashcocos.kernels.gpu.triton_nine_tap", reason="needs the triton package")
+
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # what a block may use, from NVIDIA's tables
+
+
+def python(*arguments, **variables):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**environment, **variables})
+
+
+def run(*arguments, **variables):
+    return python("-m", "flashcocos.kernels.gpu.aot", *arguments, **variables)
+
+
+BACKWARD = """
+import itertools, sys
+from pathlib import Path
+from flashcocos.kernels import aot, configs, triton_kernels as kernels
+
+for sm, (dtype, size) in itertools.product((75, 80, 90), (("float16", 2), ("float32", 4))):
+    element, tile = "*" + aot.DTYPES[dtype], configs.backward_tile(sm, size)
+    types = dict.fromkeys(kernels.score_gradient_kernel.arg_names, "*fp32")
+    types |= dict.fromkeys(("theta", "phi", "values", "grad_out"), element)
+    types |= {n: "i32" for n in types if n.startswith(("first", "count", "height", "width"))}
+    types |= {"scale": "fp32", "inverse_temperature": "fp32"}
+    constants = {"C": 256, "V": 48, "PATCH": 3, "STORE_WEIGHT": True}
+    constants |= {"BN": tile.queries, "BM": tile.keys, "BC": tile.channels, "BV": 16}
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    job = aot._Job(f"score_{dtype}", kernels.score_gradient_kernel, tile, types, constants, ("", "", ""))
+    aot._compile(Path(sys.argv[1]), sm, dtype, job)
+    tile = configs.fold_tile(size, 256)
+    types = dict.fromkeys(kernels.fold_kernel.arg_names, "i32")
+    types |= {"chunk": "*fp32", "source": element, "target": "*fp32"}
+    constants = {"stride_j": 1, "source_c": 1, "target_c": 1, "C": 256, "PATCH": 3, "BX": tile.queries}
+    tf32 = size == 2 and configs.architecture(sm).tf32
+    constants |= {"BY": tile.keys, "BC": tile.channels, "PRECISION": "tf32" if tf32 else "ieee"}
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    job = aot._Job(f"fold_{dtype}", kernels.fold_kernel, tile, types, constants, ("", "", ""))
+    aot._compile(Path(sys.argv[1]), sm, dtype, job)
+"""
+
+
+# what only a launch from Python takes: the bands of a split, maps of one pixel (sizes become constants), the merge
+SPLIT = """
+import dataclasses, sys
+from pathlib import Path
+from flashcocos.kernels import aot, configs, triton_nine_tap as kernels
+
+configs.WHOLE_BAND = configs.SPLIT_BAND
+for sm, dtype in ((80, "float16"), (90, "bfloat16"), (120, "float16")):
+    job = next(job for job in aot._jobs(sm, dtype, [151], 3, 256) if job.name.startswith("warp"))
+    aot._compile(Path(sys.argv[1]), sm, dtype, dataclasses.replace(job, name=f"split_{dtype}"))
+sizes = dict.fromkeys(("height_q", "width_q", "height_k", "width_k"), 1)
+types = {name: kind for name, kind in job.types.items() if name not in sizes}
+pixel = dataclasses.replace(job, name="pixel_float16", types=types, constants={**job.constants, **sizes})
+aot._compile(Path(sys.argv[1]), 120, "float16", pixel)
+types = {"parts": "*fp32", "part_lse": "*fp32", "out": "*fp16", "lse": "*fp32", "positions": "i32", "splits": "i32"}
+tile = configs.MERGE
+constants = {"V": 48, "BN": tile.queries, "BV": tile.channels}
+job = aot._Job("merge_float16", kernels.merge_kernel, tile, types, constants, ("", "", ""))
+aot._compile(Path(sys.argv[1]), 80, "float16", job)
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The descriptions of all kernels: the warp of 48 channels everywhere, the rest once for each different tile."""
+    folder = tmp_path_factory.mktemp("cubins")
+    commands = [
+        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 75, 80, 90),
+        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 86, 89, 120, "--values", 48),
+        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 75, "--values", 151),
+        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, 90, 120, "--patch", 5, "--values", 3, 151),
+        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, "--values", 3, 48, 151, "--dtype", "float32"),
+        ("-c", BACKWARD, folder),
+        ("-c", SPLIT, folder),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(lambda command: python(*command, TRITON_CACHE_DIR=str(folder / "cache")), commands):
+            assert done.returncode == 0, done.stderr
+    return folder, [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def test_every_architecture_has_every_kernel(compiled):
+    folder, descriptions = compiled
+    expected = {f"{name}_float16" for name in ("pack", "statistics_p3_c256", "match_p3_c256", "warp_p3_c256_v48")}
+    for sm in SHARED_KIB:
+        assert {d["kernel"] for d in descriptions if d["architecture"] == sm} >= expected
+    for description in descriptions:
+        cubin = (folder / description["cubin"]).read_bytes()
+        assert cubin.startswith(b"\x7fELF")
+        assert hashlib.sha256(cubin).hexdigest() == description["sha256"]
+    assert len(list(folder.glob("*.cubin"))) == len(descriptions)
+
+
+def test_the_rule_chooses_the_kernel(compiled):
+    _, descriptions = compiled
+    for description in descriptions:
+        if description["kernel"].startswith(("warp", "match")):
+            tensor_cores = description["architecture"] >= 80 and description["dtype"] != "float32"
+            nine_tap = tensor_cores and description["constants"]["PATCH"] == 3
+            assert description["entry"] == ("nine_tap_kernel" if nine_tap else "forward_kernel"), description["kernel"]
+
+
+def test_nothing_spills_and_shared_memory_fits(compiled):
+    _, descriptions = compiled
+    assert {sm: line.shared_kib for sm, line in configs.ARCHITECTURES.items()} == SHARED_KIB
+    for description in descriptions:
+        name = f"sm{description['architecture']} {description['kernel']}"
+        assert description["shared_bytes"] <= SHARED_KIB[description["architecture"]] * 1024, name
+        assert description["spilled_bytes"] == 0, name
+        # a block's registers must fit the 65536 of a multiprocessor
+        assert 16 <= description["registers"] <= 65536 // description["threads"], name
+
+
+def test_a_description_is_all_that_a_launch_needs(compiled):
+    _, descriptions = compiled
+    warp = next(d for d in descriptions if d["kernel"] == "warp_p3_c256_v48_float16" and d["architecture"] == 80)
+    names = [argument["name"] for argument in warp["arguments"]]
+    sizes = ["height_q", "width_q", "height_k", "width_k", "scale"]
+    assert names[:14] == ["theta", "phi", "values", "mu", "a", "nu", "b", "out", "lse", *sizes]
+    assert names[14:] == list(aot.HIDDEN)[: len(names) - 14]
+    types = {argument["name"]: argument["type"] for argument in warp["arguments"]}
+    assert types["theta"] == types["values"] == "*fp16"
+    assert types["out"] == types["lse"] == "*fp32"
+    assert types["scale"] == "fp32"
+    tile = configs.nine_tap_tile(80, 2, 3, 256, 0)
+    assert warp["entry"] == "nine_tap_kernel"
+    assert warp["grid"] == [f"ceil(ceil(height_q / 4) * width_q / {tile.queries - 2})", "batch", "1"]
+    assert warp["threads"] == 32 * tile.warps
+    assert warp["constants"]["V"] == warp["constants"]["VP"] == 48
+    old = next(d for d in descriptions if d["kernel"] == "warp_p3_c256_v48_float16" and d["architecture"] == 75)
+    assert old["arguments"] == warp["arguments"]
+    assert old["grid"] == [f"ceil(height_q * width_q / {configs.forward_tile(75, 2, 48).queries})", "batch", "1"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (9, 7), (64, 64), (33, 200)])
+def test_the_grid_is_that_of_the_launch_from_python(height, width):
+    tile = configs.nine_tap_tile(80, 2, 3, 256, 0)
+    sizes = {"height_q": height, "width_q": width}
+    blocks = evaluate(aot._lanes_grid(tile), sizes)
+    assert blocks == triton_nine_tap.query_tiles(height, width, configs.WHOLE_BAND, tile.queries)
+
+
+def test_help_has_an_example():
+    done = run("--help")
+    assert done.returncode == 0
+    assert "example: python -m flashcocos.kernels.gpu.aot --sm 80 89" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sm", 70), "architecture 70 is not one of 75, 80, 86, 89, 90, 120"),
+        (("--dtype", "int8"), "dtype 'int8' is not one of float16, bfloat16, float32"),
+        (("--sm", 75, "--dtype", "bfloat16"), "architecture 75 has no bfloat16"),
+        (("--patch", 2), "expected patch 1, 3 or 5"),
+        (("--values", 300), "values of 1 to 256"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(aot, "_compile", lambda *_: pytest.fail("compiled something"))
+    monkeypatch.setattr(aot, "_jobs", lambda *_: iter(()))
+    with pytest.raises(SystemExit, match="2"):
+        aot.main(["-o", str(tmp_path / "out"), *map(str, arguments)])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_interpreted_triton_cannot_compile(tmp_path):
+    done = run("-o", tmp_path / "out", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr
+
+
+def test_missing_triton_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(BackendError, match="needs the triton package"):
+        next(aot.compile_kernels(tmp_path))
+
+
+def test_too_much_shared_memory_is_refused(tmp_path):
+    script = (
+        "from pathlib import Path; from flashcocos.kernels import aot, configs;"
+        "configs.PACK = configs.Tile(256, 0, 256, 8, 1);"
+        f"list(aot.compile_kernels(Path({str(tmp_path)!r}), [75], dtypes=['float32']))"
+    )
+    done = python("-c", script)
+    assert "BackendError: pack_float32 takes 262144 bytes of shared memory, sm 75 has 65536" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_nearest_older_architecture_serves_an_unknown_one():
+    assert configs.architecture(87) is configs.ARCHITECTURES[86]
+    assert configs.architecture(103) is configs.ARCHITECTURES[90]
+    with pytest.raises(BackendError, match="75 or newer, got 61"):
+        configs.architecture(61)

@@ -1,0 +1,191 @@
+"""The engine protocol over OpenVINO: equal to ONNX Runtime, as strict with graphs, in the precision asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hostile_graphs import HOSTILE
+from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_tiny_bundle
+
+from flashcocos.bundle import STAGES, Bundle
+from flashcocos.bundle.default_model import default_model_path
+from flashcocos.bundle.stages import axis_sizes, concrete_shape, stage_inputs, stage_tensors
+from flashcocos.config import ModelConfig
+from flashcocos.errors import BackendError, BundleError, InputError
+from flashcocos.runtime import Translator
+from flashcocos.runtime.cpu import openvino as openvino_engine
+from flashcocos.runtime.cpu.openvino import OpenVinoEngine, cpu_precisions
+from flashcocos.runtime.engine import OnnxRuntimeEngine, open_engines
+from flashcocos.runtime.info import describe_bundle
+
+openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle(write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "model.zip"))
+
+
+@pytest.fixture
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "bfloat16" in cpu_precisions():
+        pytest.skip("this CPU computes in bfloat16")
+
+
+def inputs(config: ModelConfig, stage: str, height: int, width: int, batch: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(height)
+    labels = np.stack([random_label(config, height, width, seed) for seed in range(batch)])
+    label = labels if config.label_kind == "classes" else labels.astype(np.float32) / 255
+    image = rng.uniform(-1, 1, (batch, 3, height, width)).astype(np.float32)
+    sizes = axis_sizes(config, batch, height, width)
+    taken = {"label": label, "exemplar_label": label, "image": image}
+    for tensor in stage_tensors(config)[stage][0]:
+        if tensor.name not in taken:
+            taken[tensor.name] = rng.uniform(-1, 1, concrete_shape(tensor, sizes)).astype(np.float32)
+    return stage_inputs(config, stage, taken)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("model", ["classes", "channels", "shipped"])
+def test_equals_onnxruntime(tmp_path: Path, model: str, stage: str) -> None:
+    """At sizes that change from run to run."""
+    if model == "shipped":
+        opened = Bundle(default_model_path())
+    else:
+        opened = Bundle(write_tiny_bundle(tmp_path / "b", CLASSES if model == "classes" else CHANNELS))
+    engines = OpenVinoEngine(opened, stage, threads=1), OnnxRuntimeEngine(opened, stage, threads=1)
+    for height, width, batch in ((64, 64, 1), (96, 64, 2), (64, 64, 1)):
+        taken = inputs(opened.manifest.config, stage, height, width, batch)
+        actual, expected = (engine.run(taken) for engine in engines)
+        assert list(actual) == [tensor.name for tensor in opened.manifest.stages[stage].outputs]
+        for name, array in expected.items():
+            assert actual[name].dtype == np.float32
+            np.testing.assert_allclose(actual[name], array, rtol=0, atol=2e-5 * np.abs(array).max(), err_msg=name)
+
+
+def test_translator(bundle: Bundle) -> None:
+    pictures = []
+    for backend in ("openvino", "onnxruntime"):
+        with Translator(bundle, backend=backend, device="cpu", threads=1, warp="numpy") as translator:
+            exemplar = translator.encode_exemplar(random_picture(64, 64), random_label(CLASSES, 64, 64, 1))
+            pictures.append(translator.translate(random_label(CLASSES, 64, 64, 2), exemplar).image)
+            described = translator.describe()
+        assert {one["backend"].split()[0] for name, one in described.items() if name != "warp"} == {backend}
+    assert np.abs(pictures[0].astype(int) - pictures[1]).max() <= 1
+
+
+def test_describe(bundle: Bundle) -> None:
+    info = OpenVinoEngine(bundle, "query").describe()
+    assert info.backend == f"openvino {openvino.__version__.split('-')[0]}"
+    assert (info.device, info.precision, info.arithmetic) == ("cpu", "float32", "float32")
+    stored = OpenVinoEngine(Bundle(default_model_path()), "query").describe()
+    assert (stored.precision, stored.arithmetic) == ("float16", "float32")
+    assert "arithmetic  float32" in describe_bundle()
+
+
+def test_one_engine_serves_many_threads(bundle: Bundle) -> None:
+    engine = OpenVinoEngine(bundle, "query", threads=1)
+    labels = [random_label(CLASSES, 64, 32 * (1 + seed % 3), seed)[None] for seed in range(12)]
+    alone = [engine.run({"label": label})["theta"] for label in labels]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda label: engine.run({"label": label})["theta"], labels))
+    assert all(map(np.array_equal, alone, together))
+
+
+def test_wrong_inputs(bundle: Bundle) -> None:
+    query = OpenVinoEngine(bundle, "query")
+    for given, message in (
+        ({}, r"takes the inputs \['label'\], got \[\]"),
+        ({"label": np.zeros((1, 8, 8), np.int64)}, "expected uint8 .* got int64"),
+        ({"label": np.zeros((8, 8), np.uint8)}, r"got uint8 \(8, 8\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            query.run(given)
+
+
+def test_a_failing_run_is_a_backend_error(bundle: Bundle) -> None:
+    given = {"warped": np.zeros((1, 3, 8, 8), np.float32), "label": np.zeros((1, 64, 32), np.uint8)}
+    with pytest.raises(BackendError, match=r"stage coarse: failed on warped \(1, 3, 8, 8\), label") as caught:
+        OpenVinoEngine(bundle, "coarse").run(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_closed(bundle: Bundle) -> None:
+    query = OpenVinoEngine(bundle, "query")
+    query.close()
+    query.close()
+    with pytest.raises(BackendError, match="closed"):
+        query.run({"label": np.zeros((1, 8, 8), np.uint8)})
+
+
+def test_threads_reach_the_graph(bundle: Bundle) -> None:
+    assert OpenVinoEngine(bundle, "query", threads=1)._compiled.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+def test_it_is_for_the_cpu(bundle: Bundle) -> None:
+    with pytest.raises(InputError, match="'openvino' is for the CPU, got device 'cuda'; use backend onnxruntime"):
+        open_engines(bundle, backend="openvino", device="cuda")
+
+
+@pytest.mark.usefixtures("without_bfloat16")
+def test_bfloat16_without_a_cpu_for_it(bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match=r"'bfloat16': openvino computes in float32 on this CPU, .*AVX-512 BF16"):
+        open_engines(bundle, backend="openvino", precision="bfloat16")
+
+
+@pytest.mark.usefixtures("without_bfloat16")
+def test_openvino_replaces_a_precision_when_nobody_checks(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why what it will compute in is read back."""
+    monkeypatch.setattr(openvino_engine, "_precisions", lambda core: ("float32", "bfloat16"))
+    with pytest.raises(BackendError, match="'bfloat16': openvino would compute in f32 on this CPU"):
+        OpenVinoEngine(bundle, "query", precision="bfloat16")
+
+
+def test_bfloat16(bundle: Bundle) -> None:
+    if "bfloat16" not in cpu_precisions():
+        pytest.skip("this CPU has no bfloat16")
+    engine = OpenVinoEngine(bundle, "coarse", precision="bfloat16")
+    assert engine.describe().arithmetic == "bfloat16"
+    taken = inputs(CLASSES, "coarse", 64, 64, 1)
+    expected = OnnxRuntimeEngine(bundle, "coarse").run(taken)
+    np.testing.assert_allclose(engine.run(taken)["image"], expected["image"], rtol=0, atol=2**-6)
+
+
+def test_absent_openvino_names_the_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(BackendError, match=r"pip install flashcocos\[openvino\]"):
+        open_engines(bundle, backend="openvino")
+
+
+def test_nothing_is_reported_over_the_network(bundle: Bundle) -> None:
+    """And neither torch nor the onnx package is there to load a graph."""
+    code = (
+        "import sys; from flashcocos.bundle import Bundle; from flashcocos.runtime.engine import open_engines; "
+        f"open_engines(Bundle({str(bundle.path)!r}), backend='openvino'); "
+        "print(sorted({'openvino_telemetry', 'torch', 'onnx', 'onnxruntime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE, ids=[change.__name__ for change, _ in HOSTILE])
+def test_hostile_graphs_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    path = write_tiny_bundle(
+        tmp_path / "b", change=lambda stage, model: change(stage, model) if stage == "query" else None
+    )
+    with pytest.raises(BundleError, match=message):
+        OpenVinoEngine(Bundle(path), "query")
+
+
+@pytest.mark.parametrize("content", [b"", b"ORTM", b"not a model", b"<?xml version='1.0'?><net/>", bytes(100)])
+def test_files_that_are_no_models(tmp_path: Path, content: bytes) -> None:
+    opened = Bundle(write_tiny_bundle(tmp_path / "b"))
+    opened.read = lambda name: content  # type: ignore[method-assign]
+    with pytest.raises(BundleError, match=r"not a readable ONNX file|cannot load the graph|the graph has \{\}"):
+        OpenVinoEngine(opened, "query")

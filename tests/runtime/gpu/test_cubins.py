@@ -1,0 +1,191 @@
+"""Compiled kernels: found for the GPU at hand, refused where their description lies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kernel_twins import kernel_files, write_kernels
+from tiny_bundle import CHANNELS, CLASSES, write_tiny_bundle
+
+from flashcocos.bundle import Bundle, write_bundle
+from flashcocos.errors import BackendError, BundleError
+from flashcocos.runtime.gpu.cubins import BundleKernels, KernelFolder, available_kernels, evaluate, find_kernels
+
+STATISTICS = "statistics_p3_c16_float32_sm86"
+
+
+def find(*folders: Path, capability: int = 86, dtypes: tuple[str, ...] = ("float16", "float32")) -> Any:
+    return find_kernels([KernelFolder(folder) for folder in folders], CLASSES, capability, dtypes, "REMEDY")
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("batch", 3),
+        ("1", 1),
+        ("ceil(height * width / 64)", 4),
+        ("ceil( height*width / 9 )", 25),
+        ("height * ceil(width / 16)", 14),
+        ("2 * ceil(ceil(width / 16) * height / 3) * batch", 30),
+    ],
+)
+def test_grid_expressions(expression: str, value: int) -> None:
+    assert evaluate(expression, {"height": 7, "width": 32, "batch": 3}) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "", "ceil", "ceil(height)", "ceil(height / 0)", "ceil(height / width)", "ceil(height / 2", "height width", "-1",
+        "height +", "height + 1", "depth", "__import__('os')", "height.bit_length()", "1 / 2", "(height)", "* 2", "2**",
+    ],
+)  # fmt: skip
+def test_grids_that_are_no_products(expression: str) -> None:
+    with pytest.raises(BundleError, match="grid "):
+        evaluate(expression, {"height": 7, "width": 32})
+
+
+def test_the_nearest_architecture_runs(tmp_path: Path) -> None:
+    for architecture in (75, 80, 86, 90, 120):
+        write_kernels(tmp_path, CLASSES, architecture=architecture)
+    write_kernels(tmp_path, CLASSES, "float16", 80)
+    chosen = {
+        sm: find(tmp_path, capability=sm, dtypes=("float32",)).architectures for sm in (75, 80, 86, 87, 89, 90, 120)
+    }
+    assert chosen == {75: "sm_75", 80: "sm_80", 86: "sm_86", 87: "sm_86", 89: "sm_86", 90: "sm_90", 120: "sm_120"}
+    assert find(tmp_path, capability=89).dtype == "float16"
+    assert find(tmp_path, capability=75).dtype == "float32"
+    assert available_kernels([KernelFolder(tmp_path)], CLASSES) == {"float16": [80], "float32": [75, 80, 86, 90, 120]}
+
+
+@pytest.mark.parametrize("capability", [72, 70, 103, 121])
+def test_no_kernel_for_this_architecture(tmp_path: Path, capability: int) -> None:
+    """Those of other major versions do not run, nor do those that are for the features of one chip."""
+    for architecture in (75, 86, 90, 120):
+        write_kernels(tmp_path, CLASSES, architecture=architecture)
+    with pytest.raises(BackendError, match=rf"for float16 or float32, sm_{capability}, .*sm_75, sm_86, .*; REMEDY"):
+        find(tmp_path, capability=capability)
+
+
+def test_kernels_of_another_model(tmp_path: Path) -> None:
+    write_kernels(tmp_path, CHANNELS)  # V = 48 instead of 3
+    with pytest.raises(BackendError, match=r"V = 3 in .* \(there are: none\); REMEDY"):
+        find(tmp_path)
+    with pytest.raises(BackendError, match=r"\(there are: none\)"):
+        find(tmp_path / "absent")
+
+
+def test_what_a_launch_takes(tmp_path: Path) -> None:
+    kernels = find(write_kernels(tmp_path, CLASSES))
+    assert kernels.padded == 8
+    assert kernels.warp.code() == b"warp twin for sm_86"
+    assert kernels.warp.grid({"height_q": 5, "width_q": 20, "batch": 2}) == (7, 2, 1)
+    assert kernels.match.grid({"height_q": 5, "width_q": 20, "batch": 2}) == (10, 2, 1)
+    assert kernels.warp.formats == "PPPPPPPPPiiiifP"
+    with pytest.raises(BundleError, match=r"a grid of .* blocks; expected 1 to"):
+        kernels.warp.grid({"height_q": 5, "width_q": 20, "batch": 70000})
+    with pytest.raises(BundleError, match="a grid of"):
+        kernels.warp.grid({"height_q": 0, "width_q": 20, "batch": 1})
+
+
+def test_kernels_in_a_bundle(tmp_path: Path) -> None:
+    plain = Bundle(write_tiny_bundle(tmp_path / "plain"))
+    files = {name: plain.read(name) for name in plain.manifest.files}
+    bundle = Bundle(write_bundle(tmp_path / "b.zip", plain.manifest, {**files, **kernel_files(CLASSES)}))
+    kernels = find_kernels([KernelFolder(tmp_path / "absent"), BundleKernels(bundle)], CLASSES, 89, ("float32",), "")
+    assert kernels.pack.code() == b"pack twin for sm_86"
+    with pytest.raises(BackendError, match=r"in .*absent or .*b.zip \(there are: float32 for sm_86\)"):
+        find_kernels([KernelFolder(tmp_path / "absent"), BundleKernels(bundle)], CLASSES, 75, ("float32",), "")
+
+
+HOSTILE: list[tuple[dict[str, Any], str]] = [
+    ({"kernel": "pack_float32"}, "it describes"),
+    ({"cubin": "../../etc/passwd"}, "it describes"),
+    ({"architecture": 80}, "it describes"),
+    ({"architecture": True}, "architecture: expected int, got True"),
+    ({"dtype": ["float32"]}, "dtype: expected str"),
+    ({"sha256": "0" * 63}, "sha256 of 64"),
+    ({"entry": "a\0b"}, "entry that is a name"),
+    ({"entry": "x" * 129}, "entry that is a name"),
+    ({"threads": 100}, "threads in warps"),
+    ({"threads": 2048}, "threads in warps"),
+    ({"threads": 1e3}, "threads: expected int"),
+    ({"shared_bytes": -1}, "shared_bytes up to"),
+    ({"shared_bytes": 1 << 30}, "shared_bytes up to"),
+    ({"pointer_alignment": 4096}, "pointer_alignment up to 256"),
+    ({"grid": ["1", "1"]}, "a grid of three"),
+    ({"grid": ["1", "1", 1]}, "a grid of three"),
+    ({"grid": ["1", "1", "1*" * 200 + "1"]}, "short expressions"),
+    ({"grid": ["1", "1", "ceil(" * 40 + "1"]}, "expected ceil"),
+    ({"grid": ["__import__('os').system('true')", "1", "1"]}, "grid .*expected ceil, a number or one of batch, height"),
+    ({"grid": ["1", "1", "70000"]}, "a grid of"),
+    ({"grid": None}, "grid: expected list"),
+    ({"arguments": []}, "it takes no argument"),
+    ({"arguments": ["mean"]}, "argument 'mean'"),
+    ({"arguments": [{"name": "mean", "type": "*i64"}]}, "argument"),
+    ({"arguments": [{"name": "secret", "type": "*fp32"}]}, "argument"),
+    ({"arguments": [{"name": "secret", "type": "null"}]}, "argument"),
+    ({"arguments": [{"name": ["mean"], "type": None}]}, "argument"),
+    ({"arguments": [{"name": "mean", "type": "*fp32"}] * 2}, "argument"),
+    ({"constants": {"C": 16}}, "expected PATCH = 3, got None"),
+    ({"constants": {"C": 32, "PATCH": 3}}, "expected C = 16, got 32"),
+    ({"constants": []}, "constants: expected dict"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE)
+def test_hostile_descriptions(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = write_kernels(tmp_path, CLASSES) / f"{STATISTICS}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(BundleError, match=rf"{STATISTICS}.json cannot be used: .*{message}"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("padded", [2, 15, True, None, "8"])
+def test_hostile_padding(tmp_path: Path, padded: Any) -> None:
+    path = write_kernels(tmp_path, CLASSES) / "warp_p3_c16_v3_float32_sm86.json"
+    fields = json.loads(path.read_text())
+    fields["constants"]["VP"] = padded
+    path.write_text(json.dumps(fields))
+    with pytest.raises(BundleError, match="expected VP, V = 3 padded"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b"{}"])
+def test_files_that_are_no_descriptions(tmp_path: Path, content: bytes) -> None:
+    (write_kernels(tmp_path, CLASSES) / f"{STATISTICS}.json").write_bytes(content)
+    with pytest.raises(BundleError, match="cannot be used"):
+        find(tmp_path)
+
+
+def test_files_that_are_too_large_or_changed(tmp_path: Path) -> None:
+    description = write_kernels(tmp_path, CLASSES) / f"{STATISTICS}.json"
+    kernels = find(tmp_path)
+    (tmp_path / f"{STATISTICS}.cubin").write_bytes(b"another")
+    with pytest.raises(BundleError, match=r"\.cubin is not the cubin that its description states"):
+        kernels.statistics.code()
+    (tmp_path / f"{STATISTICS}.cubin").unlink()
+    with pytest.raises(BackendError, match=r"\.cubin cannot be read: No such file"):
+        kernels.statistics.code()
+    description.write_bytes(b" " * (1 << 21))
+    with pytest.raises(BackendError, match="over 1048576 bytes"):
+        find(tmp_path)
+
+
+def test_what_the_compiler_writes(tmp_path: Path) -> None:
+    """The real compiler, in a process of its own, because this one may have Triton in interpreter mode."""
+    pytest.importorskip("triton", reason="compiling the kernels needs the triton package")
+    command = [sys.executable, "-m", "flashcocos.kernels.gpu.aot", "-o", tmp_path, "--sm", "86"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([*map(str, command), "--channels", "16", "--values", "3"], check=True, env=environment)
+    kernels = find(tmp_path, capability=89)
+    assert kernels.dtype == "float16"
+    assert [cubin.code()[:4] for cubin in kernels.parts().values()] == [b"\x7fELF"] * 4
+    assert kernels.warp.formats.startswith("PPPPPPPPPiiiif")
+    assert kernels.padded == 8

@@ -1,0 +1,271 @@
+"""The device layer: one suite over the fake, over pycuda on a fake driver, and over the machine's own GPU."""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_device import FakeDevice
+from fake_pycuda import FakeDriver, FakeLibrary
+from kernel_twins import write_kernels
+from real_gpu import compile_kernels, require_gpu
+from tiny_bundle import CLASSES, write_tiny_bundle
+
+from flashcocos.errors import BackendError
+from flashcocos.kernels.corr_warp import warp_arrays
+from flashcocos.runtime.gpu import cuda_graph
+from flashcocos.runtime.gpu import pycuda as pycuda_device
+from flashcocos.runtime.gpu.cubins import KernelFolder, find_kernels
+from flashcocos.runtime.gpu.device import Device, nbytes
+from flashcocos.runtime.gpu.pycuda import PycudaDevice
+from flashcocos.runtime.gpu.warp import DeviceWarp
+
+
+@pytest.fixture
+def pycuda(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """pycuda on a fake driver, in place of the package."""
+    driver = FakeDriver(FakeDevice(CLASSES))
+    library = FakeLibrary(driver.device)
+    driver.library = library
+    monkeypatch.setitem(sys.modules, "pycuda", SimpleNamespace(driver=driver))
+    monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
+    monkeypatch.setattr(pycuda_device, "_contexts", {})
+    monkeypatch.setattr(cuda_graph, "load_driver", lambda: library)
+    return driver
+
+
+@pytest.fixture(params=["fake", "pycuda", "real"])
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    if request.param == "fake":
+        opened: Any = FakeDevice(CLASSES)
+    elif request.param == "pycuda":
+        request.getfixturevalue("pycuda")
+        opened = PycudaDevice()
+    else:
+        opened = require_gpu()
+    with opened.active():
+        yield opened
+    opened.close()
+
+
+def fill(device: Device, array: np.ndarray) -> Any:
+    """A buffer with this content."""
+    buffer, staging = device.allocate(array.nbytes), device.staging(array.shape, array.dtype)
+    staging.array[...] = array
+    device.upload(buffer.address, staging.array)
+    device.synchronize()
+    staging.free()
+    return buffer
+
+
+def content(device: Device, address: int, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    staging = device.staging(shape, dtype)
+    device.download(staging.array, address)
+    device.synchronize()
+    array = staging.array.copy()
+    staging.free()
+    return array
+
+
+def test_memory_and_copies(device: Device) -> None:
+    free, total = device.memory()
+    assert 0 < free <= total
+    source = np.arange(3000, dtype=np.float32).reshape(3, 1000)
+    first, second = fill(device, source), device.allocate(source.nbytes)
+    assert first.address % 256 == second.address % 256 == 0
+    assert first.bytes == source.nbytes
+    device.copy(second.address + 4000, first.address, 4000)
+    device.copy(second.address, first.address + 8000, 4000)
+    np.testing.assert_array_equal(content(device, second.address, (2, 1000)), source[[2, 0]])
+    first.free()
+    second.free()
+    assert device.memory()[0] == free or device.memory()[1] > 1 << 30  # a real one gives back in larger pieces
+
+
+def test_recorded_work_is_replayed_on_what_is_there_then(device: Device) -> None:
+    source, target = fill(device, np.zeros(64, np.float32)), fill(device, np.zeros(64, np.float32))
+    recording = device.record(lambda: device.copy(target.address, source.address, 256))
+    assert content(device, target.address, (64,)).sum() == 0
+    for value in (1.0, 2.0):
+        staging = device.staging((64,), np.float32)
+        staging.array[...] = value
+        device.upload(source.address, staging.array)
+        recording.replay()
+        assert content(device, target.address, (64,)).sum() == 64 * value
+        staging.free()
+    recording.close()
+    for buffer in (source, target):
+        buffer.free()
+
+
+def test_work_that_cannot_be_recorded(device: Device) -> None:
+    """And the stream works on."""
+    buffer = fill(device, np.ones(64, np.float32))
+
+    def wrong() -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        device.record(wrong)
+    with pytest.raises(BackendError):
+        device.record(device.synchronize)
+    assert content(device, buffer.address, (64,)).sum() == 64
+    buffer.free()
+
+
+def test_events(device: Device) -> None:
+    start, end = device.event(), device.event()
+    start.record()
+    buffer = fill(device, np.ones(1 << 16, np.float32))
+    end.record()
+    device.synchronize()
+    assert 0 <= end.milliseconds_since(start) < 1e4
+    buffer.free()
+
+
+def test_no_memory(device: Device) -> None:
+    with pytest.raises(BackendError, match="memory"):
+        device.allocate(1 << 45)
+
+
+def test_closed(device: Device) -> None:
+    device.close()
+    device.close()
+    with pytest.raises(BackendError, match="closed"), device.active():
+        pass
+
+
+@pytest.mark.parametrize("maps", [((16, 16), (16, 16)), ((7, 9), (5, 13)), ((1, 1), (3, 2))])
+def test_kernels_equal_the_cpu(device: Device, tmp_path: Path, maps: Any) -> None:
+    """Launched eagerly and from a recording, for a batch of two."""
+    bundle = write_tiny_bundle(tmp_path / "m")
+    if device.name == "Fake RTX":
+        folder = write_kernels(tmp_path / "kernels", CLASSES)
+    else:
+        folder = compile_kernels(bundle, device.capability)
+    kernels = find_kernels([KernelFolder(folder)], CLASSES, device.capability, ["float32"], "")
+    warp = DeviceWarp(device, kernels, CLASSES)
+    (hq, wq), (hk, wk) = maps
+    rng = np.random.default_rng(1)
+    theta, phi, values = (
+        rng.standard_normal((2, count, *side)).astype(np.float32)
+        for count, side in ((16, maps[0]), (16, maps[1]), (3, maps[1]))
+    )
+    inputs = [fill(device, array) for array in (theta, phi, values)]
+    groups = [warp.tensors.keys(2, hk, wk), warp.tensors.results(2, hq, wq)]
+    buffers = [{name: device.allocate(nbytes(*tensor)) for name, tensor in group.items()} for group in groups]
+    keys, results = ({name: buffer.address for name, buffer in group.items()} for group in buffers)
+    launches = warp.pack_keys(inputs[1].address, inputs[2].address, keys, 2, hk, wk)
+    launches += warp.run(inputs[0].address, keys, results, 2, maps[0], maps[1])
+    expected = warp_arrays(theta, phi, values, patch=3, temperature=CLASSES.temperature, match=True, backend="numpy")
+
+    def everything() -> None:
+        for launch in launches:
+            launch()
+
+    recording = device.record(everything)
+    for run in (everything, recording.replay):
+        for buffer in buffers[1].values():
+            device.copy(buffer.address, inputs[0].address, min(buffer.bytes, inputs[0].bytes))  # not the run's before
+        run()
+        warped = content(device, results["warped"], expected.out.shape)
+        np.testing.assert_allclose(warped, expected.out, atol=2e-4)
+        np.testing.assert_allclose(
+            content(device, results["lse"], (2, hq * wq)), expected.lse.reshape(2, -1), atol=1e-3
+        )
+        index = content(device, results["index"], (2, hq, wq), np.int64)
+        np.testing.assert_array_equal(index, expected.match.index)
+        probability = content(device, results["probability"], (2, hq, wq))
+        np.testing.assert_allclose(probability, expected.match.probability, atol=1e-4)
+        entropy = content(device, results["entropy"], (2, hq, wq))
+        np.testing.assert_allclose(entropy, expected.match.entropy, atol=math.log(hk * wk) * 1e-3)
+    recording.close()
+    for buffer in (*inputs, *buffers[0].values(), *buffers[1].values()):
+        buffer.free()
+
+
+def test_what_pycuda_is_asked_for(pycuda: FakeDriver) -> None:
+    device = PycudaDevice()
+    assert (device.name, device.capability, device.driver, device.kind) == ("Fake RTX", 86, "12.4", "cuda")
+    assert device.stream == pycuda.device.stream
+    device.close()
+    assert not pycuda.contexts
+    assert pycuda.detached == 0  # the context is kept for others in this process ...
+    pycuda_device._contexts.clear()
+    gc.collect()
+    assert pycuda.detached == 1  # ... until it ends
+
+
+def test_large_shared_memory_is_asked_for(pycuda: FakeDriver) -> None:
+    device = PycudaDevice()
+    with device.active():
+        for shared, asked in ((48 << 10, {}), (64 << 10, {8: 64 << 10})):
+            kernel = device.load(b"pack twin", "pack_kernel", "PPiiiiiiiiP", 128, shared)
+            assert kernel._function.attributes == asked
+    device.close()
+    assert kernel._function is None  # freed while the context was there
+
+
+def test_a_kernel_that_does_not_load(pycuda: FakeDriver) -> None:
+    device = PycudaDevice()
+    with (
+        device.active(),
+        pytest.raises(BackendError, match="kernel warp cannot be loaded on Fake RTX; update the driver"),
+    ):
+        device.load(b"not a cubin", "warp", "P", 128, 0)
+
+
+def test_a_graph_that_cannot_be_made(pycuda: FakeDriver) -> None:
+    device = PycudaDevice()
+    pycuda.library.instantiate = 2
+    with device.active():
+        with pytest.raises(BackendError, match="cuGraphInstantiateWithFlags: CUDA_ERROR_OUT_OF_MEMORY"):
+            device.record(lambda: None)
+        with pytest.raises(KeyError):
+            device.record(lambda: {}["absent"])
+    assert pycuda.library.graphs == 0
+    assert pycuda.device.live == (0, 0, 0)
+
+
+def test_no_gpu(pycuda: FakeDriver) -> None:
+    pycuda.count = 0
+    with pytest.raises(BackendError, match="the GPU cannot be used: cuInit failed: no CUDA-capable device"):
+        PycudaDevice()
+    pycuda.count = 2
+    with pytest.raises(BackendError, match="GPU 2 asked for, this machine has 2"):
+        PycudaDevice(2)
+
+
+def test_a_driver_that_is_too_old(pycuda: FakeDriver) -> None:
+    pycuda.version = 11080
+    with pytest.raises(BackendError, match=r"driver supports CUDA 11\.8, expected 12\.0 or newer; update it"):
+        PycudaDevice()
+
+
+def test_no_pycuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    with pytest.raises(BackendError, match=r"needs pycuda .* pip install flashcocos\[tensorrt\]"):
+        PycudaDevice()
+    monkeypatch.delitem(sys.modules, "pycuda")
+    (tmp_path / "pycuda").mkdir()
+    (tmp_path / "pycuda/__init__.py").touch()
+    (tmp_path / "pycuda/driver.py").write_text("raise ImportError('libcuda.so.1: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendError, match=r"pycuda does not load \(libcuda.so.1: .*is an NVIDIA driver installed"):
+        PycudaDevice()
+
+
+def test_no_driver_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "_LIBRARY", "libabsent.so.1")
+    with pytest.raises(BackendError, match=r"the CUDA driver library cannot be used \(libabsent"):
+        cuda_graph.load_driver()
+    monkeypatch.setattr(cuda_graph, "_LIBRARY", None)  # this process itself, which has no such functions
+    with pytest.raises(BackendError, match=r"cuStreamBeginCapture_v2.*update the NVIDIA driver"):
+        cuda_graph.load_driver()

@@ -1,0 +1,468 @@
+"""The GPU pipeline on a fake device: what stays on it, what it costs, what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_device import MIB
+from fake_gpu import FakeGpu, fake_gpu
+from fake_tensorrt import SCRATCH, WEIGHTS, profile, write_engines
+from kernel_twins import write_kernels
+from PIL import Image
+from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_tiny_bundle
+
+from flashcocos.cli import main
+from flashcocos.errors import BackendError, BundleError, InputError
+from flashcocos.preprocess import save_label
+from flashcocos.runtime import Exemplar, Translator
+from flashcocos.runtime.gpu import pipeline as device_pipeline
+
+LABEL = random_label(CLASSES, 64, 64)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_tiny_bundle(tmp_path / "m")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> FakeGpu:
+    return fake_gpu(monkeypatch, bundle)
+
+
+def exemplar_of(translator: Translator, size: tuple[int, int] = (64, 64), seed: int = 0) -> Exemplar:
+    return translator.encode_exemplar(random_picture(*size, seed), random_label(CLASSES, *size, seed), size)
+
+
+def nothing_left(gpu: FakeGpu) -> bool:
+    gc.collect()
+    return gpu.device.live == (0, 0, 0) and gpu.device.used == 0 and gpu.trt.engines == 0 and gpu.device.closed
+
+
+def test_only_labels_and_results_cross_the_bus(gpu: FakeGpu) -> None:
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        translator.translate(LABEL, exemplar)
+        up, down, allocations = gpu.device.uploaded, gpu.device.downloaded, gpu.device.allocations
+        translator.translate(random_label(CLASSES, 64, 64, 1), exemplar)
+        assert gpu.device.uploaded - up == LABEL.nbytes
+        # two pictures, index and probability of 16 x 16 positions, and whether it is finite
+        assert gpu.device.downloaded - down == 2 * 64 * 64 * 3 + 16 * 16 * 12 + 4
+        for seed in range(3):
+            translator.translate(random_label(CLASSES, 64, 64, seed), exemplar)
+        assert gpu.device.allocations == allocations
+    assert nothing_left(gpu)
+
+
+def test_static_shapes_are_recorded_after_a_run(gpu: FakeGpu) -> None:
+    with gpu.translator() as translator:
+        exemplars = [exemplar_of(translator, seed=seed) for seed in range(2)]
+        runs = [translator.translate(LABEL, exemplar) for exemplar in exemplars * 3]
+        assert [set(run.timings) for run in runs[:2]] == [{"query", "warp", "synthesis"}, {"total"}]
+        assert gpu.device.replays == 5
+        launches, copies = gpu.device.launches, gpu.device.copies
+        translator.translate(LABEL, exemplars[0])
+        assert gpu.device.copies == copies + 4  # the exemplar's, which is another than before
+        translator.translate(LABEL, exemplars[0])
+        assert gpu.device.copies == copies + 4
+        assert gpu.device.launches == launches  # no Python beyond the replay
+        for one, other in zip(runs[:2], runs[4:], strict=True):  # the recording is not bound to an exemplar
+            np.testing.assert_array_equal(one.image, other.image)
+        assert not np.array_equal(runs[0].image, runs[1].image)
+        for _ in range(3):
+            translator.translate(LABEL, exemplars[0], (64, 96))
+        assert gpu.device.replays == 7  # a dynamic engine is not recorded
+
+
+def test_a_recording_is_made_anew_where_working_memory_moved(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile()])
+    write_engines(gpu.folder, gpu.bundle, [profile(64, 96)], scratch=2 * SCRATCH)
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        before = [translator.translate(LABEL, exemplar) for _ in range(3)][-1]
+        assert gpu.device.replays == 2
+        translator.translate(LABEL, exemplar, (64, 96))
+        after = [translator.translate(LABEL, exemplar) for _ in range(3)]
+        assert "query" in after[0].timings
+        assert gpu.device.replays == 4
+        np.testing.assert_array_equal(before.image, after[-1].image)
+        assert sum(one.bytes == 2 * SCRATCH for one in gpu.device.buffers) == 1
+        assert not any(one.bytes == SCRATCH for one in gpu.device.buffers)
+    assert nothing_left(gpu)
+
+
+def test_what_cannot_be_recorded_runs_and_says_so_once(gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
+    gpu.trt.syncs = True
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        with caplog.at_level(logging.WARNING, "flashcocos"):
+            results = [translator.translate(LABEL, exemplar) for _ in range(4)]
+        assert gpu.device.replays == 0
+        assert [record.message for record in caplog.records] == [
+            "no CUDA graph, launches one by one: synchronize while work is recorded"
+        ]
+        np.testing.assert_array_equal(results[0].image, results[3].image)
+    assert nothing_left(gpu)
+
+
+def test_a_variant_that_says_it_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, "tensorrt-rtx")
+    gpu.trt.capturable = False
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        assert all("query" in translator.translate(LABEL, exemplar).timings for _ in range(3))
+        assert gpu.device.replays == 0
+        gpu.trt.capturable = True  # once all kernels are compiled
+        assert "total" in translator.translate(LABEL, exemplar).timings
+    assert nothing_left(gpu)
+
+
+def test_exemplars_stay_up_to_the_budget(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """Three of these fit into a MiB."""
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 256, 256), (64, 256, 256), 1)])
+    assert 3 * 3072 * 4 * (16 + 8 + 1 + 1) <= MIB < 4 * 3072 * 4 * (16 + 8 + 1 + 1)
+    with gpu.translator(exemplar_cache_mib=1) as translator:
+        exemplars = [exemplar_of(translator, (256, 192), seed) for seed in range(4)]
+
+        def uploads(exemplar: Exemplar) -> bool:
+            before = gpu.device.uploaded
+            translator.translate(LABEL, exemplar)
+            return gpu.device.uploaded - before > LABEL.nbytes
+
+        assert [uploads(one) for one in exemplars] == [True] * 4
+        assert [uploads(one) for one in exemplars[1:]] == [False] * 3
+        assert uploads(exemplars[0])  # evicted, and brought back from its host copy
+        assert uploads(exemplars[1])  # the least recently used
+        assert not uploads(exemplars[3])
+        buffers = len(gpu.device.buffers)
+        del exemplars[3]
+        gc.collect()
+        assert not uploads(exemplars[0])
+        assert len(gpu.device.buffers) == buffers - 4  # what nobody holds makes room at the next call
+        wide = exemplar_of(translator, (256, 256))
+        del exemplars
+        assert uploads(wide)
+    assert nothing_left(gpu)
+
+
+def test_an_exemplar_above_the_budget(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 512, 512), (64, 512, 512), 1)])
+    with gpu.translator(exemplar_cache_mib=1) as translator:
+        exemplar = exemplar_of(translator, (512, 512))
+        with pytest.raises(InputError, match=r"512 x 512 pixels takes 2 MiB .*, more than exemplar_cache_mib, 1 MiB"):
+            translator.translate(LABEL, exemplar)
+        translator.translate(LABEL, exemplar_of(translator))
+    assert nothing_left(gpu)
+
+
+def test_batches_run_as_the_engines_were_built(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile(batch=2), profile(64, 96, (3, 3, 4))])
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)  # by an engine for two, filled up
+        assert gpu.trt.runs == ["exemplar"]
+        translator.translate([LABEL] * 5, exemplar, batch_size=5)
+        assert gpu.trt.runs[1:] == ["query", "coarse", "fine"] * 3
+        gpu.trt.runs.clear()
+        translator.translate([LABEL] * 5, exemplar, (64, 96), batch_size=8)
+        assert gpu.trt.runs == ["query", "coarse", "fine"] * 2  # four, and one filled up to three
+    assert nothing_left(gpu)
+
+
+def test_a_request_above_the_profiles(gpu: FakeGpu) -> None:
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        launches = gpu.device.launches
+        for call in (
+            lambda: translator.translate(LABEL, exemplar, (96, 160)),
+            lambda: exemplar_of(translator, (96, 160)),
+        ):
+            with pytest.raises(InputError) as caught:
+                call()
+            assert "96 x 160 pixels (height x width), batch 1: the engines of stage" in str(caught.value)
+            assert "hold 64:64:128 x 64:64:128, batch 1:2:4; 64 x 64, batch 1 (the largest first)" in str(caught.value)
+            assert f"flashcocos build {gpu.bundle.path} --size 96x160 makes others" in str(caught.value)
+        assert gpu.device.launches == launches
+        translator.translate(LABEL, exemplar)
+    assert nothing_left(gpu)
+
+
+def test_a_request_above_the_memory(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 64, 512), (64, 64, 512), (1, 1, 8))], total=14 * MIB)
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        runs = list(gpu.trt.runs)
+        with pytest.raises(BackendError) as caught:
+            translator.translate(LABEL, exemplar, 512)
+        assert gpu.trt.runs == runs
+        message = str(caught.value)
+        assert "batch 1 of 512 x 512 pixels needs 9 MiB more device memory; 8 MiB of 14 MiB are free on Fake" in message
+        assert (
+            "the largest square that fits is 480 x 480, batch 1, or tile= makes pictures in parts, or close" in message
+        )
+        assert translator.translate(LABEL, exemplar, 480).image.shape == (480, 480, 3)
+        with pytest.raises(BackendError, match=r"batch 4 of .* the largest square that fits is 480 x 480, batch 1"):
+            translator.translate([LABEL] * 4, exemplar, 480)
+    assert nothing_left(gpu)
+
+
+def test_tiles(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """With an engine of the fine stage for tiles alone: recorded, and its memory counted for a tile."""
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[], total=16 * MIB)
+    whole = profile(128, 192)
+    write_engines(gpu.folder, gpu.bundle, [whole, profile()], stages=("query", "exemplar", "coarse"))
+    write_engines(gpu.folder, gpu.bundle, [whole.tiled(96)], stages=("fine",))
+    label = random_label(CLASSES, 128, 192)
+    with gpu.translator() as translator, pytest.raises(InputError, match=r"stage fine hold 96 x 96, batch 1"):
+        translator.translate(label, exemplar_of(translator), (128, 192))
+    gpu.device.closed = False
+    with gpu.translator(tile=96) as translator:
+        exemplar = exemplar_of(translator)
+        gpu.trt.runs.clear()
+        timings = [set(translator.translate(label, exemplar, (128, 192)).timings) for _ in range(3)]
+        assert timings == [{"query", "warp", "synthesis"}, {"total"}, {"total"}]
+        assert gpu.trt.runs == ["query", "coarse", *["fine"] * 6] * 3
+        assert gpu.device.replays == 2
+        gpu.trt.nan = True
+        with pytest.raises(BundleError, match="stage fine gave NaN"):
+            translator.translate(label, exemplar, (128, 192))
+        gpu.trt.nan = False
+        translator.translate(label, exemplar, (128, 192))
+    assert nothing_left(gpu)
+
+
+def test_idle_plans_make_room(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    big = profile((64, 64, 1024), (64, 64, 1024), 1)
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[big], total=12 * MIB)
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        for size in (256, 288, 320, 256, 352):
+            translator.translate(LABEL, exemplar, size)
+        assert len(translator._pipeline._plans) < 6
+        monkeypatch.setattr(device_pipeline, "MAX_PLANS", 2)
+        translator.translate(LABEL, exemplar, 64)
+        assert len(translator._pipeline._plans) == 2
+    assert nothing_left(gpu)
+
+
+def test_no_memory_for_the_weights(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, total=WEIGHTS + WEIGHTS // 2)
+    with pytest.raises(BackendError, match=r"the weights of engine exemplar-\w+ take 1 MiB, 1 MiB are free"):
+        gpu.translator()
+    assert nothing_left(gpu)
+
+
+@pytest.mark.parametrize("after", range(0, 60, 3))
+def test_a_failing_launch_leaves_nothing(gpu: FakeGpu, after: int) -> None:
+    """Wherever it happens; and the translator works on."""
+    with gpu.translator() as translator:
+        gpu.device.fail_at = after
+        failures = 0
+        while gpu.device.fail_at is not None:
+            try:
+                exemplar = exemplar_of(translator)
+                results = [translator.translate(LABEL, exemplar, size) for size in (64, (64, 96), 64)]
+            except BackendError:
+                failures += 1
+        exemplar = exemplar_of(translator)
+        results = [translator.translate(LABEL, exemplar) for _ in range(3)]
+        np.testing.assert_array_equal(results[0].image, results[2].image)
+        assert failures == 1 or after > 30  # while work is recorded, a failure is only logged
+    assert nothing_left(gpu)
+
+
+def test_an_exemplar_that_is_forgotten_after_a_failure(gpu: FakeGpu) -> None:
+    """Its memory is not freed while copies of it are under way."""
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        translator.translate(LABEL, exemplar)
+        translator.translate(LABEL, exemplar_of(translator, seed=1))
+        gpu.device.fail_at = 5  # after the exemplar's copies
+        with pytest.raises(BackendError, match="as the test asked for"):
+            translator.translate(LABEL, exemplar)
+        del exemplar
+        translator.translate(LABEL, exemplar_of(translator, seed=2))
+    assert nothing_left(gpu)
+
+
+def test_short_memory_is_told_or_made(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """However much there is beyond weights and working memory, at every point of a translation that needs some."""
+    told = []
+    for spare in range(0, 4 * MIB, MIB // 4):
+        total = 4 * WEIGHTS + SCRATCH + spare
+        gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 64, 256), (64, 64, 256), (1, 1, 4))], total=total)
+        errors = 0
+        with gpu.translator() as translator:
+            for size in ((64, 64), (256, 256)):
+                try:
+                    exemplar = exemplar_of(translator, size)
+                    for count in (1, 3):
+                        translator.translate([LABEL] * count, exemplar)
+                except BackendError as error:
+                    told.append(str(error))
+                    errors += 1
+        assert nothing_left(gpu)
+    assert errors == 0  # with the most there is enough
+    assert all("more device memory" in one for one in told)
+    whats = ("batch 1 of 64 x 64", "batch 1 of 256 x 256", "batch 3 of 64 x 64", "an exemplar needs")
+    assert all(any(one.startswith(what) for one in told) for what in whats), told
+
+
+@pytest.mark.parametrize("stage", ["query", "exemplar", "coarse", "fine"])
+def test_an_engine_that_fails(gpu: FakeGpu, stage: str) -> None:
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        gpu.trt.fails = stage
+        with pytest.raises(BackendError, match=rf"engine {stage}-\w+ failed to run: .*enqueueV3: Error Code 7: no"):
+            translator.translate(LABEL, exemplar) if stage != "exemplar" else exemplar_of(translator)
+        translator.translate(LABEL, exemplar)
+    assert nothing_left(gpu)
+
+
+def test_nan_is_an_error(gpu: FakeGpu) -> None:
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        gpu.trt.nan = True
+        for _ in range(3):
+            with pytest.raises(
+                BundleError,
+                match=r"stage fine gave NaN or infinity in image: .*; build it again with precision float32",
+            ):
+                translator.translate(LABEL, exemplar)
+        gpu.trt.nan = False
+        translator.translate(LABEL, exemplar)
+
+
+def test_half_kernels_unless_exact_ones_are_asked_for(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, engines={"precision": "float32"}, dtype=np.float16)
+    write_kernels(gpu.folder / "kernels", CLASSES, "float16")
+    with Translator(bundle, device="cpu", warp="numpy") as reference:
+        expected = reference.translate(LABEL, exemplar_of(reference))
+    with gpu.translator() as translator:
+        assert translator.describe()["warp"]["arithmetic"] == "float16"
+        halves = translator.translate(LABEL, exemplar_of(translator))
+    difference = np.abs(halves.image.astype(int) - expected.image)
+    assert 0 < difference.max() <= 6
+    gpu.device.closed, gpu.device.dtype = False, np.float32
+    with gpu.translator(precision="float32") as translator:
+        assert translator.describe()["warp"]["arithmetic"] == "float32"
+        exact = translator.translate(LABEL, exemplar_of(translator))
+    assert np.abs(exact.image.astype(int) - expected.image).max() <= 1
+    assert nothing_left(gpu)
+
+
+def test_two_translators_share_a_gpu(gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = gpu.translator()
+    other = fake_gpu(monkeypatch, write_tiny_bundle(tmp_path / "other", CHANNELS))
+    second = other.translator()
+    picture = random_picture(64, 64)
+    for _ in range(3):
+        first.translate(LABEL, exemplar_of(first))
+        second.translate(random_label(CHANNELS, 64, 64), second.encode_exemplar(picture))
+    first.close()
+    second.translate(random_label(CHANNELS, 64, 64), second.encode_exemplar(picture))
+    del second  # not closed
+    assert nothing_left(gpu)
+    assert nothing_left(other)
+
+
+def test_the_warp_stays_on_the_cpu_where_asked(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, "onnxruntime", kernels=False)
+    with gpu.translator(warp="numpy") as translator:
+        described = translator.describe()
+        assert (described["query"]["device"], described["warp"]["device"]) == ("cuda", "cpu")
+    with pytest.raises(BackendError, match=r"no compiled warp kernels .*build .*sm_86.*or choose warp=.numba."):
+        gpu.translator()
+    assert nothing_left(gpu)
+
+
+def test_auto_takes_the_gpu_where_all_is_there(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, "onnxruntime", kernels=False)
+    with gpu.translator(device="auto") as translator:
+        assert translator.describe()["warp"]["device"] == "cpu"
+    assert "device auto: the warp is not on the GPU: no compiled warp kernels" in caplog.text
+    write_kernels(gpu.folder / "kernels", CLASSES)
+    gpu.device.closed = False
+    with gpu.translator(device="auto") as translator:
+        assert {one["device"] for one in translator.describe().values()} == {"cuda"}
+    assert nothing_left(gpu)
+
+
+def test_what_the_provider_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, "onnxruntime")
+    with gpu.translator() as translator:
+        assert translator.describe()["query"]["arithmetic"] == "tf32"
+    gpu.device.closed = False
+    with gpu.translator(precision="float32") as translator:
+        assert translator.describe()["query"]["arithmetic"] == "float32"
+    common = {"device_id": "0", "user_compute_stream": str(0x57EA), "arena_extend_strategy": "kSameAsRequested"}
+    assert gpu.onnx.options == [common] * 4 + [{**common, "use_tf32": "0"}] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tensorrt", "device": "gpu"}, "unknown device 'gpu'; expected one of auto, cpu, cuda"),
+        ({"backend": "tensorrt", "warp": "numpy"}, "warp 'numpy' does not go with backend 'tensorrt'"),
+        ({"backend": "tensorrt", "device": "cpu"}, "device 'cpu' does not go with backend 'tensorrt'"),
+        ({"backend": "tensorrt", "threads": 2}, "threads does not go with"),
+        ({"backend": "tensorrt", "precision": "half"}, "precision 'half': backend 'tensorrt' on a GPU has float32, "),
+        ({"backend": "openvino", "warp": "cuda"}, "warp 'cuda' does not go with backend 'openvino'"),
+        ({"backend": "onnxruntime", "engines": "here"}, "engines does not go with backend 'onnxruntime'"),
+        ({"device": "cpu", "exemplar_cache_mib": 4}, "exemplar_cache_mib does not go with"),
+        ({"device": "cpu", "warp": "cuda"}, "warp 'cuda' does not go with backend 'onnxruntime', device 'cpu'"),
+        ({"backend": "tensorrt", "exemplar_cache_mib": 0}, "exemplar_cache_mib: expected MiB of .* from 1; got 0"),
+        ({"device": "cuda", "precision": "float16"}, "precision 'float16': backend 'onnxruntime' on a GPU has float32"),
+    ],
+)
+def test_options_that_do_not_go_together(gpu: FakeGpu, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Translator(gpu.bundle, **options)
+
+
+def test_nothing_of_a_gpu_is_imported_without_need() -> None:
+    """And a translator for a GPU that is not there says what is missing."""
+    code = """
+import sys
+from flashcocos.runtime import Translator
+heavy = {"torch", "triton", "onnx", "pycuda", "tensorrt", "tensorrt_rtx", "numba"}
+with Translator(device="cpu", warp="numpy"):
+    pass
+import flashcocos.runtime.gpu.pipeline, flashcocos.runtime.gpu.tensorrt, flashcocos.runtime.gpu.pycuda
+import flashcocos.runtime.gpu.onnxruntime, flashcocos.runtime.info
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_gpu_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    with pytest.raises(BackendError, match=r"the GPU pipeline needs pycuda .*; pip install flashcocos\[tensorrt\]"):
+        Translator(bundle, backend="tensorrt")
+
+
+def test_from_the_command_line(gpu: FakeGpu, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_label(tmp_path / "label.png", LABEL)
+    Image.fromarray(random_picture(64, 64)).save(tmp_path / "exemplar.png")
+    gpu.folder.rename(tmp_path / "engines")
+    arguments = ["translate", "--model", gpu.bundle.path, "--input", tmp_path / "label.png"]
+    arguments += ["--exemplar", tmp_path / "exemplar.png", "--exemplar-label", tmp_path / "label.png"]
+    arguments += ["-o", tmp_path / "out.png", "--backend", "tensorrt", "--exemplar-cache-mib", "64"]
+    assert main([*map(str, arguments), "--engines", str(tmp_path / "engines")]) == 0
+    assert gpu.trt.runs == ["exemplar", "query", "coarse", "fine"]
+    with Translator(gpu.bundle, device="cpu", warp="numpy") as translator:
+        exemplar = translator.encode_exemplar(tmp_path / "exemplar.png", tmp_path / "label.png")
+        expected = translator.translate(tmp_path / "label.png", exemplar).image
+    assert np.abs(np.asarray(Image.open(tmp_path / "out.png")).astype(int) - expected).max() <= 1
+    assert nothing_left(gpu)
+    gpu.device.closed = False
+    assert main(list(map(str, arguments))) == 1
+    assert "error: no compiled warp kernels" in capsys.readouterr().err

@@ -1,0 +1,254 @@
+"""TensorRT engines: only what was built for this bundle, GPU and version is run, and every refusal says what to do."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_device import FakeDevice
+from fake_gpu import FakeGpu, fake_gpu
+from fake_tensorrt import profile, write_engines
+from kernel_twins import write_kernels
+from tiny_bundle import CLASSES, random_label, random_picture, write_tiny_bundle
+
+from flashcocos.bundle import STAGES, Bundle
+from flashcocos.errors import BackendError
+from flashcocos.runtime import Translator
+from flashcocos.runtime.gpu import pipeline as device_pipeline
+from flashcocos.runtime.gpu import tensorrt as tensorrt_engine
+from flashcocos.runtime.gpu.store import default_folder, list_engines
+from flashcocos.runtime.gpu.tensorrt import TensorRt
+
+LABEL = random_label(CLASSES, 64, 64)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_tiny_bundle(tmp_path / "m")
+
+
+def refused(gpu: FakeGpu, message: str, **options: Any) -> str:
+    """The message of the error that opening a translator raises, which leaves nothing on the device."""
+    with pytest.raises(BackendError, match=message) as caught:
+        gpu.translator(**options)
+    text = str(caught.value)
+    assert "\n" not in text
+    del caught
+    gc.collect()
+    assert gpu.device.live == (0, 0, 0)
+    assert gpu.device.closed
+    return text
+
+
+def test_the_fastest_precision_unless_one_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle)
+    write_engines(gpu.folder, gpu.bundle, [profile()], precision="float32")
+    for precision, expected in ((None, "float16"), ("float32", "float32")):
+        gpu.device.closed = False
+        with gpu.translator(precision=precision) as translator:
+            described = translator.describe()["fine"]
+            assert (described["arithmetic"], described["backend"]) == (expected, "tensorrt 10.9.0")
+    for record in list_engines(gpu.folder):
+        if record.key.precision == "float32":
+            (gpu.folder / f"{record.key.stem}.json").unlink()
+    gpu.device.closed = False
+    refused(gpu, r"no TensorRT engine of precision float32,? in .*, only float16; flashcocos b", precision="float32")
+
+
+def test_static_engines_come_first(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle)
+    with gpu.translator() as translator:
+        assert gpu.trt.loaded == ["query", "exemplar", "coarse", "fine"]
+        exemplar = translator.encode_exemplar(random_picture(64, 64), LABEL)
+        translator.translate(LABEL, exemplar)
+        assert len(gpu.trt.loaded) == 4
+        translator.translate(LABEL, exemplar, (64, 96))  # the dynamic ones are loaded when they are needed
+        assert gpu.trt.loaded[4:] == ["query", "coarse", "fine"]
+
+
+def test_int8_is_told(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile()])
+    for path in gpu.folder.glob(f"{STAGES[-1]}-*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "int8_convolutions": 3}))
+    with gpu.translator() as translator:
+        described = translator.describe()
+        assert described[STAGES[-1]]["arithmetic"] == "int8 and float16"
+        assert described["query"]["arithmetic"] == "float16"
+
+
+def test_engines_of_a_folder_that_is_named(monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle)
+    gpu.folder.rename(tmp_path / "elsewhere")
+    refused(gpu, r"no compiled warp kernels for .* in .*m.engines/kernels or .*; flashcocos build .*m --target sm_86")
+    gpu.device.closed = False
+    with gpu.translator(engines=tmp_path / "elsewhere"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("engines", "message"),
+    [
+        ({"version": "10.8.0"}, "no TensorRT engine of tensorrt 10.9.0, which is installed.* in .*, only 10.8.0; "),
+        ({"variant": "tensorrt-rtx"}, "no TensorRT engine of variant tensorrt in .*, only tensorrt-rtx"),
+    ],
+)
+def test_engines_of_another_build(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path, engines: dict[str, Any], message: str
+) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[])
+    write_engines(gpu.folder, gpu.bundle, [profile()], **engines)
+    refused(gpu, message)
+
+
+def test_engines_for_another_gpu(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, capability=89)
+    text = refused(gpu, "no TensorRT engine for architecture sm_89 in .*, only sm_86; flashcocos build")
+    assert "--target sm_89" in text
+
+
+def test_a_bundle_that_was_changed(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle)
+    write_tiny_bundle(bundle, seed=1)
+    changed = FakeGpu(gpu.device, gpu.trt, gpu.onnx, Bundle(bundle), gpu.options)
+    refused(changed, r"no TensorRT engine of this bundle \(it was changed since they were built\)")
+
+
+def test_a_truncated_engine(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle)
+    for path in gpu.folder.glob("exemplar-*.engine"):
+        path.write_bytes(path.read_bytes()[:-1])
+    refused(gpu, r"exemplar-\w+\.engine is damaged or cut short; remove it and run flashcocos build again")
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [({"architecture": 80}, "engine was built for sm_80"), ({"version": "9"}, "engine was built with 9")],
+)
+def test_an_engine_that_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, header: dict[str, Any], reason: str
+) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, engines={})
+    for path in gpu.folder.glob("query-*"):
+        path.unlink()
+    _rewrite(gpu, "query", **header)
+    text = refused(
+        gpu, rf"tensorrt 10.9.0 cannot load engine query-\w+ on Fake RTX \(sm_86, CUDA 12.4\): .*{reason}; it"
+    )
+    assert "run flashcocos build on this machine, or update the driver" in text
+    assert "not an error" not in text
+
+
+def test_an_engine_of_other_tensors(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[])
+    tensors = [[("label", "uint8", ("batch", "height", "width"))], [("other", "float32", ("batch", 16, "h", "w"))]]
+    _rewrite(gpu, "query", tensors=tensors)
+    for stage in ("exemplar", "coarse", "fine"):
+        _rewrite(gpu, stage)
+    refused(
+        gpu, r"engine query-\w+ has the tensors .*'other'.*, its description states .*'theta'.*flashcocos build again"
+    )
+
+
+def test_a_description_of_other_tensors(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle)
+    for path in gpu.folder.glob("query-*.json"):
+        fields = json.loads(path.read_text())
+        fields["outputs"][0]["dtype"] = "float16"
+        path.write_text(json.dumps(fields))
+    refused(gpu, r"engine query-\w+ has other tensors than stage query: .*float16")
+
+
+def test_shapes_that_an_engine_does_not_give(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[])
+    wide = [[("label", "uint8", ("batch", "height", "width"))], [("theta", "float32", ("batch", 16, "h", 4))]]
+    _rewrite(gpu, "query", tensors=wide)
+    for stage in ("exemplar", "coarse", "fine"):
+        _rewrite(gpu, stage)
+    with gpu.translator() as translator:
+        exemplar = translator.encode_exemplar(random_picture(64, 64), LABEL)
+        with pytest.raises(
+            BackendError, match=r"engine query-\w+ gives theta \(1, 16, 16, 4\), expected \(1, 16, 16, 16\)"
+        ):
+            translator.translate(LABEL, exemplar)
+    gc.collect()
+    assert gpu.device.live == (0, 0, 0)
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    refused(gpu, r"tensorrt cannot be imported .*; pip install flashcocos\[tensorrt\]")
+    gpu.device.closed = False
+    refused(gpu, r"tensorrt-rtx cannot be imported .*; pip install flashcocos\[rtx\]", backend="tensorrt-rtx")
+
+
+def test_a_runtime_that_does_not_start(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle)
+
+    def fails(logger: Any) -> None:
+        logger.log(logger.Severity.INTERNAL_ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(gpu.trt, "Runtime", fails)
+    refused(gpu, "tensorrt 10.9.0 does not start: CUDA initialization failure with error: 35")
+
+
+def test_the_real_package_has_this_api() -> None:
+    """As far as that goes without a GPU."""
+    real = pytest.importorskip("tensorrt_rtx", reason="needs the extra rtx")
+    used = {
+        real.Runtime: "deserialize_cuda_engine",
+        real.ICudaEngine: "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype get_tensor_shape "
+        "device_memory_size_v2 create_execution_context",
+        real.IExecutionContext: "set_input_shape infer_shapes get_tensor_shape set_tensor_address set_device_memory "
+        "execute_async_v3 is_stream_capturable",
+    }
+    for kind, names in used.items():
+        assert set(names.split()) <= set(dir(kind)), kind
+    assert "USER_MANAGED" in real.ExecutionContextAllocationStrategy.__members__
+    assert "INPUT" in real.TensorIOMode.__members__
+    kinds = (real.DataType.UINT8, real.DataType.FLOAT, real.DataType.BF16)
+    assert [tensorrt_engine._dtype(real, kind) for kind in kinds] == ["uint8", "float32", "DataType.BF16"]
+    messages: deque[str] = deque()
+    logger = tensorrt_engine._logger(real, messages)
+    logger.log(real.ILogger.Severity.ERROR, "an error")
+    logger.log(real.ILogger.Severity.WARNING, "a warning")
+    assert list(messages) == ["an error"]
+    try:
+        tensorrt = TensorRt("tensorrt-rtx")
+    except BackendError as error:
+        pytest.skip(f"its runtime does not start here: {error}")
+    assert tensorrt.runtime.deserialize_cuda_engine(b"not an engine" * 100) is None
+    assert tensorrt.complaint("nothing") != "nothing"
+
+
+def _rewrite(gpu: FakeGpu, stage: str, **header: Any) -> None:
+    """Engines of one stage whose header says something else."""
+    before = set(gpu.folder.glob("*"))
+    write_engines(gpu.folder / "new", gpu.bundle, [profile()], header=header)
+    for path in (gpu.folder / "new").glob(f"{stage}-*"):
+        path.rename(gpu.folder / path.name)
+    assert set(gpu.folder.glob(f"{stage}-*")) - before
+
+
+def test_a_real_engine_gets_as_far_as_the_gpu(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """What the real builder writes is found, checked and handed to the real runtime, which lacks a driver."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra rtx")
+    from flashcocos.export.tensorrt.build import build
+
+    list(build(bundle, targets=[86, 89], profiles=[profile()]))
+    gpu = FakeDevice(CLASSES, total=1 << 30, capability=89)
+    monkeypatch.setattr(device_pipeline, "open_device", lambda: gpu)
+    write_kernels(default_folder(bundle) / "kernels", CLASSES)
+    with pytest.raises(
+        BackendError, match=r"tensorrt-rtx .* cannot load engine query-\w+ on Fake RTX \(sm_89"
+    ) as caught:
+        Translator(bundle, backend="tensorrt-rtx")
+    if "cudaError 35" not in str(caught.value):
+        pytest.skip(f"this machine has a driver: {caught.value}")
+    assert gpu.closed

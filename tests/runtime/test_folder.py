@@ -1,0 +1,176 @@
+"""Folders of translations: what is written, resumed, skipped and reported."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_tiny_bundle
+
+from flashcocos.config import ModelConfig
+from flashcocos.errors import InputError
+from flashcocos.preprocess import save_label
+from flashcocos.progress import Progress
+from flashcocos.runtime import Translator
+from flashcocos.runtime.folder import Summary, label_colors, translate_folder
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory: pytest.TempPathFactory) -> Translator:
+    return Translator(write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "b.zip"), warp="numpy")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    for seed, name in enumerate(("a", "b", "c")):
+        save_label(tmp_path / f"labels/{name}.png", random_label(CLASSES, 64, 64, seed))
+        save_label(tmp_path / f"masks/{name}.png", random_label(CLASSES, 64, 64, seed + 10))
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(random_picture(64, 64, seed)).save(tmp_path / f"pictures/{name}.png")
+    return tmp_path
+
+
+def run(translator: Translator, work: Path, exemplar: str = "pictures", mask: str = "masks", **more: Any) -> Summary:
+    return translate_folder(translator, work / "labels", work / exemplar, work / mask, work / "out", **more)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_folder(translator: Translator, work: Path) -> None:
+    assert run(translator, work) == Summary(3, 0, ())
+    assert names(work / "out") == ["a.png", "b.png", "c.png"]
+    exemplar = translator.encode_exemplar(work / "pictures/b.png", work / "masks/b.png")
+    expected = translator.translate(work / "labels/b.png", exemplar)
+    np.testing.assert_array_equal(np.asarray(Image.open(work / "out/b.png")), expected.image)
+
+
+def test_extra_outputs(translator: Translator, work: Path) -> None:
+    run(translator, work, save={"warped", "matches", "confidence", "grid"}, suffix=".jpg", size=(64, 96))
+    assert [name for name in names(work / "out") if name.startswith("a")] == [
+        "a.confidence.png", "a.grid.png", "a.jpg", "a.matches.npz", "a.warped.png",
+    ]  # fmt: skip
+    exemplar = translator.encode_exemplar(work / "pictures/a.png", work / "masks/a.png", (64, 96))
+    expected = translator.translate(work / "labels/a.png", exemplar, (64, 96))
+    with np.load(work / "out/a.matches.npz") as stored:
+        np.testing.assert_array_equal(stored["matches"], expected.matches)
+        np.testing.assert_array_equal(stored["confidence"], expected.confidence)
+        np.testing.assert_array_equal(stored["exemplar_size"], (64, 96))
+    np.testing.assert_array_equal(np.asarray(Image.open(work / "out/a.warped.png")), expected.warped)
+    confidence = np.asarray(Image.open(work / "out/a.confidence.png"))
+    np.testing.assert_allclose(confidence / 255, expected.confidence, atol=0.5 / 255 + 1e-6)
+    grid = np.asarray(Image.open(work / "out/a.grid.png"))
+    assert grid.shape == (64, 384, 3)
+    np.testing.assert_array_equal(grid[:, 192:], np.concatenate([expected.warped, expected.image], axis=1))
+    with Image.open(work / "out/a.jpg") as image:
+        assert (image.format, image.size) == ("JPEG", (96, 64))
+
+
+def test_bad_files_are_named_and_the_rest_goes_on(translator: Translator, work: Path) -> None:
+    (work / "labels/b.png").write_bytes(b"not an image")
+    Image.fromarray(np.full((64, 64), 99, np.uint8)).save(work / "labels/d.png")
+    (work / "pictures/c.png").unlink()
+    stream = io.StringIO()
+    with Progress("translate", stream=stream) as progress:
+        summary = run(translator, work, progress=progress)
+    assert (summary.done, summary.skipped) == (1, 0)
+    assert [(path.name, reason.partition(": ")[0]) for path, reason in summary.failed] == [
+        ("b.png", str(work / "labels/b.png")),
+        ("c.png", str(work / "pictures/c.*")),
+        ("d.png", str(work / "pictures/d.*")),
+    ]
+    assert names(work / "out") == ["a.png"]
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith(f"{work / 'labels/b.png'}: not a readable image")  # not named twice
+    assert lines[1].startswith(f"{work / 'labels/c.png'}: {work / 'pictures/c.*'}: not a readable image")
+    assert (progress.done, progress.total) == (4, 4)
+
+
+def test_a_failed_write_leaves_nothing_half(
+    translator: Translator, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = Image.Image.save
+    count = 0
+
+    def full_disk(self: Image.Image, path: Path, **more: Any) -> None:
+        nonlocal count
+        count += 1
+        saved(self, path, **more)
+        if count == 2:
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    summary = run(translator, work)
+    assert [(path.name, reason) for path, reason in summary.failed] == [("b.png", "[Errno 28] No space left on device")]
+    assert names(work / "out") == ["a.png", "c.png"]
+
+
+def test_resume_does_what_is_missing(translator: Translator, work: Path) -> None:
+    run(translator, work, save=["warped"])
+    (work / "out/b.png").unlink()
+    (work / "out/c.warped.png").unlink()
+    kept = (work / "out/a.png").stat().st_mtime_ns
+    assert run(translator, work, save=["warped"], resume=True) == Summary(2, 1, ())
+    assert (work / "out/a.png").stat().st_mtime_ns == kept
+    assert len(names(work / "out")) == 6
+    assert run(translator, work, save=["warped"], resume=True) == Summary(0, 3, ())
+    assert run(translator, work, save=["warped"]) == Summary(3, 0, ())
+
+
+def test_an_exemplar_is_encoded_once(translator: Translator, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    encode = translator.encode_exemplar
+    monkeypatch.setattr(translator, "encode_exemplar", lambda *arguments: calls.append(arguments) or encode(*arguments))
+    run(translator, work, "pictures/a.png", "masks/a.png")
+    assert calls == [(work / "pictures/a.png", work / "masks/a.png", None)]
+    calls.clear()
+    (work / "list.csv").write_text("a.png,a.png\nb.png,b.png\nc.png,a.png\n")
+    assert run(translator, work, pairs=work / "list.csv").done == 3
+    assert [arguments[0].name for arguments in calls] == ["a.png", "b.png"]
+
+
+def test_arguments_are_checked_before_any_work(translator: Translator, work: Path) -> None:
+    with pytest.raises(InputError, match="unknown output to save 'flow'; available: warped, matches, confidence, grid"):
+        run(translator, work, save=["flow"])
+    with pytest.raises(InputError, match="size: "):
+        run(translator, work, size=(100, 100))
+    with pytest.raises(InputError, match="needs the exemplars' labels"):
+        translate_folder(translator, work / "labels", work / "pictures", None, work / "out")
+    assert not (work / "out").exists()
+
+
+def test_planes_from_npz(work: Path, tmp_path: Path) -> None:
+    save_label(tmp_path / "planes/a.npz", random_label(CHANNELS, 64, 64))
+    with Translator(write_tiny_bundle(tmp_path / "b", CHANNELS), warp="numpy") as translator:
+        summary = translate_folder(
+            translator, tmp_path / "planes", work / "pictures", None, work / "out", size="input", save=["grid"]
+        )
+        assert summary == Summary(1, 0, ())
+        with pytest.raises(InputError, match="takes no labels for exemplars"):
+            translate_folder(translator, tmp_path / "planes", work / "pictures", tmp_path / "planes", work / "out")
+
+
+def test_label_colors() -> None:
+    ids = np.arange(151, dtype=np.uint8).reshape(1, -1)
+    colors = label_colors(ModelConfig.preset("ade20k"), ids)
+    assert (colors.shape, colors.dtype) == ((1, 151, 3), np.uint8)
+    assert len(np.unique(colors[0], axis=0)) == 151
+    assert not colors[0, 0].any()
+    planes = np.zeros((5, 2, 2), np.float32)
+    planes[0], planes[4, 0, 0] = 0.5, 1
+    mixed = label_colors(CHANNELS, planes)
+    assert (mixed[0, 1] == mixed[1, 1]).all()
+    assert mixed[0, 1].any()
+    assert (mixed[0, 0] != mixed[0, 1]).any()
+    pose = np.random.default_rng(0).random((20, 4, 4)).astype(np.float32)
+    drawn = label_colors(ModelConfig.preset("deepfashion"), pose)
+    np.testing.assert_allclose(drawn / 255, pose[:3].transpose(1, 2, 0), atol=0.5 / 255 + 1e-6)
+    edges = label_colors(ModelConfig.preset("celebahqedge"), pose[:15])
+    np.testing.assert_allclose(edges[..., 1] / 255, pose[0], atol=0.5 / 255 + 1e-6)

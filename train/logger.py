@@ -1,0 +1,96 @@
+"""What a training shows: a progress bar, a line of terms now and then, and TensorBoard's scalars and pictures."""
+
+from __future__ import annotations
+
+import colorsys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+from ..progress import Progress
+
+ROWS = 4  # samples in a picture
+
+
+class Logbook:
+    """`with Logbook(folder, start, total, log_steps) as log: log.step(terms)`; writes to `folder`/tensorboard.
+
+    start: steps already done, after which an interrupted run may have logged more: those are dropped. log_steps: steps
+    between two lines; scalars are means over them. Raises `BackendError` without the package tensorboard.
+    """
+
+    def __init__(self, folder: Path, start: int, total: int, log_steps: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise BackendError("the package tensorboard is missing: pip install 'flashcocos[train]'") from error
+        self.done, self.total, self.log_steps = start, total, log_steps
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._progress = Progress("train", total, start=start)
+        self._sums: dict[str, float] = {}
+        self._count, self._since = 0, time.monotonic()
+
+    def __enter__(self) -> Logbook:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, trace)
+        self._writer.close()
+
+    def write(self, message: str) -> None:
+        """Print a line."""
+        self._progress.write(message)
+
+    def step(self, terms: Mapping[str, float], rate: float) -> None:
+        """Count a step with the value of each term and the learning rate; every `log_steps` print and write means."""
+        self.done, self._count = self.done + 1, self._count + 1
+        self._progress.advance()
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        if self._count < self.log_steps and self.done < self.total:
+            return
+        means = {name: value / self._count for name, value in self._sums.items()}
+        now = time.monotonic()
+        speed = self._count / max(now - self._since, 1e-9)
+        for name, value in means.items():
+            self._writer.add_scalar(f"loss/{name}", value, self.done)
+        self._writer.add_scalar("rate", rate, self.done)
+        self._writer.add_scalar("steps per second", speed, self.done)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+        left = (self.total - self.done) / speed / 60
+        self.write(f"step {self.done}/{self.total}: {shown}, {speed:.2f} it/s, {left:.0f} min left")
+        self._sums, self._count, self._since = {}, 0, now
+
+    def pictures(self, batch: Mapping[str, Tensor], warped_image: Tensor, image: Tensor) -> None:
+        """Write input | exemplar | warped | output | target of the first samples, one below the other."""
+        columns = [label_picture(batch["label"]), batch["exemplar"], warped_image, image, batch["image"]]
+        rows = torch.cat([column[:ROWS].detach().float().cpu() for column in columns], 3)  # (B, 3, H, 5 W)
+        grid = ((torch.cat(list(rows), 1).clamp(-1, 1) + 1) * 127.5).round().byte()  # (3, B H, 5 W)
+        self._writer.add_image("input, exemplar, warped, output, target", grid.numpy(), self.done)
+
+    def flush(self) -> None:
+        """Write out what TensorBoard's writer still holds."""
+        self._writer.flush()
+
+
+def label_picture(label: Tensor) -> Tensor:
+    """Class ids (B, H, W) or planes (B, nc, H, W) -> a color a class (B, 3, H, W) in [-1, 1]; class 0 is black."""
+    if not label.is_floating_point():
+        return _colors(256, label.device)[label.long()].permute(0, 3, 1, 2)
+    mixed = torch.einsum("bnhw,nc->bchw", label, (_colors(label.shape[1] + 1, label.device)[1:] + 1) / 2)
+    return mixed.clamp(0, 1) * 2 - 1
+
+
+def _colors(count: int, device: torch.device) -> Tensor:
+    # hues a golden section apart, so that neighboring classes differ
+    table = [colorsys.hsv_to_rgb(index * 0.618 % 1, 0.8, 1 - 0.5 * (index % 3) / 2) for index in range(count)]
+    table[0] = (0.0, 0.0, 0.0)
+    return torch.tensor(table, device=device) * 2 - 1
