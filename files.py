@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import platformdirs
+
 
 @contextlib.contextmanager
 def atomic_path(target: str | os.PathLike[str], *, directory: bool = False) -> Iterator[Path]:
@@ -44,6 +46,11 @@ def atomic_path(target: str | os.PathLike[str], *, directory: bool = False) -> I
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def cache_folder() -> Path:
+    """The folder that keeps downloads and rendered data: flashcocos in the platform's cache folder for this user."""
+    return platformdirs.user_cache_path("flashcocos", appauthor=False)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

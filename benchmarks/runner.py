@@ -19,10 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from ..bundle import Bundle
 from ..errors import InputError
 from ..files import sha256
-from ..progress import Progress
 from .provenance import CHANGED, conditions, free_memory, provenance
 from .registry import Case, Material
 
@@ -66,8 +67,7 @@ def run_cases(
         held |= {row["case"]: row for row in read_rows(path, setup)}
     compared = References({case.name: case for case in (*known, *cases)}, material)
     rows = []
-    with Progress("bench", len(cases), unit="case") as bar:
-        bar.advance(0)  # shows it before the first case is done
+    with tqdm(desc="bench", total=len(cases), unit="case", disable=None) as bar:
         for case in cases:
             own = {"parameters": json.loads(json.dumps(case.parameters)), "repeats": case.repeats}
             own["model"] = {name: models[name] for name in _used(case)}
@@ -79,9 +79,9 @@ def run_cases(
                 row = {"case": case.name, "measures": case.measures, **own, **_run(case, material, compared)}
                 row |= {"conditions": now, "setup": setup, "command": command}
                 _append(files[case.group], row)
-                bar.write(describe(row))
+                bar.write(describe(row), file=sys.stderr)
             rows.append(row)
-            bar.advance()
+            bar.update()
     return rows
 
 

@@ -157,21 +157,17 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_translate(options: argparse.Namespace) -> int:
-    from ..progress import Progress
     from ..runtime import Translator
     from ..runtime.folder import translate_folder
 
     save = {name for name in options.save.split(",") if name} | ({"grid"} if options.grid else set())
-    with (
-        Translator(
-            options.model,
-            **_engine(options),
-            engines=options.engines,
-            exemplar_cache_mib=options.exemplar_cache_mib,
-            tile=options.tile,
-        ) as translator,
-        Progress("translate", unit="image") as progress,
-    ):
+    with Translator(
+        options.model,
+        **_engine(options),
+        engines=options.engines,
+        exemplar_cache_mib=options.exemplar_cache_mib,
+        tile=options.tile,
+    ) as translator:
         summary = translate_folder(
             translator,
             options.input,
@@ -183,7 +179,7 @@ def _run_translate(options: argparse.Namespace) -> int:
             save=save,
             suffix=f".{options.format}",
             resume=options.resume,
-            progress=progress,
+            progress=True,
         )
     print(f"{summary.done} translated, {summary.skipped} skipped, {len(summary.failed)} failed: {options.output}")
     return 1 if summary.failed else 0
@@ -201,13 +197,12 @@ def _add_demo(command: Command) -> None:
 
 def _run_demo(options: argparse.Namespace) -> int:
     from ..bundle.default_model import PAIRS
-    from ..progress import Progress
     from ..runtime import Translator
     from ..runtime.folder import translate_folder
 
-    with Translator(device="cpu") as translator, Progress("translate", unit="image") as progress:
+    with Translator(device="cpu") as translator:
         summary = translate_folder(
-            translator, None, None, None, options.output, pairs=PAIRS, save={"grid"}, progress=progress
+            translator, None, None, None, options.output, pairs=PAIRS, save={"grid"}, progress=True
         )
     print(f"{summary.done} of {summary.done + len(summary.failed)} pictures translated; *.grid.png shows each as")
     print(f"input | exemplar | warped exemplar | result: {options.output}")
@@ -359,10 +354,11 @@ def _run_train(options: argparse.Namespace) -> int:
     if options.plan:
         if options.output:
             raise InputError("--plan writes nothing; leave --output out")
-        from ..progress import Progress
+        from tqdm import tqdm
+
         from ..train.memory_estimate import report
 
-        with Progress("plan", unit="step") as progress:
+        with tqdm(desc="plan", unit="step", disable=None) as progress:
             print(report(settings, options.plan, progress))
         return 0
     folder = Path(options.output or Path("training", Path(options.config).stem))

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 import torch
+from tqdm import tqdm
 
 from .. import __version__
 from ..bundle import PRECISIONS, STAGES, Manifest, StageSpec, write_bundle
@@ -17,7 +18,6 @@ from ..bundle.stages import stage_tensors
 from ..config import ModelConfig
 from ..errors import InputError
 from ..files import sha256
-from ..progress import Progress
 from ..train.checkpoint import load_model, read_metadata
 from .graphs import OPSET, export_stage, store_float16
 
@@ -41,14 +41,14 @@ def export_bundle(
     check_precision(precision)
     model = load_model(model_path)
     files, stages = {}, {}
-    with Progress("export", len(STAGES), unit="graph") as progress:
+    with tqdm(desc="export", total=len(STAGES), unit="graph", disable=None) as progress:
         for stage in STAGES:
             graph = export_stage(model, stage)
             if precision == "float16":
                 store_float16(graph)
             files[f"{stage}.onnx"] = graph.SerializeToString(deterministic=True)
             stages[stage] = StageSpec(f"{stage}.onnx", *stage_tensors(model.config)[stage])
-            progress.advance()
+            progress.update()
     if targets:
         files |= compiled_kernels(model.config, targets)
     manifest = Manifest(model.config, precision, OPSET, stages, {}, license, provenance(model_path))
@@ -65,7 +65,7 @@ def compiled_kernels(
     """
     from ..kernels.gpu.aot import compile_kernels
 
-    with tempfile.TemporaryDirectory() as folder, Progress("kernels", unit="kernel") as progress:
+    with tempfile.TemporaryDirectory() as folder, tqdm(desc="kernels", unit="kernel", disable=None) as progress:
         for _ in compile_kernels(
             Path(folder),
             sorted(set(targets)),
@@ -74,7 +74,7 @@ def compiled_kernels(
             channels=config.feature_channels,
             dtypes=dtypes,
         ):
-            progress.advance()
+            progress.update()
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 

@@ -18,8 +18,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from tqdm import tqdm
+
 from ..errors import CheckpointError, FlashcocosError, InputError
-from ..progress import Progress
 
 BASE_URL = "https://storage.openvinotoolkit.org/repositories/open_model_zoo/public/2022.1/cocosnet/model_files/ckpt/"
 ATTEMPTS = 4
@@ -105,7 +106,7 @@ def _fetch(remote: RemoteFile, folder: Path, base_url: str) -> Path:
                 f"{folder}: {free >> 20} MiB free, {remote.name} needs {-(-missing >> 20)} MiB more; make room or "
                 "choose another cache folder"
             )
-        with Progress(remote.name, remote.bytes, unit="B") as progress:
+        with tqdm(desc=remote.name, total=remote.bytes, unit="B", unit_scale=True, disable=None) as progress:
             _complete(url, part, remote, progress)
     except OSError as error:
         raise FlashcocosError(
@@ -122,7 +123,7 @@ def _fetch(remote: RemoteFile, folder: Path, base_url: str) -> Path:
     return target
 
 
-def _complete(url: str, part: Path, remote: RemoteFile, progress: Progress) -> None:
+def _complete(url: str, part: Path, remote: RemoteFile, progress: tqdm) -> None:
     """Extend `part` until it has all bytes, over as many connections as `ATTEMPTS` allows."""
     reason: Exception | None = None
     for attempt in range(ATTEMPTS):
@@ -148,7 +149,7 @@ def _complete(url: str, part: Path, remote: RemoteFile, progress: Progress) -> N
         ) from reason
 
 
-def _transfer(url: str, part: Path, remote: RemoteFile, progress: Progress) -> None:
+def _transfer(url: str, part: Path, remote: RemoteFile, progress: tqdm) -> None:
     """One connection: append what `part` lacks, or start over where the server ignores the range."""
     start = _size(part)
     headers = {"User-Agent": "flashcocos"} | ({"Range": f"bytes={start}-"} if start else {})
@@ -160,13 +161,13 @@ def _transfer(url: str, part: Path, remote: RemoteFile, progress: Progress) -> N
             raise CheckpointError(
                 f"{url}: {start + int(length)} bytes on the server, expected {remote.bytes}: not the published file"
             )
-        progress.done = start
+        progress.n = start
         with open(part, "ab" if start else "wb") as file:
             while block := response.read(BLOCK):
                 if file.tell() + len(block) > remote.bytes:
                     raise CheckpointError(f"{url}: more than {remote.bytes} bytes: not the published file")
                 file.write(block)
-                progress.advance(len(block))
+                progress.update(len(block))
 
 
 def _size(path: Path) -> int:

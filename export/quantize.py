@@ -34,6 +34,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxscript import optimizer
+from tqdm import tqdm
 
 from ..bundle import Bundle, write_bundle
 from ..bundle.stages import check_stages, stage_inputs
@@ -41,7 +42,6 @@ from ..config import ModelConfig
 from ..errors import BackendError, InputError
 from ..preprocess.images import load_image, to_uint8
 from ..preprocess.labels import load_label, resize_nearest
-from ..progress import Progress
 from ..runtime.engine import OnnxRuntimeEngine
 from ..runtime.jobs import Job
 from .graphs import check_graph, clean
@@ -84,11 +84,11 @@ def quantize_bundle(
         raise InputError(f"{len(pairs)} pairs: expected at least 2, of which a quarter is held out to measure")
     held_out = max(1, len(pairs) // 4)
     engines = {stage: OnnxRuntimeEngine(opened, stage) for stage in opened.manifest.stages}
-    with Progress("calibrate", len(pairs), unit="pair") as progress:
+    with tqdm(desc="calibrate", total=len(pairs), unit="pair", disable=None) as progress:
         feeds = []
         for pair in pairs:
             feeds.append(run_stages(config, lambda stage, inputs: engines[stage].run(inputs), _inputs(config, pair)))
-            progress.advance()
+            progress.update()
     files = {name: opened.read(name) for name in opened.manifest.files}
     convolutions = quantized = 0
     for stage in ("coarse", "fine"):

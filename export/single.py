@@ -22,13 +22,13 @@ from pathlib import Path
 
 import onnx.parser
 from onnx import ModelProto, NodeProto, TensorProto, helper
+from tqdm import tqdm
 
 from ..bundle import MAX_FILE_BYTES, STAGES, TensorSpec
 from ..bundle.stages import stage_tensors
 from ..config import ModelConfig
 from ..errors import InputError
 from ..files import atomic_path
-from ..progress import Progress
 from ..train.checkpoint import load_model
 from .bundle import check_precision, provenance
 from .graphs import IR_VERSION, OPSET, check_graph, clean, export_stage, renamed, store_float16
@@ -57,11 +57,11 @@ def export_single(
         raise InputError(f"{output}: a single graph is an ONNX file; name it *.onnx")
     check_precision(precision)
     network = load_model(model_path)
-    with Progress("export", len(STAGES), unit="graph") as progress:
+    with tqdm(desc="export", total=len(STAGES), unit="graph", disable=None) as progress:
         stages = {}
         for stage in STAGES:
             stages[stage] = export_stage(network, stage)
-            progress.advance()
+            progress.update()
     model = single_graph(network.config, stages)
     if precision == "float16":
         store_float16(model)

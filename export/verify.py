@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from tqdm import tqdm
 
 from ..bundle import STAGES, Bundle
 from ..bundle.graph_check import refuse_external_data
@@ -23,7 +24,6 @@ from ..bundle.stages import check_stages, stage_inputs
 from ..config import SIZE_MULTIPLE, ModelConfig
 from ..errors import BundleError, InputError
 from ..kernels.corr_warp import corr_warp, warp_arrays
-from ..progress import Progress
 from ..runtime.engine import Engine, OnnxRuntimeEngine
 from ..train.checkpoint import load_model
 from ..train.networks import CoCosNet
@@ -154,7 +154,7 @@ def verify(
             return report
     cases = [(size, batch) for size in sizes for batch in sorted(set(batches))]
     seen: dict[Size, Arrays] = {}
-    with Progress("verify", len(cases), unit="case") as progress:
+    with tqdm(desc="verify", total=len(cases), unit="case", disable=None) as progress:
         for size, batch in cases:
             inputs = random_inputs(config, size, batch)
             outputs = run_stages(config, run, inputs)
@@ -169,7 +169,7 @@ def verify(
                 seen[size] = outputs
             if model is not None:
                 _compare_model(report, model, run, precision, size, inputs, outputs)
-            progress.advance()
+            progress.update()
     return report
 
 

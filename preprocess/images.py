@@ -7,6 +7,7 @@ file gives the same numbers in training, export and translation.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import struct
 import zlib
@@ -127,3 +128,17 @@ def to_uint8(image: npt.NDArray[Any]) -> UInt8Array:
         raise InputError("image: holds NaN or infinity; the network that made it overflowed or its weights are damaged")
     pixels = np.rint((np.clip(image, -1, 1).astype(np.float32) + 1) * 127.5)
     return np.ascontiguousarray(pixels.astype(np.uint8).transpose(1, 2, 0))
+
+
+def psnr(image: UInt8Array, reference: UInt8Array) -> float:
+    """Peak signal-to-noise ratio of an 8-bit picture.
+
+    Args:
+        image: uint8 array of any shape.
+        reference: uint8 array of the same shape.
+
+    Returns:
+        Decibels against the peak 255; infinity where the two are equal.
+    """
+    mean_square = float(np.square(image.astype(np.float64) - reference).mean())
+    return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from tqdm import tqdm
+
 from ..errors import InputError
-from ..progress import Progress
 from . import ade20k, celebahq, edges, pose
 from .images import PathLike, UInt8Array, check_size
 from .labels import save_label
@@ -74,7 +75,7 @@ def prepare_folder(
         samples, unknown = select(samples, [name for line in read_list(list_file) for name in line])
         messages += [Message(name, f"listed in {list_file}, but not found", failed=True) for name in unknown]
     some_images = any(sample.images for sample in samples)
-    with Progress("prepare", len(samples), unit="file") as progress:
+    with tqdm(desc="prepare", total=len(samples), unit="file", disable=None) as progress:
         for sample in samples:
             try:
                 label = _load(sample, size, canny)
@@ -84,7 +85,7 @@ def prepare_folder(
                 save_label(output / f"{sample.key}{'.png' if label.ndim == 2 else '.npz'}", label)
                 prepared += 1
                 messages += [Message(sample.key, text, failed=False) for text in _lacks(sample, some_images)]
-            progress.advance()
+            progress.update()
     return Summary(prepared, sum(message.failed for message in messages), tuple(messages))
 
 

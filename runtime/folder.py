@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from tqdm import tqdm
 
 from ..config import ModelConfig
 from ..errors import FlashcocosError, InputError
 from ..files import atomic_path
 from ..preprocess.images import PathLike, UInt8Array, load_rgb
 from ..preprocess.labels import load_label, resize_nearest
-from ..progress import Progress
 from .jobs import EXTRAS, Job, plan_jobs
 from .translator import Exemplar, Size, Translation, Translator, resolve_size
 
@@ -47,14 +47,14 @@ def translate_folder(
     save: Collection[str] = (),
     suffix: str = ".png",
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: bool = False,
 ) -> Summary:
     """Translate every input and write the pictures; which files belong together: `jobs.plan_jobs`.
 
     save: extra outputs beside each picture: "warped" and "confidence" (PNG), "matches" (.npz of the arrays `matches`,
         `confidence` and `exemplar_size`), "grid" (label, exemplar, warped and result side by side, PNG).
     suffix: ".png", or ".jpg" (quality 95), of results in a folder; resume: leave alone what has all its outputs.
-    progress: counts jobs and gets a line for each that failed; None is silent.
+    progress: show a progress bar on standard error, where it is a terminal, and a line for each job that failed.
     Every file is written whole or not at all. Raises `InputError` before any work where the arguments make no sense.
     """
     if unknown := sorted(set(save) - set(EXTRAS)):
@@ -70,13 +70,10 @@ def translate_folder(
     )
     resolve_size(translator.config, size, (256, 256))  # a size that is wrong for all is an error at once
     _check_exemplar_labels(translator.config, jobs)
-    if progress is None:
-        progress = Progress("translate", unit="image", stream=io.StringIO())
-    progress.total = len(jobs)
     encode = functools.lru_cache(CACHED_EXEMPLARS)(functools.partial(_encode, translator, size))
     done, skipped = 0, 0
     failed: list[tuple[Path, str]] = []
-    for job in jobs:
+    for job in tqdm(jobs, desc="translate", unit="image", disable=None if progress else True):
         if resume and all(path.is_file() for path in (job.output, *(job.extra(kind) for kind in save))):
             skipped += 1
         else:
@@ -87,8 +84,9 @@ def translate_folder(
             except (FlashcocosError, OSError, MemoryError) as error:
                 reason = (str(error) or type(error).__name__).replace("\n", " ")
                 failed.append((job.label, reason))
-                progress.write(reason if reason.startswith(str(job.label)) else f"{job.label}: {reason}")
-        progress.advance()
+                if progress:
+                    line = reason if reason.startswith(str(job.label)) else f"{job.label}: {reason}"
+                    tqdm.write(line, file=sys.stderr)
     return Summary(done, skipped, tuple(failed))
 
 

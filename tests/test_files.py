@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from pathlib import Path
 
 import pytest
 
 from flashcocos.files import atomic_path, sha256
-from flashcocos.progress import Progress
 
 
 def test_success_replaces(tmp_path: Path) -> None:
@@ -57,35 +55,3 @@ def test_sha256(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
-
-
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_on_a_terminal() -> None:
-    stream = _Terminal()
-    with Progress("work", 2, unit="image", stream=stream) as progress:
-        progress.advance()
-        progress.write("a note")
-        progress.advance()
-    assert "a note\x1b[K\n" in stream.getvalue()
-    assert "2/2 image" in stream.getvalue().split("\r")[-1]
-
-
-def test_progress_goes_on_from_an_earlier_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = io.StringIO()
-    monkeypatch.setattr(stream, "isatty", lambda: True)
-    monkeypatch.setattr("time.monotonic", iter([100.0, 104.0]).__next__)
-    with Progress("work", 10, start=7, stream=stream) as progress:
-        progress.advance(2)
-    assert "9/10 it, 0.50 it/s, 0:02 left" in stream.getvalue()
-
-
-def test_progress_elsewhere_is_silent_but_for_notes() -> None:
-    stream = io.StringIO()
-    with Progress("work", stream=stream) as progress:
-        progress.advance()
-        progress.write("a note")
-    assert stream.getvalue() == "a note\n"

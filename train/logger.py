@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,9 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..errors import BackendError
-from ..progress import Progress
 
 ROWS = 4  # samples in a picture
 
@@ -31,28 +32,27 @@ class Logbook:
             raise BackendError("the package tensorboard is missing: pip install 'flashcocos[train]'") from error
         self.done, self.total, self.log_steps = start, total, log_steps
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-        self._progress = Progress("train", total, start=start)
+        self._progress = tqdm(desc="train", total=total, initial=start, unit="step", disable=None)
         self._sums: dict[str, float] = {}
         self._count, self._since = 0, time.monotonic()
 
     def __enter__(self) -> Logbook:
-        self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.__exit__(kind, error, trace)
+        self._progress.close()
         self._writer.close()
 
     def write(self, message: str) -> None:
         """Print a line."""
-        self._progress.write(message)
+        self._progress.write(message, file=sys.stderr)
 
     def step(self, terms: Mapping[str, float], rate: float) -> None:
         """Count a step with the value of each term and the learning rate; every `log_steps` print and write means."""
         self.done, self._count = self.done + 1, self._count + 1
-        self._progress.advance()
+        self._progress.update()
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         if self._count < self.log_steps and self.done < self.total:

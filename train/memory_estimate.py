@@ -27,9 +27,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from ..errors import InputError
-from ..progress import Progress
 from .batches import Batch, Steps
 from .data import Item
 from .networks import Vgg19
@@ -120,7 +120,7 @@ class Planner:
     fake: False runs the steps for real on the CPU, to see that the plan is right. progress: counts the steps.
     """
 
-    def __init__(self, settings: Settings, *, fake: bool = True, progress: Progress | None = None) -> None:
+    def __init__(self, settings: Settings, *, fake: bool = True, progress: tqdm | None = None) -> None:
         run = dataclasses.replace(settings.run, batch=1, micro_batch=0)
         if fake and run.precision == "float16":
             run = dataclasses.replace(run, precision="bfloat16")  # of the same width; no scaler, which reads numbers
@@ -187,7 +187,7 @@ class Planner:
             self._live.restart()
             self._trainer.train_step(pieces)
         if self._progress is not None:
-            self._progress.advance()
+            self._progress.update()
         return self._live.peak
 
     def _piece(self, size: int) -> Batch:
@@ -211,7 +211,7 @@ class Planner:
             yield
 
 
-def report(settings: Settings, budgets: Sequence[float], progress: Progress | None = None) -> str:
+def report(settings: Settings, budgets: Sequence[float], progress: tqdm | None = None) -> str:
     """Tables for the terminal: peaks by batch, the largest batch in each of `budgets` (GiB), both with and without
     `run.checkpointing`, and the peak of the settings' own step.
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from ..benchmarks.quality.photo_metrics import VGG_FILES
 from ..benchmarks.quality.predictors import torch_device
 from ..errors import InputError
 from ..files import atomic_path, sha256
 from ..preprocess.images import PathLike, load_image
-from ..progress import Progress
 from .data.photos import find_photos
 
 _ROWS = 512  # pictures whose similarities to all others are held at once
@@ -78,14 +78,14 @@ def write_pairs(
     with (
         atomic_path(output) as temporary,
         temporary.open("w", encoding="utf-8") as file,
-        Progress("retrieve", len(shown), unit="image") as progress,
+        tqdm(desc="retrieve", total=len(shown), unit="image", disable=None) as progress,
     ):
         for start in range(0, len(shown), _ROWS):
             part = shown[start : start + _ROWS]
             for index, best in zip(part, nearest(matrix, part, others, count, extractor.device), strict=True):
                 names = [queries[paths[index]], *(keys[paths[other]] for other in best)]
                 file.write(",".join(names) + "\n")
-            progress.advance(len(part))
+            progress.update(len(part))
     return Summary(len(shown), tuple(sorted(failed.items())))
 
 
@@ -169,7 +169,7 @@ def _features(
             Path(path): np.frombuffer(feature, np.float16) for path, stamp, feature in rows if stamps.get(path) == stamp
         }
         missing = [path for path in pictures if path not in found]
-        with Progress("features", len(missing), unit="image") as progress:
+        with tqdm(desc="features", total=len(missing), unit="image", disable=None) as progress:
             for start in range(0, len(missing), batch):
                 part = missing[start : start + batch]
                 loaded = {}
@@ -185,7 +185,7 @@ def _features(
                         [(extractor.name, str(path), stamps[str(path)], found[path].tobytes()) for path in loaded],
                     )
                     database.commit()
-                progress.advance(len(part))
+                progress.update(len(part))
     paths = sorted(found)
     return paths, torch.from_numpy(np.stack([found.pop(path) for path in paths]) if paths else np.zeros((0, 0)))
 

@@ -10,9 +10,10 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from ...errors import InputError
 from ...preprocess.images import PathLike, to_uint8
-from ...progress import Progress
 from ...train.data import Item, PairData
 from .contact_sheet import Sheet
 from .metrics import ExactSums, correspondence_accuracy, trivial_answer
@@ -136,7 +137,7 @@ def _items(pairs: PairData, count: int | None) -> Iterator[tuple[int, Item]]:
     total = len(pairs) if count is None else count
     if not 1 <= total <= len(pairs):
         raise InputError(f"count: expected 1 to {len(pairs)} pairs, got {count}")
-    with Progress("evaluate", total, unit="pair") as progress:
+    with tqdm(desc="evaluate", total=total, unit="pair", disable=None) as progress:
         for index in range(total):
             yield index, pairs[index]
-            progress.advance()
+            progress.update()

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from ...bundle import STAGES, Bundle
 from ...bundle.stages import stage_inputs
 from ...errors import InputError
-from ...progress import Progress
 from ...runtime.translator import resolve_size
 from ..tables import table
 from .inputs import inputs
@@ -64,7 +64,7 @@ def profile(
         return warp_arrays(*sides, patch=config.patch, temperature=config.temperature, match=True).out
 
     profiles = []
-    with Progress("profile", len(STAGES) + 1, unit="stage") as bar:
+    with tqdm(desc="profile", total=len(STAGES) + 1, unit="stage", disable=None) as bar:
         for stage in ("exemplar", "query", "warp", "coarse", "fine"):
             if stage == "warp":
                 took, arrays["warped"] = _repeated(warp, repeats)
@@ -73,7 +73,7 @@ def profile(
                 measured, outputs = _stage(opened, stage, stage_inputs(config, stage, arrays), repeats, threads)
                 profiles.append(measured)
                 arrays |= outputs
-            bar.advance()
+            bar.update()
     return profiles
 
 

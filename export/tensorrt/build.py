@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
+from tqdm import tqdm
 
 from ...bundle import STAGES, Bundle, TensorSpec
 from ...bundle.stages import axis_sizes, check_stages, concrete_shape, signature, stage_tensors
 from ...errors import BackendError, InputError
 from ...files import atomic_path
-from ...progress import Progress
 from ...runtime.gpu.cubins import FOLDER
 from ...runtime.gpu.engine import device_tensors
 from ...runtime.gpu.store import (
@@ -178,7 +178,10 @@ def _build_one(
         _set_architectures(trt, config, key.architectures)
     inputs, outputs = device_tensors(bundle.manifest.config, key.stage, packed=True)
     _check_network(trt, network, what, inputs, outputs)
-    with _timing_cache(config, key, folder), Progress(f"build {key.stage}", unit="step") as progress:
+    with (
+        _timing_cache(config, key, folder),
+        tqdm(desc=f"build {key.stage}", total=0, unit="step", disable=None) as progress,
+    ):
         monitor = _monitor(trt, progress)
         config.progress_monitor = monitor
         engine = builder.build_serialized_network(network, config)
@@ -264,7 +267,7 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
-def _monitor(trt: Any, progress: Progress) -> Any:
+def _monitor(trt: Any, progress: tqdm) -> Any:
     """The builder's progress monitor: counts the steps of all its phases, which become known one by one."""
 
     class Monitor(trt.IProgressMonitor):
@@ -275,7 +278,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             progress.total += num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            progress.advance()
+            progress.update()
             return True
 
         def phase_finish(self, phase_name: str) -> None:

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ...errors import InputError
-from ...progress import Progress
 from . import Item
 from .avatars_draw import Structure, package_versions, random_structure, render_image, render_label
 from .avatars_paint import CLASSES, DEFAULT_LOOK, Look, random_look
@@ -217,11 +217,11 @@ def prepare_pairs(
         present = {row[0] for row in database.execute("SELECT number FROM pairs WHERE number < ?", (count,))}
         missing = [index for index in range(count) if index not in present]
         chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
-        with Progress(f"render avatars ({split})", len(missing), unit="pair") as progress:
+        with tqdm(desc=f"render avatars ({split})", total=len(missing), unit="pair", disable=None) as progress:
             for indices, blobs in _render_chunks(split, chunks, options, workers or os.cpu_count() or 1):
                 database.executemany("INSERT OR REPLACE INTO pairs VALUES (?, ?)", zip(indices, blobs, strict=True))
                 database.commit()
-                progress.advance(len(indices))
+                progress.update(len(indices))
     return path
 
 
