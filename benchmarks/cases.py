@@ -9,7 +9,7 @@ from ..config import ModelConfig
 from .registry import CHANNELS, Case, Gate
 
 EXACT, ROUNDED, ALIKE = 40.0, 30.0, 20.0  # dB: float32 gives more than 70; bfloat16; any bundle of the same model
-TRANSLATION = ".translation:prepare"
+TRANSLATION = ".speed.translation:prepare"
 TILE = 288  # pixels; two a side at 512 px, four at 1024
 
 
@@ -199,7 +199,7 @@ def _warp(
     needs = {"numba": ("numba",), "numpy": (), "triton": tensors, "compiled": ("torch", "c++")}.get(method, ("torch",))
     return Case(
         "-".join([f"warp/{method}-p{patch}-n{positions}", *extras]),
-        ".warp:prepare",
+        ".speed.warp:prepare",
         f"the warp by {method}: {size} x {size} maps, patch {patch}, {values} values{', with gradients' * backward}",
         parameters,
         Gate("max_error", 2e-2 if device == "cuda" else 1e-3 if backward else 1e-4, at_least=False),
@@ -226,7 +226,7 @@ def training_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> It
         ):
             yield Case(
                 f"training/{method}-{size}",
-                ".training:prepare",
+                ".speed.training:prepare",
                 f"one step of ade20k's training, {size} px, batch 1, {text}",
                 {"method": method, "preset": "ade20k", "size": size, "batch": 1, "changes": []},
                 Gate("largest_term", 1e6, at_least=False),
@@ -245,7 +245,7 @@ def plan_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterat
         for checkpointing in (False, True):
             yield Case(
                 f"plan/ade20k-{size}{'-checkpointing' * checkpointing}",
-                ".training:plan",
+                ".speed.training:plan",
                 f"{size} px, {'blocks recomputed in the backward pass' if checkpointing else 'everything kept'}",
                 {"preset": "ade20k", "size": size, "checkpointing": checkpointing}
                 | {"budgets_gib": [8, 12, 24], "changes": []},
@@ -261,7 +261,7 @@ def startup_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Ite
     for bundle, size in (("shipped", 128), ("model", 256)):
         yield Case(
             f"startup/runtime-{bundle}-{size}",
-            ".machine:startup",
+            ".speed.machine:startup",
             f"process start to the first picture of the runtime, bundle {bundle}, {size} px",
             {"method": "runtime", "size": size, "bundle": bundle, "backend": "onnxruntime", "precision": "float32"}
             | {"cached": False, "batch": 1, "tile": None},
@@ -271,7 +271,7 @@ def startup_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Ite
         )
     yield Case(
         "startup/eager-256",
-        ".machine:startup",
+        ".speed.machine:startup",
         "process start to the first picture of eager PyTorch, 256 px",
         {"method": "eager", "size": 256, "dtype": "float32", "batch": 1},
         light,
@@ -281,7 +281,7 @@ def startup_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Ite
     for extra, needs in (("cpu", ("numba",)), ("train", ("torch", "tensorboard"))):
         yield Case(
             f"startup/install-{extra}",
-            ".machine:install_size",
+            ".speed.machine:install_size",
             f"what pip installs for flashcocos[{extra}]",
             {"extra": extra},
             requires=("packaging", *needs),
@@ -293,7 +293,7 @@ def machine_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Ite
     """Seconds."""
     yield Case(
         "machine/rates",
-        ".machine:roofline",
+        ".speed.machine:roofline",
         "copy bandwidth and matrix rate",
         {"side": 2048 if device == "cpu" else 8192},
         published=True,

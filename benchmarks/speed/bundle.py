@@ -105,7 +105,7 @@ def _case(backend: str, precision: str, size: int, *, batch: int = 1, **options:
     own = name == reference
     return Case(
         name,
-        ".translation:prepare",
+        ".speed.translation:prepare",
         f"{backend} in {precision}, {size} px, batch {batch}",
         {**parameters, "cached": True, "batch": batch, "tile": None},
         None if own else Gate("psnr_db", MIN_PSNR[precision]),

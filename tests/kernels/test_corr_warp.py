@@ -214,8 +214,8 @@ def test_memory_of_the_forward(backend, side):
 def test_memory_of_the_backward():
     side = 64
     setup = (
-        "import torch\nfrom flashcocos.kernels import corr_warp, cpu_torch\n"
-        "cpu_torch.BUDGET = 8 << 20\n"
+        "import torch\nfrom flashcocos.kernels import corr_warp\nfrom flashcocos.kernels.cpu import torch_warp\n"
+        "torch_warp.BUDGET = 8 << 20\n"
         "torch.set_num_threads(1)\n"  # small tiles, and perhaps a busy machine: threads would wait for each other
         "def run(*x):\n"
         "    leaves = [torch.from_numpy(y).requires_grad_() for y in x]\n"
