@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.add_argument("--all", action="store_true", help="also the cases that are not published")
         sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         sub.add_argument(
-            "--bundle", action="append", default=[], metavar="NAME=PATH", help="a further bundle, a step of the ladder"
+            "--bundle", action="append", default=[], metavar="NAME=PATH", help="a further bundle, a step of the ablation"
         )
     run = commands.choices["run"]
     run.add_argument("--model", metavar="FOLDER", help="what `model` has filled")
@@ -83,15 +83,15 @@ def _list(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from ..config import ModelConfig
-    from .runner import open_material, run_cases
+    from .runner import open_assets, run_cases
 
     bundles = _bundles(options)
-    material = open_material(options.model, bundles, device=options.device, threads=options.threads)
-    config = ModelConfig.from_json(material.config) if material.config else None
+    assets = open_assets(options.model, bundles, device=options.device, threads=options.threads)
+    config = ModelConfig.from_json(assets.config) if assets.config else None
     cases = all_cases(options.device, list(bundles), config)
     chosen = select(cases, options.group, options.only, every=options.all)
     command = shlex.join(["python", "-m", "flashcocos.benchmarks", *map(_without_folder, sys.argv[1:])])
-    rows = run_cases(chosen, material, options.output, known=cases, command=command, fresh=options.fresh)
+    rows = run_cases(chosen, assets, options.output, known=cases, command=command, fresh=options.fresh)
     failed = [row["case"] for row in rows if row["status"] == "failed"]
     if failed:
         print(f"{len(failed)} failed, and run again with the same command: {', '.join(failed)}", file=sys.stderr)

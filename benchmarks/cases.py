@@ -13,31 +13,31 @@ TRANSLATION = ".translation:prepare"
 TILE = 288  # pixels; two a side at 512 px, four at 1024
 
 
-def ladder_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def ablation_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """256 px, step by step; about 15 s a case, and a minute for the compiler."""
     size = 256
-    yield _eager("ladder/eager-256", "eager", size, config, device, repeats=3)
-    yield _eager("ladder/eager-fused-256", "eager-fused", size, config, device, repeats=3, published=False)
-    yield _eager("ladder/eager-tiled-256", "eager-tiled", size, config, device, repeats=2)
-    yield _eager("ladder/compiled-256", "compiled", size, config, device, repeats=2)
+    yield _eager("ablation/eager-256", "eager", size, config, device, repeats=3)
+    yield _eager("ablation/eager-fused-256", "eager-fused", size, config, device, repeats=3, published=False)
+    yield _eager("ablation/eager-tiled-256", "eager-tiled", size, config, device, repeats=2)
+    yield _eager("ablation/compiled-256", "compiled", size, config, device, repeats=2)
     if device == "cuda":
         for method in ("eager", "eager-tiled", "compiled"):
-            yield _eager(f"ladder/{method}-float16-256", method, size, config, device, dtype="float16")
-    yield _naive("ladder/naive-256", "naive", size, config, repeats=3)
+            yield _eager(f"ablation/{method}-float16-256", method, size, config, device, dtype="float16")
+    yield _naive("ablation/naive-256", "naive", size, config, repeats=3)
     if device == "cpu":
-        yield _naive("ladder/naive-openvino-256", "naive-openvino", size, config, repeats=3)
-    yield _runtime("ladder/runtime-256", size, cached=False, published=True)
-    yield _runtime("ladder/runtime-cached-256", size, published=True)
+        yield _naive("ablation/naive-openvino-256", "naive-openvino", size, config, repeats=3)
+    yield _runtime("ablation/runtime-256", size, cached=False, published=True)
+    yield _runtime("ablation/runtime-cached-256", size, published=True)
     if device == "cpu":
-        yield _runtime("ladder/openvino-256", size, backend="openvino", published=True)
-        yield _runtime("ladder/openvino-bfloat16-256", size, backend="openvino", precision="bfloat16", published=True)
-    for rung in rungs:
-        yield _runtime(f"ladder/{rung}-256", size, bundle=rung, published=True)
+        yield _runtime("ablation/openvino-256", size, backend="openvino", published=True)
+        yield _runtime("ablation/openvino-bfloat16-256", size, backend="openvino", precision="bfloat16", published=True)
+    for extra in extra_bundles:
+        yield _runtime(f"ablation/{extra}-256", size, bundle=extra, published=True)
         if device == "cpu":
-            yield _runtime(f"ladder/{rung}-openvino-256", size, bundle=rung, backend="openvino")
+            yield _runtime(f"ablation/{extra}-openvino-256", size, bundle=extra, backend="openvino")
 
 
-def resolution_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def resolution_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """512 to 1024 px: half a minute to four a run on two cores, so one run each.
 
     What all are compared with is flashcocos's own networks in PyTorch, the only ones that need no matrix.
@@ -52,11 +52,11 @@ def resolution_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> 
         yield _runtime(f"resolution/runtime-{size}", size, cached=False, published=size == 512, **options)
         yield _runtime(f"resolution/runtime-cached-{size}", size, published=True, **options)
         yield _runtime(f"resolution/runtime-tiled-{size}", size, tile=TILE, published=True, **options)
-        for rung in rungs:
-            yield _runtime(f"resolution/{rung}-{size}", size, bundle=rung, published=size == 512, **options)
+        for extra in extra_bundles:
+            yield _runtime(f"resolution/{extra}-{size}", size, bundle=extra, published=size == 512, **options)
 
 
-def throughput_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def throughput_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """Batches of 1, 4 and 16 at 256 px: 20 and 75 s a run on two cores for the latter two."""
     for batch in (1, 4, 16):
         name = f"throughput/runtime-batch{batch}"
@@ -75,7 +75,7 @@ def _eager(
     *,
     dtype: str = "float32",
     batch: int = 1,
-    reference: str = "ladder/eager-256",
+    reference: str = "ablation/eager-256",
     published: bool = True,
     **options: Any,
 ) -> Case:
@@ -104,7 +104,7 @@ def _naive(
     size: int,
     config: ModelConfig,
     *,
-    reference: str = "ladder/eager-256",
+    reference: str = "ablation/eager-256",
     published: bool = True,
     **options: Any,
 ) -> Case:
@@ -135,7 +135,7 @@ def _runtime(
     cached: bool = True,
     batch: int = 1,
     tile: int | None = None,
-    reference: str = "ladder/eager-256",
+    reference: str = "ablation/eager-256",
     **options: Any,
 ) -> Case:
     bound = ALIKE if bundle != "model" else EXACT if precision == "float32" else ROUNDED
@@ -155,7 +155,7 @@ def _runtime(
     )
 
 
-def warp_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def warp_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """N = 32^2 to 256^2 positions, all methods; patch 1 and 3; 3, 48 and 151 values; with the backward pass."""
     plain = ["numba", "numpy", "cpu", "sdpa", "reference"]
     if device == "cuda":
@@ -213,7 +213,7 @@ def _warp(
     )
 
 
-def training_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def training_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """The published objective of ade20k with one sample a step; on two cores 40 s at 256 px and four minutes at 512.
 
     With whole matrices 512 px take 30 GiB, so that case is not published.
@@ -239,7 +239,7 @@ def training_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> It
             )
 
 
-def plan_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def plan_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """A minute each, whatever the size: nothing runs."""
     for size in (256, 512):
         for checkpointing in (False, True):
@@ -254,7 +254,7 @@ def plan_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterat
             )
 
 
-def startup_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def startup_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """From the start of a process, files in the system's cache, and what an installation takes on the disk."""
     shared: dict[str, Any] = {"repeats": 3, "seconds": 30.0, "published": True}
     light = Gate("mean", 1.0)  # of a picture that is not black
@@ -289,7 +289,7 @@ def startup_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Ite
         )
 
 
-def machine_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def machine_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """Seconds."""
     yield Case(
         "machine/rates",
@@ -300,9 +300,9 @@ def machine_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Ite
     )
 
 
-MAKERS = (
+CASE_FACTORIES = (
     machine_cases,
-    ladder_cases,
+    ablation_cases,
     resolution_cases,
     warp_cases,
     training_cases,

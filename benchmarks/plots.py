@@ -1,4 +1,4 @@
-"""Plots of the results files: the latency ladder, memory over resolution, the warp's time over N; log axes."""
+"""Plots of the results files: the latency ablation, memory over resolution, the warp's time over N; log axes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw(results: Path, folder: Path) -> list[Path]:
     return drawn
 
 
-def ladder(axes: Any, rows: Sequence[Row]) -> None:
+def ablation(axes: Any, rows: Sequence[Row]) -> None:
     """A bar a step, its time and PSNR beside it."""
     timed = [row for row in rows if row["status"] == "timed"][::-1]
     values = [row["ms"]["median"] / 1e3 for row in timed]
@@ -92,8 +92,8 @@ def warp(axes: Any, rows: Sequence[Row]) -> None:
 
 
 PLOTS: tuple[tuple[str, tuple[str, ...], Callable[[Any, Sequence[Row]], None]], ...] = (
-    ("ladder", ("ladder",), ladder),
-    ("memory", ("ladder", "resolution"), memory),
+    ("ablation", ("ablation",), ablation),
+    ("memory", ("ablation", "resolution"), memory),
     ("warp", ("warp",), warp),
 )
 

@@ -1,7 +1,7 @@
 """What can be measured: the type of a case, and every case by group.
 
-A case is data: which subject runs, on what parameters, compared with what, how often. Subjects are functions
-`prepare(case, material) -> Subject` of this package; `worker` runs one in a process of its own, `runner` many.
+A case is data: which benchmark runs, on what parameters, compared with what, how often. Benchmarks are functions
+`prepare(case, assets) -> Benchmark` of this package; `worker` runs one in a process of its own, `runner` many.
 
 Names are GROUP/METHOD-PARAMETERS, patterns of which `--only` takes. `published` marks the cases whose numbers the
 README shows; together they take about 25 minutes on two cores.
@@ -19,7 +19,7 @@ from ..errors import InputError
 
 GROUPS = {
     "machine": "the copy bandwidth and matrix rate of this machine, which bound all of the others",
-    "ladder": "one translation at 256 px, from eager PyTorch to the fastest bundle, with the quality of each step",
+    "ablation": "one translation at 256 px, from eager PyTorch to the fastest bundle, with the quality of each step",
     "resolution": "one translation at 512, 768 and 1024 px: time and memory",
     "warp": "the correspondence warp alone",
     "training": "one training step",
@@ -32,7 +32,7 @@ CHANNELS = 256  # of the published networks' features
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """What a result must reach to be timed: the subject's `measure` at least, or else at most, `bound`."""
+    """What a result must reach to be timed: the benchmark's `measure` at least, or else at most, `bound`."""
 
     measure: str
     bound: float
@@ -48,7 +48,7 @@ class Gate:
 class Case:
     """One row of a results file.
 
-    subject: "module:function" that prepares it. measures: one line for people. parameters: for the subject, JSON.
+    benchmark: "module:function" that prepares it. measures: one line for people. parameters: for the benchmark, JSON.
     gate: None for a case that others are compared with and for facts that are not timed.
     reference: the case whose picture this one's is compared with.
     repeats: timed runs, of which none starts later than `seconds` after the first; limit: seconds until it is ended.
@@ -58,7 +58,7 @@ class Case:
     """
 
     name: str
-    subject: str
+    benchmark: str
     measures: str
     parameters: Mapping[str, Any]
     gate: Gate | None = None
@@ -83,29 +83,29 @@ class Case:
         return cls(**{**fields, "gate": gate, "requires": tuple(fields["requires"])})
 
 
-class Outcome(NamedTuple):
+class Sample(NamedTuple):
     """What one run gives: the result that is checked, and milliseconds of its parts where it knows them."""
 
     result: Any
     parts: Mapping[str, float] = {}
 
 
-class Subject(NamedTuple):
+class Benchmark(NamedTuple):
     """A prepared case.
 
     run: what is timed, None where `facts` are all there is. check: quality of a result, cheap in memory, for the gate.
-    score: more of it, computed after the timing. yardstick: other work to time turn by turn with `run`, for a ratio.
+    score: more of it, computed after the timing. baseline: other work to time turn by turn with `run`, for a ratio.
     """
 
-    run: Callable[[], Outcome] | None
+    run: Callable[[], Sample] | None
     check: Callable[[Any], dict[str, float]] = lambda result: {}
     score: Callable[[Any], dict[str, float]] = lambda result: {}
-    yardstick: Callable[[], Any] | None = None
+    baseline: Callable[[], Any] | None = None
     facts: Mapping[str, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True)
-class Material:
+class Assets:
     """What cases run on. model: a model file, and config its configuration as JSON; naive: the single graph of it that
     `naive.py` exports; bundles: by name, "model" being that of the model file; references: a folder for the pictures
     that others are compared with. threads: None for one a core.
@@ -139,12 +139,12 @@ def select(
     return [case for case in chosen if every or case.published]
 
 
-def all_cases(device: str = "cpu", rungs: Sequence[str] = (), config: ModelConfig | None = None) -> list[Case]:
-    """Every case for `device`, "cpu" or "cuda"; `rungs` are names of further bundles, steps of the ladder.
+def all_cases(device: str = "cpu", extra_bundles: Sequence[str] = (), config: ModelConfig | None = None) -> list[Case]:
+    """Every case for `device`, "cpu" or "cuda"; `extra_bundles` are names of further bundles, steps of the ablation.
 
     config: of the model, whose matrices the memory of a case depends on; the published ade20k network's by default.
     """
     from . import cases as catalog
 
     chosen = config or ModelConfig.preset("ade20k")
-    return [case for make in catalog.MAKERS for case in make(device, rungs, chosen)]
+    return [case for make in catalog.CASE_FACTORIES for case in make(device, extra_bundles, chosen)]

@@ -25,7 +25,7 @@ from ..bundle import Bundle
 from ..errors import InputError
 from ..files import sha256
 from .provenance import CHANGED, conditions, free_memory, provenance
-from .registry import Case, Material
+from .registry import Case, Assets
 
 Row = dict[str, Any]
 GIB = 2**30
@@ -33,7 +33,7 @@ FINAL = ("timed", "measured", "outside", "out of memory", "timeout", "skipped") 
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|MemoryError|alloc\w* .*memory|memory.* alloc", re.IGNORECASE)
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 _NO_PACKAGES = ("cuda", "bfloat16", "c++")
-_MATERIAL = {
+_ASSETS = {
     "model": "a model file",
     "naive": "a naive single graph",
     "bundle": "a bundle",
@@ -42,7 +42,7 @@ _MATERIAL = {
 
 def run_cases(
     cases: Sequence[Case],
-    material: Material,
+    assets: Assets,
     output: str | os.PathLike[str] | None,
     *,
     known: Sequence[Case] = (),
@@ -53,19 +53,19 @@ def run_cases(
 
     output: a folder for a file of each group, or a file ending in ".jsonl", or None. known: where the cases that others
     are compared with are found. command: kept in every row. fresh: begin the files anew.
-    Raises `InputError` where material is missing or a file was measured otherwise.
+    Raises `InputError` where assets is missing or a file was measured otherwise.
     """
-    _check_material(cases, material)
+    _check_assets(cases, assets)
     asked = {name: os.environ[name] for name in _THREADS if name in os.environ}
-    setup = {**provenance(), "threads": material.threads or asked or None, "device": material.device}
-    models = _hashes(material, {name for case in cases for name in _used(case)})
-    files = {case.group: _file(output, case.group, material.device) for case in cases}
+    setup = {**provenance(), "threads": assets.threads or asked or None, "device": assets.device}
+    models = _hashes(assets, {name for case in cases for name in _used(case)})
+    files = {case.group: _file(output, case.group, assets.device) for case in cases}
     held: dict[str, Row] = {}
     for path in {path for path in files.values() if path is not None}:
         if fresh:
             path.unlink(missing_ok=True)
         held |= {row["case"]: row for row in read_rows(path, setup)}
-    compared = References({case.name: case for case in (*known, *cases)}, material)
+    compared = References({case.name: case for case in (*known, *cases)}, assets)
     rows = []
     with tqdm(desc="bench", total=len(cases), unit="case", disable=None) as bar:
         for case in cases:
@@ -76,7 +76,7 @@ def run_cases(
                 _check_same(files[case.group], row, own)
             else:
                 now = conditions()
-                row = {"case": case.name, "measures": case.measures, **own, **_run(case, material, compared)}
+                row = {"case": case.name, "measures": case.measures, **own, **_run(case, assets, compared)}
                 row |= {"conditions": now, "setup": setup, "command": command}
                 _append(files[case.group], row)
                 bar.write(describe(row), file=sys.stderr)
@@ -85,19 +85,19 @@ def run_cases(
     return rows
 
 
-def open_material(
+def open_assets(
     folder: str | os.PathLike[str] | None,
     bundles: Mapping[str, str],
     *,
     device: str = "cpu",
     threads: int | None = None,
-) -> Material:
+) -> Assets:
     """What `folder`, filled by `benchmarks model`, and further `bundles` hold; `InputError` without its model."""
     from ..bundle.default_model import default_model_path
 
     bundles = {"shipped": str(default_model_path()), **bundles}
     if folder is None:
-        return Material(bundles=bundles, device=device, threads=threads)
+        return Assets(bundles=bundles, device=device, threads=threads)
     from ..train.checkpoint import read_metadata
 
     folder = Path(folder)
@@ -109,7 +109,7 @@ def open_material(
     pictures = folder / "references" / f"{sha256(file)[:12]}-{revision}"
     if revision.endswith(CHANGED):
         shutil.rmtree(pictures, ignore_errors=True)
-    return Material(
+    return Assets(
         model=str(file),
         config=read_metadata(file)[0].to_json(),
         naive=str(naive) if naive.exists() else "",
@@ -137,12 +137,12 @@ def read_rows(path: Path, setup: Mapping[str, Any] | None = None) -> list[Row]:
     return rows
 
 
-def isolated(case: Case, material: Material, *, timed: bool = True) -> Row:
+def isolated(case: Case, assets: Assets, *, timed: bool = True) -> Row:
     """The row of `case` from a process of its own; one that ends without a row has the status that its end tells."""
-    task = {"case": dataclasses.asdict(case), "material": dataclasses.asdict(material), "timed": timed}
+    task = {"case": dataclasses.asdict(case), "assets": dataclasses.asdict(assets), "timed": timed}
     environment = dict(os.environ)
-    if material.threads is not None:
-        environment |= dict.fromkeys(_THREADS, str(material.threads))
+    if assets.threads is not None:
+        environment |= dict.fromkeys(_THREADS, str(assets.threads))
     command = [sys.executable, "-m", f"{__package__}.worker", json.dumps(task)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=case.limit, env=environment)
@@ -152,7 +152,7 @@ def isolated(case: Case, material: Material, *, timed: bool = True) -> Row:
         row: Row = json.loads(done.stdout.strip().splitlines()[-1])
         return row
     reason = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
-    for path in (material.model, material.naive, *material.bundles.values()):
+    for path in (assets.model, assets.naive, *assets.bundles.values()):
         reason = reason.replace(path, Path(path).name) if path else reason  # a folder of this machine tells nobody
     reason = reason[:300]
     if done.returncode == -9:
@@ -163,16 +163,16 @@ def isolated(case: Case, material: Material, *, timed: bool = True) -> Row:
 class References:
     """The pictures that cases are compared with, each made at its first use by the case that the others name."""
 
-    def __init__(self, known: Mapping[str, Case], material: Material) -> None:
-        self._known, self._material = known, material
+    def __init__(self, known: Mapping[str, Case], assets: Assets) -> None:
+        self._known, self._assets = known, assets
         self._failed: dict[str, str] = {}
 
     def missing(self, name: str) -> str:
         """Why there is no picture of the case `name`; empty where there is one."""
-        if (Path(self._material.references) / f"{name}.npy").exists():
+        if (Path(self._assets.references) / f"{name}.npy").exists():
             return ""
         if name not in self._failed:
-            row = isolated(self._known[name], self._material, timed=False)
+            row = isolated(self._known[name], self._assets, timed=False)
             done = row["status"] == "checked"
             self._failed[name] = "" if done else f"nothing to compare with: {name}: {row['status']}: {row['reason']}"
         return self._failed[name]
@@ -187,23 +187,23 @@ def describe(row: Row) -> str:
     return f"{start}{row['status']}: {row.get('reason') or row.get('quality') or row.get('facts')}"
 
 
-def _run(case: Case, material: Material, compared: References) -> Row:
+def _run(case: Case, assets: Assets, compared: References) -> Row:
     for need in case.requires:
-        if need == "cuda" and material.device != "cuda":
+        if need == "cuda" and assets.device != "cuda":
             return {"status": "skipped", "reason": "for an NVIDIA GPU"}
         if need == "bfloat16" and not _has_bfloat16():
             return {"status": "skipped", "reason": "OpenVINO computes in float32 alone on this CPU"}
         if need == "c++" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
             return {"status": "skipped", "reason": "torch.compile finds no C++ compiler"}
-        if need not in (*_MATERIAL, *_NO_PACKAGES) and importlib.util.find_spec(need) is None:
+        if need not in (*_ASSETS, *_NO_PACKAGES) and importlib.util.find_spec(need) is None:
             return {"status": "skipped", "reason": f"the package {need} is not installed"}
-    free = free_memory(material.device) if case.memory else None
+    free = free_memory(assets.device) if case.memory else None
     if free is not None and case.memory > free:
         reason = f"not started: its matrices take {case.memory / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
         return {"status": "out of memory", "reason": reason, "needed_mib": round(case.memory / 2**20)}
     if case.reference and (reason := compared.missing(case.reference)):
         return {"status": "skipped", "reason": reason}
-    return isolated(case, material)
+    return isolated(case, assets)
 
 
 def _has_bfloat16() -> bool:
@@ -244,25 +244,25 @@ def _used(case: Case) -> list[str]:
     return names + ([f"bundle {case.parameters.get('bundle', 'model')}"] if "bundle" in case.requires else [])
 
 
-def _check_material(cases: Sequence[Case], material: Material) -> None:
+def _check_assets(cases: Sequence[Case], assets: Assets) -> None:
     for case in cases:
         for need in case.requires:
             bundle = case.parameters.get("bundle", "model")
-            held = material.bundles.get(bundle) if need == "bundle" else getattr(material, need, "given")
-            if need in _MATERIAL and not held:
+            held = assets.bundles.get(bundle) if need == "bundle" else getattr(assets, need, "given")
+            if need in _ASSETS and not held:
                 raise InputError(
-                    f"{case.name} needs {_MATERIAL[need]}: give --model FOLDER, which "
+                    f"{case.name} needs {_ASSETS[need]}: give --model FOLDER, which "
                     "`python -m flashcocos.benchmarks model -o FOLDER` fills"
                 )
 
 
-def _hashes(material: Material, names: Iterable[str]) -> dict[str, str]:
+def _hashes(assets: Assets, names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of the files that `_used` names; of a bundle, of its manifest, which holds those of its files."""
     found = {}
     for name in names:
         if name.startswith("bundle "):
-            manifest = Bundle(material.bundles[name.removeprefix("bundle ")]).manifest
+            manifest = Bundle(assets.bundles[name.removeprefix("bundle ")]).manifest
             found[name] = hashlib.sha256(manifest.to_json().encode()).hexdigest()
         else:
-            found[name] = sha256(getattr(material, name))
+            found[name] = sha256(getattr(assets, name))
     return found

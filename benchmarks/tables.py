@@ -34,7 +34,7 @@ WARPS = {
     "reference": "published, full matrix",
     "compiled": "published, compiled",
 }
-NOT_SHOWN = """**What this does not show.**
+CAVEATS = """**What this does not show.**
 
 - Weights are seeded noise where a full-size network runs: agreement is that of two programs on the same weights, and
   says nothing of how good a picture is.
@@ -78,10 +78,10 @@ def sections(results: Path = RESULTS) -> str:
                 text += shares(rows, read_rows(path.with_name(path.name.replace("warp", "machine", 1))))
             if text:
                 parts.append(f"{text}\n\n{origin(rows)}")
-    return "\n\n".join([*parts, NOT_SHOWN])
+    return "\n\n".join([*parts, CAVEATS])
 
 
-def ladder(rows: Sequence[Row]) -> str:
+def ablation(rows: Sequence[Row]) -> str:
     """One translation at 256 px, from the published form downwards, with the quality of each step."""
     size = rows[0]["parameters"]["size"]
     base = next((row["ms"]["median"] for row in rows if row["status"] == "timed"), None)
@@ -93,10 +93,10 @@ def ladder(rows: Sequence[Row]) -> str:
         first = seconds(row["first_ms"]) if "first_ms" in row else ""
         lines.append([label(row), first, duration(row), spread(row)])
         lines[-1] += [f"{base / row['ms']['median']:.2f}", memory(row), *agreement(row)]
-    plot = "![time and agreement of each step](benchmarks/results/ladder.png)"
+    plot = "![time and agreement of each step](benchmarks/results/ablation.png)"
     head = ["", "first run", "median", "p5 to p95", "times as fast", "peak memory", "largest error", "PSNR", "SSIM"]
     return (
-        f"**The latency ladder**: one translation at {size} x {size}, a full-size ade20k network, quality against the "
+        f"**The latency ablation**: one translation at {size} x {size}, a full-size ade20k network, quality against the "
         f"first row; the first run includes compilation:\n\n{plot}\n\n{table(head, lines)}"
     )
 
@@ -231,7 +231,7 @@ def avatars(results: dict[str, Any]) -> str:
     lines = [
         ["result", f"{results['psnr']:.2f} dB", f"{results['ssim']:.3f}", f"{results['correspondence']:.3f}"],
         ["warped exemplar", f"{results['psnr_warped']:.2f} dB", "", ""],
-        ["trivial answer", f"{results['psnr_trivial']:.2f} dB", "", ""],
+        ["class-mean baseline", f"{results['psnr_baseline']:.2f} dB", "", ""],
     ]
     by_class = [
         ["PSNR, dB", *(f"{value:.1f}" for value in results["psnr_by_class"].values())],
@@ -239,14 +239,14 @@ def avatars(results: dict[str, Any]) -> str:
     ]
     return (
         f"**The shipped model** on {results['pairs']} held-out pairs of portraits whose exact answer is known.\n"
-        "The trivial answer paints each class in the exemplar's mean color of that class.\n\n"
+        "the class-mean baseline paints each class in the exemplar's mean color of that class.\n\n"
         f"{table(['', 'PSNR', 'SSIM', 'correspondence'], lines)}\n\n{table(['', *results['psnr_by_class']], by_class)}"
     )
 
 
 SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "machine": machine,
-    "ladder": ladder,
+    "ablation": ablation,
     "resolution": resolution,
     "warp": warp,
     "training": training,
