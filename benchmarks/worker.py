@@ -2,8 +2,8 @@
 
     python -m flashcocos.benchmarks.worker '{"case": {...}, "assets": {...}, "timed": true}'
 
-prints the row's fields as JSON. Memory is that of a process which did nothing else; the operating system ends this
-process before any other where memory runs out.
+prints the row's fields as JSON. Memory is that of a process that did nothing else. Where memory runs out, the operating
+system ends this process before any other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .provenance import peak_rss, percentiles, process_memory
+from .provenance import peak_rss, percentiles, resident_memory
 from .registry import Case, Assets, Benchmark
 
 MIB = 2**20
@@ -27,7 +27,16 @@ PAUSE = 0.08  # seconds between run and baseline: threads of BLAS spin for a whi
 
 
 def measure(case: Case, assets: Assets, *, timed: bool = True) -> dict[str, Any]:
-    """`status` of the case and what was measured; not `timed`: only prepared, run once and checked."""
+    """Run one case in this process.
+
+    Args:
+        case: What to run.
+        assets: What it runs on.
+        timed: False prepares it, runs it once and checks the result, and that is all.
+
+    Returns:
+        `status` and what was measured: the fields of a row, JSON.
+    """
     start = time.perf_counter()
     benchmark = _prepare(case, assets)
     row: dict[str, Any] = {"setup_ms": _since(start)}
@@ -44,7 +53,7 @@ def measure(case: Case, assets: Assets, *, timed: bool = True) -> dict[str, Any]
     row["first_ms"] = elapsed
     memory.start()  # what the check took is not the case's
     row |= _repeat(case, benchmark, assets.device, [] if case.warmup else [(elapsed, sample.parts)])
-    if benchmark.baseline is None:  # nor is what the baseline takes
+    if benchmark.baseline is None:  # the baseline's is not either
         memory.note()
     row |= memory.row()
     # last, for it needs memory of its own
@@ -93,7 +102,7 @@ def _since(start: float) -> float:
 
 
 class _Memory:
-    """Peaks of this process, of what the runs take beyond the prepared case, and of the device, in bytes."""
+    """Peak memory in bytes: of this process, of the runs beyond the prepared case, and of the device."""
 
     def __init__(self, device: str) -> None:
         self._torch = sys.modules.get("torch") if device == "cuda" else None
@@ -102,30 +111,30 @@ class _Memory:
         self._resident = self.start()
 
     def start(self) -> int:
-        """Let the peaks start again from here, where the system can; what is resident now, 0 where it cannot."""
+        """Reset the peaks where the system can; returns what is resident now, 0 where it cannot."""
         if self._torch is not None:
             self._torch.cuda.reset_peak_memory_stats()
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             return 0
-        return process_memory("VmRSS")
+        return resident_memory()
 
     def note(self) -> None:
         """Count the peaks since `start`."""
-        self._highest = max(self._highest, process_memory("VmHWM"))
-        self._peak = max(self._peak, peak_rss())
+        self._highest = max(self._highest, peak_rss())
+        self._peak = max(self._peak, self._highest)
         if self._torch is not None:
             self._device_peak = max(self._device_peak, self._torch.cuda.max_memory_allocated())
 
     def row(self) -> dict[str, float]:
         """The peaks noted, in MiB."""
-        found = {"peak_mib": round(self._peak / MIB, 1)}
+        peaks = {"peak_mib": round(self._peak / MIB, 1)}
         if self._resident:
-            found["extra_mib"] = round(max(0, self._highest - self._resident) / MIB, 1)
+            peaks["extra_mib"] = round(max(0, self._highest - self._resident) / MIB, 1)
         if self._torch is not None:
-            found["device_peak_mib"] = round(self._device_peak / MIB, 1)
-        return found
+            peaks["device_peak_mib"] = round(self._device_peak / MIB, 1)
+        return peaks
 
 
 def _end_first() -> None:

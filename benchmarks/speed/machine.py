@@ -17,7 +17,7 @@ import numpy as np
 
 from ...errors import BackendError
 from ..provenance import peak_rss
-from ..registry import Case, Assets, Sample, Benchmark
+from ..registry import Assets, Benchmark, Case, Sample
 
 COPY_BYTES = 256 * 2**20
 TRIALS = 5

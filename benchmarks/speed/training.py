@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..registry import Case, Assets, Sample, Benchmark
+from ..registry import Assets, Benchmark, Case, Sample
 from .inputs import inputs
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from ...config import ModelConfig
 from ...errors import BackendError
-from ..registry import Case, Assets, Sample, Benchmark
+from ..registry import Assets, Benchmark, Case, Sample
 from .inputs import UInt8Array, differences, inputs, similarity
 
 

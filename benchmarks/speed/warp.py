@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...kernels import corr_row, corr_warp
-from ..registry import Case, Assets, Sample, Benchmark
+from ..registry import Assets, Benchmark, Case, Sample
 from .inputs import warp_inputs
 
 ARRAYS = ("numba", "numpy")
