@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle import Bundle
-from ..bundle.default_model import default_model_path
+from ..bundle.default_model import resolve_model
 from ..bundle.stages import check_stages
 from ..config import SIZE_MULTIPLE, ModelConfig
 from ..errors import InputError
@@ -87,9 +87,8 @@ class Translator:
         exemplar_cache_mib: int | None = None,
         tile: int | None = None,
     ) -> None:
-        if bundle is None:  # and not "", which is a mistake and no wish for the shipped model
-            bundle = default_model_path()
-        opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+        model = resolve_model(bundle)
+        opened = model if isinstance(model, Bundle) else Bundle(model)
         check_stages(opened.manifest)
         self.bundle = opened
         self.config = opened.manifest.config
