@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import msgspec
 from tqdm import tqdm
 
 from ...errors import InputError
@@ -124,7 +125,7 @@ def evaluate_model(
     else:
         from ...train.data.photos import PhotoPairs
 
-        config = dataclasses.replace(source.config, task=task or source.config.task)
+        config = msgspec.structs.replace(source.config, task=task or source.config.task)
         photos = PhotoPairs(config, data, pairs, split="test", labels=labels)
         measures = open_metrics(metrics, vgg, inception, torch_device(device) if vgg or inception else "cpu")
         scores = evaluate_photos(source, photos, measures, count=count, sheet=drawn)
