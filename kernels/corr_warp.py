@@ -47,11 +47,15 @@ class CorrMatch:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayWarp:
-    """What `warp_arrays` returns: out (B, V, Hq, Wq) and lse (B, Hq, Wq) float32, and the match if asked for."""
+    """What `warp_arrays` returns: out (B, V, Hq, Wq) and lse (B, Hq, Wq) float32, and the match if asked for.
+
+    backend: the implementation that ran, "numba" or "numpy".
+    """
 
     out: npt.NDArray[np.float32]
     lse: npt.NDArray[np.float32]
     match: CorrMatch | None
+    backend: str
 
 
 def corr_warp(
@@ -249,7 +253,7 @@ def _run_arrays(
     _ran.name = implementation.__name__.rpartition(".")[2].removesuffix("_warp")
     grid = theta.shape[2:]
     shaped = CorrMatch(*(field.reshape(-1, *grid) for field in found)) if match else None
-    return ArrayWarp(out.reshape(*out.shape[:2], *grid), lse.reshape(-1, *grid), shaped)
+    return ArrayWarp(out.reshape(*out.shape[:2], *grid), lse.reshape(-1, *grid), shaped, _ran.name)
 
 
 def _array_implementation(backend: str) -> Any:
