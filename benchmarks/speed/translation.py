@@ -116,7 +116,7 @@ def _runtime(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[]
         backend=chosen["backend"],
         precision=chosen["precision"],
         device=material.device,
-        threads=material.threads,
+        num_threads=material.threads,
         tile=chosen["tile"],
     )
     load = time.perf_counter() - start
