@@ -153,7 +153,8 @@ def _add_engine(sub: argparse.ArgumentParser, *, gpu: bool = False) -> None:
 
 
 def _engine(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("backend", "device", "precision", "warp", "threads")}
+    names = ("backend", "device", "precision", "warp")
+    return {name: getattr(options, name) for name in names} | {"num_threads": options.threads}
 
 
 def _run_translate(options: argparse.Namespace) -> int:

@@ -13,14 +13,14 @@ import msgspec
 from ..bundle import Bundle
 from ..bundle.stages import check_stages
 from ..errors import BackendError, BundleError, InputError
+from .cpu.onnxruntime import available_providers
 from .cpu.openvino import cpu_precisions
-from .engine import available_providers
 from .gpu.cubins import FOLDER, BundleKernels, KernelFolder, available_kernels
 from .gpu.device import mebibytes
 from .gpu.memory_estimate import plan_memory
 from .gpu.pycuda import PycudaDevice
 from .gpu.store import EngineRecord, default_folder, list_engines
-from .tiles import check_tile
+from .options import check_tile
 
 # what flashcocos can use, and nothing is imported to learn a version
 PACKAGES = (

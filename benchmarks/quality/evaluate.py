@@ -99,21 +99,21 @@ def evaluate_model(
     device: str = "auto",
     precision: str = "float32",
     warp: str = "auto",
-    threads: int | None = None,
+    num_threads: int | None = None,
 ) -> dict[str, Any]:
     """Score the bundle or model file `model`; a JSON object of what was scored and the scores.
 
     data: "avatars", rendered where the cache lacks them, or the folder of a photo data set with its retrieval list
     `pairs` and, if they are prepared, its `labels`; task: whose layout that folder has, by default the model's own.
     metrics, vgg, inception: for photographs, see `photo_metrics`. sheet: where to write a picture of the first pairs.
-    backend, device, precision, warp, threads: as for the runtime's `Translator`.
+    backend, device, precision, warp, num_threads: as for the runtime's `Translator`.
     """
     exact = str(data) == "avatars"
     if not exact:
         check_networks(metrics, vgg, inception)
         if split != "test":
             raise InputError(f"split {split!r}: a folder of photographs is scored as a test; its list says which")
-    source = open_predictor(model, backend=backend, device=device, precision=precision, warp=warp, threads=threads)
+    source = open_predictor(model, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads)
     drawn = None if sheet is None else ContactSheet(source.config)
     if exact:
         from ...train.data.avatars import AvatarOptions, AvatarPairs

@@ -86,7 +86,7 @@ def open_predictor(
     device: str = "auto",
     precision: str = "float32",
     warp: str = "auto",
-    threads: int | None = None,
+    num_threads: int | None = None,
 ) -> Source:
     """The model file (.safetensors) or bundle in `path`, ready to draw; all options as for `Translator`.
 
@@ -102,7 +102,7 @@ def open_predictor(
     from ...runtime import Translator
 
     return BundlePredictor(
-        Translator(path, backend=backend, device=device, precision=precision, warp=warp, threads=threads)
+        Translator(path, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads)
     )
 
 

@@ -116,7 +116,7 @@ def _runtime(chosen: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sa
         backend=chosen["backend"],
         precision=chosen["precision"],
         device=assets.device,
-        threads=assets.threads,
+        num_threads=assets.threads,
         tile=chosen["tile"],
     )
     load = time.perf_counter() - start

@@ -43,7 +43,7 @@ from ...runtime.gpu.store import (
     read_engine,
     write_engine,
 )
-from ...runtime.tiles import check_tile
+from ...runtime.options import check_tile
 from ..bundle import compiled_kernels
 from .graphs import bundle_graph
 from .int8 import int8_convolutions

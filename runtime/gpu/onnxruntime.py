@@ -17,7 +17,8 @@ import numpy as np
 
 from ...bundle import STAGES, Bundle
 from ...errors import BackendError
-from ..engine import EngineInfo, one_line, onnxruntime_errors, open_session
+from ..cpu.onnxruntime import onnxruntime_errors, open_session
+from ..engine import EngineInfo, one_line
 from .device import Device
 from .engine import Need, Shape, concrete, device_tensors
 
@@ -27,7 +28,7 @@ TF32_FROM = 80  # compute capability whose tensor cores multiply float32 with 10
 class OnnxCudaEngine:
     """A stage of `bundle` in a session on `device`; any shape.
 
-    exact: float32 products, where the provider would choose tf32. Raises as `engine.open_session`.
+    exact: float32 products, where the provider would choose tf32. Raises as `open_session`.
     """
 
     packed = False

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,12 +24,13 @@ from ...bundle import STAGES, Bundle
 from ...config import SIZE_MULTIPLE
 from ...errors import BackendError, InputError
 from ...preprocess.images import FloatArray, UInt8Array, to_uint8
-from ..engine import ARITHMETIC, EngineInfo
-from ..pipeline import Exemplar, Rendering, require_finite
+from ..engine import EngineInfo
+from ..options import EXEMPLAR_CACHE_MIB, VARIANTS, EngineOptions
+from ..pipeline import Exemplar, PipelineOutput, require_finite
 from .cubins import FOLDER, BundleKernels, KernelFolder, find_kernels
 from .device import Buffer, Device, mebibytes
 from .engine import DeviceEngine, Shape, device_tensors
-from .store import PRECISIONS, VARIANTS, default_folder
+from .store import default_folder
 from .warp import DeviceWarp, total_bytes
 from .workspace import EncodePlan, KeyPlan, Plan, TranslatePlan, UploadPlan, tile_shape, translate_tensors
 
@@ -40,7 +40,7 @@ _TRANSLATE = ("query", "coarse", "fine")
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 
-class DevicePipeline:
+class GpuPipeline:
     """The stages of `bundle` on `device`, which it owns and closes; so it does the engines.
 
     budget: bytes of device memory for encoded exemplars. tile: side of the fine stage's tiles, None for whole pictures.
@@ -84,14 +84,14 @@ class DevicePipeline:
             self._require_finite("exemplar", name, np.isfinite(array).all())
         return outputs["phi"], outputs["values"]
 
-    def render(self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar]) -> list[Rendering]:
+    def render(self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar]) -> list[PipelineOutput]:
         """See `Pipeline.render`. Items whose exemplars have one size run together, as many as the engines hold."""
         height, width = label.shape[-2:]
         alike: dict[tuple[int, int], list[int]] = {}
         for index, exemplar in enumerate(exemplars):
             key_height, key_width = exemplar.phi.shape[2:]
             alike.setdefault((key_height, key_width), []).append(index)
-        results: dict[int, Rendering] = {}
+        results: dict[int, PipelineOutput] = {}
         with self._running():
             for key_map, indices in alike.items():
                 while indices:
@@ -144,7 +144,7 @@ class DevicePipeline:
 
     def _render(
         self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar], shape: Shape, key_map: tuple[int, int]
-    ) -> list[Rendering]:
+    ) -> list[PipelineOutput]:
         """As `render` for at most a batch, filled up with the last item."""
         plan = self._busy = self._translate_plan(shape, key_map)
         last = len(label) - 1
@@ -157,7 +157,7 @@ class DevicePipeline:
             self._require_finite("fine", "image", not staged["invalid"].any())
         query_map = shape[1] // self._config.down_scale, shape[2] // self._config.down_scale
         return [
-            Rendering(
+            PipelineOutput(
                 self._picture("image", staged["image"][item]),
                 self._picture("warped_image", staged["warped_image"][item]),
                 staged["index"][item].reshape(query_map).astype(np.int64),
@@ -332,55 +332,48 @@ class DevicePipeline:
             self._device.synchronize()
 
 
-def open_device() -> Device:
+def open_device(install: str) -> Device:
     """The GPU; raises `BackendError` as `PycudaDevice`."""
     from .pycuda import PycudaDevice
 
-    return PycudaDevice()
+    return PycudaDevice(install=install)
 
 
-def open_device_pipeline(
-    bundle: Bundle,
-    *,
-    backend: str,
-    precision: str | None,
-    engines: str | os.PathLike[str] | None,
-    budget: int,
-    tile: int | None,
-) -> DevicePipeline:
+def open_gpu_pipeline(bundle: Bundle, options: EngineOptions) -> GpuPipeline:
     """The pipeline over TensorRT or ONNX Runtime's CUDA provider.
 
-    precision: of TensorRT's engines, None for the fastest there are; with ONNX Runtime None, or "float32" for exact
-    products. engines: the folder of `flashcocos build`, None for its default. budget: bytes for exemplars.
-    tile: as `DevicePipeline`.
-    Raises `BackendError` where the GPU, pycuda, the backend, an engine or the compiled kernels are missing, and
-    `InputError` for a precision that the backend has not.
+    Raises `BackendError` where the GPU, pycuda, the backend, an engine or the compiled kernels are missing.
     """
+    backend, precision = options.backend, options.precision
     tensorrt = backend in VARIANTS
-    known = PRECISIONS if tensorrt else ARITHMETIC[:1]
-    if precision is not None and precision not in known:
-        raise InputError(f"precision {precision!r}: backend {backend!r} on a GPU has {', '.join(known)}")
-    folder = default_folder(bundle.path) if engines is None else Path(engines)
-    device = open_device()
+    folder = default_folder(bundle.path) if options.engines is None else Path(options.engines)
+    cache_bytes = (options.exemplar_cache_mib or EXEMPLAR_CACHE_MIB) << 20
+    if tensorrt:
+        install = f"pip install flashcocos[{VARIANTS[backend]}], or choose backend onnxruntime"
+    else:
+        on_cpu = "warp numba" if options.warp == "cuda" else "device cpu"
+        install = f"pip install flashcocos[gpu] pycuda, or choose {on_cpu}"
+    device = open_device(install)
     try:
         with device.active():
             config, sources = bundle.manifest.config, (KernelFolder(folder / FOLDER), BundleKernels(bundle))
             dtypes = ("float32", "float16") if precision == "float32" else ("float16", "float32")
-            target = f"--target sm_{device.capability}"
-            remedy = f"flashcocos build {bundle.path} {target}, or flashcocos export --aot, makes them"
-            if not tensorrt:
-                remedy += '; or choose warp="numba", on the CPU'
+            build = f"flashcocos build {bundle.path} --target sm_{device.capability}"
+            if tensorrt:
+                remedy = f"{build} --variant {backend}, or flashcocos export --aot, makes them"
+            else:
+                remedy = f'{build}, or flashcocos export --aot, makes them; or choose warp="numba", on the CPU'
             warp = DeviceWarp(device, find_kernels(sources, config, device.capability, dtypes, remedy), config)
-            opened: Mapping[str, DeviceEngine]
+            engines: Mapping[str, DeviceEngine]
             if tensorrt:
                 from .tensorrt import open_tensorrt
 
-                opened = open_tensorrt(bundle, device, variant=backend, folder=folder, precision=precision)
+                engines = open_tensorrt(bundle, device, variant=backend, folder=folder, precision=precision)
             else:
                 from .onnxruntime import open_onnx_cuda
 
-                opened = open_onnx_cuda(bundle, device, exact=precision == "float32")
-            return DevicePipeline(bundle, device, opened, warp, budget, tile)
+                engines = open_onnx_cuda(bundle, device, exact=precision == "float32")
+            return GpuPipeline(bundle, device, engines, warp, cache_bytes, options.tile)
     except BaseException:
         device.close()
         raise

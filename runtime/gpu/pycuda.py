@@ -23,6 +23,7 @@ from ...errors import BackendError
 from .cuda_graph import CudaGraph
 from .device import Box, Layout, mebibytes
 
+INSTALL = "pip install flashcocos[tensorrt], flashcocos[rtx] or pycuda"
 MIN_DRIVER = 12000  # CUDA 12.0: TensorRT 10, ONNX Runtime since 1.19 and the cubins need it, and it has all of graphs
 LARGE_SHARED = 48 << 10  # bytes of dynamic shared memory above which a kernel has to ask
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no waiting for the legacy default stream of other libraries
@@ -31,15 +32,15 @@ _contexts_lock = threading.Lock()
 
 
 class PycudaDevice:
-    """The GPU of number `ordinal`; see `device.Device`.
+    """The GPU of number `ordinal`; see `device.Device`. install: the remedy in the message where pycuda is missing.
 
     Raises `BackendError` where pycuda or a GPU is missing, and where the driver is too old.
     """
 
     kind = "cuda"
 
-    def __init__(self, ordinal: int = 0) -> None:
-        self._driver: Any = import_driver()
+    def __init__(self, ordinal: int = 0, *, install: str = INSTALL) -> None:
+        self._driver: Any = import_driver(install)
         with self._errors("the GPU cannot be used"):
             self._driver.init()
             count, version = self._driver.Device.count(), self._driver.get_driver_version()
@@ -232,14 +233,12 @@ def _primary_context(driver: Any, ordinal: int) -> Any:
         return _contexts[ordinal].context
 
 
-def import_driver() -> Any:
+def import_driver(install: str) -> Any:
     """`pycuda.driver`; raises `BackendError` where pycuda or the NVIDIA driver is missing, or they do not fit."""
     try:
         return importlib.import_module("pycuda.driver")
     except ModuleNotFoundError as error:
-        raise BackendError(
-            f"the GPU pipeline needs pycuda ({error}); pip install flashcocos[tensorrt], flashcocos[rtx] or pycuda"
-        ) from error
+        raise BackendError(f"the GPU pipeline needs pycuda ({error}); {install}") from error
     except ImportError as error:
         raise BackendError(
             f"pycuda does not load ({error}); is an NVIDIA driver installed, and not older than the CUDA toolkit that "

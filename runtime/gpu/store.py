@@ -31,9 +31,9 @@ from ...bundle import STAGES, Bundle, TensorSpec
 from ...config import SIZE_MULTIPLE
 from ...errors import BackendError, InputError
 from ...files import atomic_path
+from ..options import VARIANTS
 from ..tiles import tile_side
 
-VARIANTS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}  # variant -> extra that installs it
 PRECISIONS = ("float32", "float16")  # from the slowest to the fastest
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 GRAPH_REVISION = 1  # of export/tensorrt_graphs.py: another gives other engines of the same bundle

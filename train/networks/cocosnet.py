@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config import SIZE_MULTIPLE, ModelConfig
+from ...config import MIN_SIDE, SIZE_MULTIPLE, ModelConfig
 from ...errors import InputError
 from .correspondence import Correspondence
 from .generator import Generator
 from .layers import add_spectral_norm
-
-MIN_SIDE = 2 * SIZE_MULTIPLE  # reflection padding at 1/32 of the size needs two pixels
 
 
 class Translation(NamedTuple):

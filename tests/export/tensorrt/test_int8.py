@@ -24,7 +24,7 @@ from flashcocos.export.tensorrt.memory_estimate import estimate
 from flashcocos.kernels.corr_warp import warp_arrays
 from flashcocos.preprocess.images import load_image, to_uint8
 from flashcocos.preprocess.labels import load_label
-from flashcocos.runtime.engine import OnnxRuntimeEngine
+from flashcocos.runtime.cpu.onnxruntime import OnnxRuntimeEngine
 from flashcocos.runtime.gpu.store import Profile, list_engines
 from flashcocos.runtime.info import describe_bundle
 from flashcocos.runtime.jobs import plan_jobs
