@@ -48,7 +48,7 @@ def _run_build(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ..bundle import Bundle
-    from ..runtime.gpu.memory_estimate import plan_memory
+    from ..runtime.gpu.memory_estimate import estimate_memory
     from ..runtime.gpu.store import default_folder, import_variant, parse_target
     from .tensorrt.build import build, build_kernels, current_architecture, parse_profile
     from .tensorrt.check import require_agreement
@@ -88,7 +88,7 @@ def _run_build(options: argparse.Namespace) -> int:
     for profile in profiles:
         batch, height, width = (axis[2] for axis in (profile.batch, profile.height, profile.width))
         chosen = [record for record in built if record.key.profile in (profile, profile.tiled(options.tile))]
-        print(f"device memory: {plan_memory(config, chosen, height, width, batch=batch, tile=options.tile)}")
+        print(f"device memory: {estimate_memory(config, chosen, height, width, batch=batch, tile=options.tile)}")
     print(folder)
     return 0
 
