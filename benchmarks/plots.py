@@ -73,7 +73,9 @@ def memory(axes: Any, rows: Sequence[Row]) -> None:
     def key(row: Row) -> str:
         parameters = {"dtype": "float32", "backend": "onnxruntime", **row["parameters"]}
         shown = parameters["method"] in methods
-        return label(row) if shown and (parameters["dtype"], parameters["backend"]) == ("float32", "onnxruntime") else ""
+        return (
+            label(row) if shown and (parameters["dtype"], parameters["backend"]) == ("float32", "onnxruntime") else ""
+        )
 
     for style, series in _series(rows, key):
         points = sorted(

@@ -15,8 +15,21 @@ from .provenance import RESULTS
 from .registry import GROUPS
 from .runner import Row, read_rows
 from .tables import (
-    WARPS, agreement, cell, duration, error, grouped, hardware, is_plain, label, memory, origin, seconds, spread,
-    table, unmeasured,
+    WARPS,
+    agreement,
+    cell,
+    duration,
+    error,
+    grouped,
+    hardware,
+    is_plain,
+    label,
+    memory,
+    origin,
+    seconds,
+    spread,
+    table,
+    unmeasured,
 )  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +225,9 @@ def shares(rows: Sequence[Row], machine: Sequence[Row]) -> str:
 def training(rows: Sequence[Row]) -> str:
     """A training step."""
     lines = [
-        [row["measures"], duration(row), memory(row)] if row["status"] == "timed" else [row["measures"], unmeasured(row)]
+        [row["measures"], duration(row), memory(row)]
+        if row["status"] == "timed"
+        else [row["measures"], unmeasured(row)]
         for row in rows
     ]
     return f"## A training step\n\n{table(['', 'time', 'peak memory'], lines)}"
@@ -264,7 +279,10 @@ def startup(rows: Sequence[Row]) -> str:
     parts = ["## Start-up and installation"]
     parts += [table(["", "ready", "first picture", "peak memory"], starts)] if starts else []
     if sizes:
-        parts += ["Sizes without flashcocos itself; the largest in MiB.", table(["", "size", "packages", "largest"], sizes)]
+        parts += [
+            "Sizes without flashcocos itself; the largest in MiB.",
+            table(["", "size", "packages", "largest"], sizes),
+        ]
     return "\n\n".join(parts)
 
 

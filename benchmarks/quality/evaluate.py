@@ -17,7 +17,7 @@ from ...errors import InputError
 from ...preprocess.images import PathLike, to_uint8
 from ...train.data import Item, PairData
 from .contact_sheet import ContactSheet
-from .metrics import ExactSums, correspondence_accuracy, class_mean_baseline
+from .metrics import ExactSums, class_mean_baseline, correspondence_accuracy
 from .photo_metrics import METRICS, PhotoMetrics, check_networks, open_metrics
 from .predictors import Predictor, open_predictor, torch_device
 
@@ -43,7 +43,12 @@ class ExactScores:
 
 
 def evaluate_exact(
-    predictor: Predictor, pairs: PairData, class_names: Sequence[str], *, count: int | None = None, sheet: ContactSheet | None = None
+    predictor: Predictor,
+    pairs: PairData,
+    class_names: Sequence[str],
+    *,
+    count: int | None = None,
+    sheet: ContactSheet | None = None,
 ) -> ExactScores:
     """Score the first `count` pairs (all by default) against their targets; `sheet` gets the pictures.
 
@@ -71,7 +76,12 @@ def evaluate_exact(
 
 
 def evaluate_photos(
-    predictor: Predictor, pairs: PairData, measures: PhotoMetrics, *, count: int | None = None, sheet: ContactSheet | None = None
+    predictor: Predictor,
+    pairs: PairData,
+    measures: PhotoMetrics,
+    *,
+    count: int | None = None,
+    sheet: ContactSheet | None = None,
 ) -> dict[str, Any]:
     """Score the first `count` pairs of photographs (all by default); `sheet` gets the pictures."""
     for _, item in _items(pairs, count):
@@ -113,7 +123,9 @@ def evaluate_model(
         check_networks(metrics, vgg, inception)
         if split != "test":
             raise InputError(f"split {split!r}: a folder of photographs is scored as a test; its list says which")
-    source = open_predictor(model, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads)
+    source = open_predictor(
+        model, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads
+    )
     drawn = None if sheet is None else ContactSheet(source.config)
     if exact:
         from ...train.data.avatars import AvatarOptions, AvatarPairs

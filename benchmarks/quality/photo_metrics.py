@@ -108,9 +108,7 @@ def check_networks(names: Collection[str], vgg: object, inception: object) -> No
             raise InputError(f"{' and '.join(lacking)}: needs {what}; or leave it out: --metrics {left}")
 
 
-def open_metrics(
-    names: Collection[str], vgg: PathLike | None, inception: PathLike | None, device: str
-) -> PhotoMetrics:
+def open_metrics(names: Collection[str], vgg: PathLike | None, inception: PathLike | None, device: str) -> PhotoMetrics:
     """`PhotoMetrics` with the networks in these files; also raises their loaders' errors."""
     check_networks(names, vgg, inception)
     networks: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from typing import Any
 from ...bundle import Bundle
 from ...errors import InputError
 from ...runtime.translator import resolve_size
-from ..registry import Case, Gate, Assets
+from ..registry import Assets, Case, Gate
 from ..runner import Row, run_cases
 from ..tables import table as markdown
 from ..tables import unmeasured

@@ -32,7 +32,7 @@ _contexts_lock = threading.Lock()
 
 
 class PycudaDevice:
-    """The GPU of number `ordinal`; implements `device.Device`. install: the remedy in the message where pycuda is missing.
+    """The GPU of number `ordinal`; implements `device.Device`. install: the remedy where pycuda is missing.
 
     Raises `BackendError` where pycuda or a GPU is missing, and where the driver is too old.
     """

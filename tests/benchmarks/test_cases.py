@@ -17,7 +17,7 @@ from exported import CLASSES, exported_stage, exported_stages, model_file, seede
 
 from flashcocos.benchmarks import worker
 from flashcocos.benchmarks.__main__ import main
-from flashcocos.benchmarks.registry import Case, Assets, all_cases
+from flashcocos.benchmarks.registry import Assets, Case, all_cases
 from flashcocos.benchmarks.runner import References, open_assets
 from flashcocos.benchmarks.speed import machine, naive, translation
 from flashcocos.benchmarks.speed.inputs import differences, inputs

@@ -14,7 +14,7 @@ import pytest
 from flashcocos import __version__
 from flashcocos.benchmarks import provenance as harness
 from flashcocos.benchmarks import worker
-from flashcocos.benchmarks.registry import Case, Gate, Assets, all_cases, select
+from flashcocos.benchmarks.registry import Assets, Case, Gate, all_cases, select
 from flashcocos.benchmarks.runner import open_assets, read_rows, run_cases
 from flashcocos.errors import InputError
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_bundle import write_tiny_bundle
 
-from flashcocos.benchmarks.registry import Case, Assets
+from flashcocos.benchmarks.registry import Assets, Case
 from flashcocos.benchmarks.runner import References
 from flashcocos.benchmarks.speed import bundle as module
 from flashcocos.benchmarks.speed import profiling
