@@ -16,15 +16,26 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_OURS = ("build", "dist", "training", "demo_output")
 FILES = sorted(
     path.relative_to(ROOT)
-    for path in ROOT.rglob("*.py")
-    if not any(part.startswith(".") or part in NOT_OURS for part in path.relative_to(ROOT).parts)
+    for pattern in ("*.py", "[!.]*/**/*.py")
+    for path in ROOT.glob(pattern)
+    if path.relative_to(ROOT).parts[0] not in ("build", "dist", "training")
 )
 PACKAGE = [path for path in FILES if path.parts[0] != "tests"]
 LIGHT_ROOMS = ("bundle", "preprocess", "runtime", "cli")
-HEAVY = set("torch triton onnx onnx_ir onnxscript onnxruntime openvino tensorrt pycuda numba matplotlib cv2".split())
+HEAVY = {
+    "torch",
+    "triton",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "pycuda",
+    "numba",
+    "matplotlib",
+}
 # where a distribution is imported under another name
 IMPORT_NAMES = {
     "dicebear-core": "dicebear",
