@@ -16,6 +16,8 @@ from .errors import InputError
 T = TypeVar("T")
 
 SIZE_MULTIPLE = 32  # the generator starts at 1/32 of the image and doubles five times
+MIN_SIDE = 2 * SIZE_MULTIPLE  # pixels; reflection padding at 1/32 of the size needs two
+MAX_SIDE = 8192
 TILE_OVERLAP = 16  # pixels around a tile that are made and thrown away; the generator's fine half sees no further
 LABEL_KINDS = ("classes", "channels")
 WARP_UPSAMPLINGS = ("nearest", "bilinear", "pixel_shuffle")
@@ -45,6 +47,11 @@ def from_fields(kind: type[T], fields: Any, root: str = "") -> T:
         raise InputError(f"{path}: {text[0].lower()}{text[1:]}".lstrip(": ")) from error
     except RecursionError as error:
         raise InputError(f"{root or kind.__name__}: nested too deeply") from error
+
+
+def is_side(value: object) -> bool:
+    """Whether `value` is a height or width in pixels that the networks take."""
+    return type(value) is int and value >= MIN_SIDE and value % SIZE_MULTIPLE == 0
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,8 +106,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         self._require("task", self.task.isidentifier(), "a name of letters, digits and underscores")
         self._require("label_kind", self.label_kind in LABEL_KINDS, f"one of {', '.join(LABEL_KINDS)}")
         self._require("label_channels", 1 <= self.label_channels <= 255, "1 to 255")
-        size_ok = 2 * SIZE_MULTIPLE <= self.image_size <= 8192 and self.image_size % SIZE_MULTIPLE == 0
-        self._require("image_size", size_ok, f"a multiple of {SIZE_MULTIPLE} from {2 * SIZE_MULTIPLE} to 8192")
+        size_ok = is_side(self.image_size) and self.image_size <= MAX_SIDE
+        self._require("image_size", size_ok, f"a multiple of {SIZE_MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}")
         self._require("position_frequencies", 0 <= self.position_frequencies <= 6, "0 to 6")
         for name in ("ngf", "nef", "feature_channels", "spade_hidden"):
             self._require(name, 1 <= getattr(self, name) <= 4096, "1 to 4096")

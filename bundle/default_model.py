@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 from ..errors import InputError
-from .manifest import Bundle
 
 NAME = "avatars-128"
 FOLDER = Path(__file__).parent / "models"
@@ -25,25 +24,18 @@ def default_model_path() -> Path:
     return MODEL
 
 
-def resolve_model(model: str | os.PathLike[str] | Bundle | None = None) -> Path | Bundle:
-    """The bundle that a user means.
+def resolve_model(model: str | os.PathLike[str] | None = None) -> Path:
+    """The path of the bundle that a user means.
 
     Args:
-        model: a path, an opened bundle, the name "avatars-128", or None for the same.
+        model: a path, the name "avatars-128", or None for the same.
 
     Returns:
-        The path of a bundle, or the opened bundle itself.
+        The path; nothing is opened.
 
     Raises:
-        InputError: `model` is of another type, the name is also that of a file here, or the installation lacks the
-            shipped model.
+        InputError: the name is also that of a file or folder here, or the installation lacks the shipped model.
     """
-    if isinstance(model, Bundle):
-        return model
     if model == NAME and Path(NAME).exists():
         raise InputError(f"{NAME} is the shipped model's name and also lies here; write ./{NAME} for what lies here")
-    if model is None or model == NAME:
-        return default_model_path()
-    if not isinstance(model, str | os.PathLike):
-        raise InputError(f"model: expected a path or {NAME!r}, got {type(model).__name__}")
-    return Path(model)
+    return default_model_path() if model is None or model == NAME else Path(model)

@@ -43,7 +43,7 @@ from ..config import ModelConfig
 from ..errors import BackendError, InputError
 from ..preprocess.images import load_image, to_uint8
 from ..preprocess.labels import load_label, resize_nearest
-from ..runtime.engine import OnnxRuntimeEngine
+from ..runtime.cpu.onnxruntime import OnnxRuntimeEngine
 from ..runtime.jobs import Job
 from .graphs import check_graph, clean
 from .verify import run_stages

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image, ImageDraw
 
 from flashcocos.bundle.default_model import FOLDER, MODEL, NAME, PAIRS, SOURCE, resolve_model
-from flashcocos.bundle import Bundle
 from flashcocos.config import ModelConfig
 from flashcocos.errors import FlashcocosError, InputError
 from flashcocos.preprocess.images import UInt8Array
@@ -81,16 +80,12 @@ def test_an_empty_name_is_not_the_shipped_model(tmp_path: Path, monkeypatch: pyt
 
 def test_what_a_model_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    opened = Bundle(MODEL)
     assert resolve_model() == resolve_model(None) == resolve_model(NAME) == MODEL
-    assert resolve_model(opened) is opened
     assert resolve_model("own.zip") == resolve_model(Path("own.zip")) == Path("own.zip")
     (tmp_path / NAME).mkdir()
     with pytest.raises(InputError, match=r"write \./avatars-128 for what lies here"):
         resolve_model(NAME)
     assert resolve_model(f"./{NAME}") == Path(NAME)
-    with pytest.raises(InputError, match="model: expected a path or 'avatars-128', got int"):
-        resolve_model(3)  # type: ignore[arg-type]
 
 
 def test_a_missing_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
