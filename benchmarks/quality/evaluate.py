@@ -118,7 +118,7 @@ def evaluate_model(
         from ...train.data.avatars import AvatarOptions, AvatarPairs
         from ...train.data.avatars_paint import CLASSES
 
-        options = AvatarOptions(size=source.config.image_size, retrieved=1.0, pseudo=0.0)
+        options = AvatarOptions(size=source.config.image_size, retrieved_share=1.0, pseudo_share=0.0)
         exact_pairs = AvatarPairs(split, options, count=count)
         scores = dataclasses.asdict(evaluate_exact(source, exact_pairs, CLASSES, sheet=drawn))
     else:

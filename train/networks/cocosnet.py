@@ -21,8 +21,8 @@ from .layers import add_spectral_norm
 MIN_SIDE = 2 * SIZE_MULTIPLE  # reflection padding at 1/32 of the size needs two pixels
 
 
-class Translation(NamedTuple):
-    """What one forward pass gives; images in [-1, 1], H = 4 h."""
+class ModelOutput(NamedTuple):
+    """What a forward pass returns; images in [-1, 1], H = 4 h."""
 
     image: Tensor  # (B, 3, H, W)
     warped_image: Tensor  # (B, 3, H, W)
@@ -68,7 +68,7 @@ class CoCosNet(nn.Module):
         return phi, self.warp_values(image)
 
     def warp_values(self, image: Tensor) -> Tensor:
-        """Image (B, 3, H, W) -> (B, V, H/4, W/4): the mean color of each 4x4 patch, or for "pixel_shuffle" its 48 values."""
+        """Image (B, 3, H, W) -> (B, V, H/4, W/4): the mean color of each 4x4 patch, or its 48 values."""
         step = self.config.down_scale
         if self.config.warp_upsampling == "pixel_shuffle":
             return F.pixel_unshuffle(image, step)
@@ -90,8 +90,21 @@ class CoCosNet(nn.Module):
 
     def forward(
         self, label: Tensor, exemplar: Tensor, exemplar_label: Tensor | None = None, *, backend: str = "auto"
-    ) -> Translation:
-        """The whole translation; `backend` chooses the warp's kernel (`flashcocos.kernels.corr_warp`)."""
+    ) -> ModelOutput:
+        """The whole translation.
+
+        Args:
+            label: class ids (B, H, W), or planes (B, nc, H, W).
+            exemplar: (B, 3, h, w) float in [-1, 1].
+            exemplar_label: as `label`, of the exemplar's size; not needed without `condition_on_label`.
+            backend: of the warp (`flashcocos.kernels.corr_warp`).
+
+        Returns:
+            The image, and what it was made of.
+
+        Raises:
+            InputError: a size is no multiple of 32, or the exemplar's label is missing or of another size.
+        """
         from ...kernels import corr_warp
 
         planes = self.label_planes(label)
@@ -102,7 +115,7 @@ class CoCosNet(nn.Module):
             theta, phi, values, patch=config.patch, temperature=config.temperature, backend=backend
         )  # (B, V, h, w)
         image, warped_image = self.synthesize(warped, planes)
-        return Translation(image, warped_image, warped, theta, phi)
+        return ModelOutput(image, warped_image, warped, theta, phi)
 
     def label_planes(self, label: Tensor) -> Tensor:
         """Class ids (B, H, W) or planes (B, nc, H, W) -> planes (B, nc, H, W) of the weights' dtype."""
