@@ -204,7 +204,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             The validated settings.
 
         Raises:
-            InputError: a key is unknown, a value has the wrong type or is out of range, or two values disagree.
+            InputError: a key is unknown, or a value has the wrong type, is out of range or contradicts another.
         """
         preset, fields = _table(tables, "model")
         model = ModelConfig.from_dict((msgspec.to_builtins(ModelConfig.preset(preset)) if preset else {}) | fields)

@@ -64,7 +64,7 @@ class AvatarOptions:
         shares = (self.retrieved_share, self.pseudo_share, self.across_share)
         if any(not 0 <= share <= 1 for share in shares) or self.retrieved_share + self.pseudo_share > 1 + 1e-9:
             raise InputError(
-                "avatar pairs: retrieved_share, pseudo_share and across_share are 0 to 1, so is the first two' sum; "
+                "avatar pairs: retrieved_share, pseudo_share and across_share are 0 to 1, also the first two added; "
                 f"got {self.retrieved_share}, {self.pseudo_share}, {self.across_share}"
             )
         if not 8 <= self.size <= 4096:
