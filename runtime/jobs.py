@@ -218,7 +218,7 @@ def _check_outputs(jobs: list[Job], extras: Collection[str], pairs: Path | None)
         for target in (job.output, *(job.extra(kind) for kind in extras)):
             resolved = target.resolve()
             if resolved in sources:
-                raise InputError(f"output {target} would overwrite an input; choose another output folder")
+                raise InputError(f"output {target} would overwrite an input; choose another output")
             if resolved in seen:
                 raise InputError(f"{seen[resolved]} and {job.label} would both be written to {target}; rename one")
             seen[resolved] = job.label
