@@ -79,7 +79,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 def engine(options: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `Translator` for the options of `add_engine`."""
-    return {name: getattr(options, name) for name in ("backend", "device", "precision", "warp", "threads")}
+    names = ("backend", "device", "precision", "warp")
+    return {name: getattr(options, name) for name in names} | {"num_threads": options.threads}
 
 
 def add_pairing(parser: argparse.ArgumentParser) -> None:

@@ -263,7 +263,7 @@ def _build(options: argparse.Namespace) -> int:
     from ..bundle.default_model import resolve_model
     from ..export.tensorrt.build import build, build_kernels, current_architecture, parse_profile
     from ..export.tensorrt.check import require_agreement
-    from ..runtime.gpu.memory_estimate import plan_memory
+    from ..runtime.gpu.memory_estimate import estimate_memory
     from ..runtime.gpu.store import default_folder, import_variant, parse_target
 
     path = resolve_model(options.bundle)
@@ -303,7 +303,7 @@ def _build(options: argparse.Namespace) -> int:
     for profile in profiles:
         batch, height, width = (axis[2] for axis in (profile.batch, profile.height, profile.width))
         fitting = [record for record in records if record.key.profile in (profile, profile.tiled(options.tile))]
-        print(f"device memory: {plan_memory(config, fitting, height, width, batch=batch, tile=options.tile)}")
+        print(f"device memory: {estimate_memory(config, fitting, height, width, batch=batch, tile=options.tile)}")
     show(folder)
     return 0
 

@@ -1,4 +1,4 @@
-"""Where the pictures to score come from: a bundle, as the runtime draws them, or a model file, through PyTorch."""
+"""What makes the pictures to score: a bundle through the runtime, or a model file through PyTorch."""
 
 from __future__ import annotations
 
@@ -21,47 +21,52 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drawing:
-    """One translation. image, warped: uint8 (H, W, 3). matches: for each position (H / 4, W / 4) the flat index of the
-    exemplar's position that it matches best."""
+class Prediction:
+    """One translation.
+
+    Attributes:
+        image: uint8 (H, W, 3).
+        warped: The warped exemplar, uint8 (H, W, 3).
+        matches: For each position (H / 4, W / 4) the flat index of the exemplar's position that it matches best.
+    """
 
     image: UInt8Array
     warped: UInt8Array
     matches: npt.NDArray[np.int64]
 
 
-class Source(Protocol):
-    """Draws the answer to an item of a data set."""
+class Predictor(Protocol):
+    """Translates the items of a data set."""
 
     @property
     def config(self) -> ModelConfig: ...
 
-    def draw(self, item: Item) -> Drawing: ...
+    def predict(self, item: Item) -> Prediction: ...
 
 
-class BundleSource:
-    """Draws with the runtime; needs no torch."""
+class BundlePredictor:
+    """Predicts with the runtime, without torch."""
 
     def __init__(self, translator: Translator) -> None:
         self.translator, self.config = translator, translator.config
 
-    def draw(self, item: Item) -> Drawing:
+    def predict(self, item: Item) -> Prediction:
         height, width = item["label"].shape[-2:]
         label = item["exemplar_label"] if self.config.condition_on_label else None
         exemplar = self.translator.encode_exemplar(to_uint8(item["exemplar"]), label, (height, width))
         result = self.translator.translate(item["label"], exemplar, (height, width))
         step = self.config.down_scale
         x, y = np.moveaxis(result.matches.astype(np.int64) // step, -1, 0)
-        return Drawing(result.image, result.warped, y * (width // step) + x)
+        return Prediction(result.image, result.warped, y * (width // step) + x)
 
 
-class ModelSource:
-    """Draws with the network; `backend` is the warp's (`flashcocos.kernels.corr_warp`). The caller sets the mode."""
+class ModelPredictor:
+    """Predicts with the network in the mode that it is in; `backend` is that of `flashcocos.kernels.corr_warp`."""
 
     def __init__(self, model: CoCosNet, *, backend: str = "auto") -> None:
         self.model, self.config, self.backend = model, model.config, backend
 
-    def draw(self, item: Item) -> Drawing:
+    def predict(self, item: Item) -> Prediction:
         import torch
 
         from ...kernels import corr_match
@@ -76,33 +81,41 @@ class ModelSource:
             )
             match = corr_match(result.theta, result.phi, patch=self.config.patch, temperature=self.config.temperature)
         image, warped = (to_uint8(x[0].float().cpu().numpy()) for x in (result.image, result.warped_image))
-        return Drawing(image, warped, match.index[0].cpu().numpy())
+        return Prediction(image, warped, match.index[0].cpu().numpy())
 
 
-def open_source(
+def open_predictor(
     path: str | os.PathLike[str],
     *,
     backend: str = "onnxruntime",
     device: str = "auto",
     precision: str = "float32",
     warp: str = "auto",
-    threads: int | None = None,
-) -> Source:
-    """The model file (.safetensors) or bundle in `path`, ready to draw; all options as for `Translator`.
+    num_threads: int | None = None,
+) -> Predictor:
+    """Open a model file (.safetensors) or a bundle.
 
-    Raises the errors of `checkpoint.load_model` and of `Translator`, and `InputError` for a backend or precision that
-    a model file has no use for; it leaves `warp` to its own kernels.
+    Args:
+        path: The file, or the bundle's folder or .zip.
+        backend: As for the runtime's `Translator`, and so are the others. A model file has its own kernels for `warp`.
+
+    Returns:
+        The predictor.
+
+    Raises:
+        InputError: A model file has no such backend or precision.
+        FlashcocosError: Any error of `checkpoint.load_model` and of `Translator`.
     """
     if Path(path).suffix == ".safetensors":
         if (backend, precision) != ("onnxruntime", "float32"):
             raise InputError(f"{path}: PyTorch runs a model file; backend {backend!r} and {precision} need a bundle")
         from ...train.checkpoint import load_model
 
-        return ModelSource(load_model(path).to(torch_device(device)))
+        return ModelPredictor(load_model(path).to(torch_device(device)))
     from ...runtime import Translator
 
-    return BundleSource(
-        Translator(path, backend=backend, device=device, precision=precision, warp=warp, threads=threads)
+    return BundlePredictor(
+        Translator(path, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads)
     )
 
 

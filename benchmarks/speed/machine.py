@@ -1,4 +1,4 @@
-"""What surrounds the translations: the machine's own rates, the time to a first picture, and what must be installed."""
+"""The machine's own rates, the time to a first picture, and the size of an installation."""
 
 from __future__ import annotations
 
@@ -17,21 +17,26 @@ import numpy as np
 
 from ...errors import BackendError
 from ..provenance import peak_rss
-from ..registry import Case, Material, Outcome, Subject
+from ..registry import Assets, Benchmark, Case, Sample
 
 COPY_BYTES = 256 * 2**20
 TRIALS = 5
 MIB = 2**20
 
 
-def roofline(case: Case, material: Material) -> Subject:
-    """Facts copy_gb_s (read and written bytes) and gflop_s of square products, the best of `TRIALS`, by dtype.
+def roofline(case: Case, assets: Assets) -> Benchmark:
+    """Measure copy_gb_s (bytes read and written) and gflop_s of square products by dtype, the best of `TRIALS`.
 
-    parameters: side of the product. On a GPU, which has not been done yet, by torch in all dtypes, with TF32 apart.
+    Args:
+        case: Its parameter is the side of the product.
+        assets: The device: numpy's rates on the CPU, torch's in all dtypes, TF32 apart, on a GPU.
+
+    Returns:
+        A benchmark of facts alone.
     """
     side = case.parameters["side"]
-    if material.device == "cuda":
-        return Subject(None, facts=_gpu_rates(side))
+    if assets.device == "cuda":
+        return Benchmark(None, facts=_gpu_rates(side))
     source = np.ones(COPY_BYTES // 8)
     target = np.empty_like(source)
     left, right, product = np.random.default_rng(0).random((3, side, side), dtype=np.float32)
@@ -39,50 +44,61 @@ def roofline(case: Case, material: Material) -> Subject:
         "copy_gb_s": 2 * COPY_BYTES / _fastest(lambda: np.copyto(target, source)) / 1e9,
         "float32_gflop_s": 2 * side**3 / _fastest(lambda: np.matmul(left, right, out=product)) / 1e9,
     }
-    return Subject(None, facts={name: round(rate, 1) for name, rate in rates.items()})
+    return Benchmark(None, facts={name: round(rate, 1) for name, rate in rates.items()})
 
 
-def startup(case: Case, material: Material) -> Subject:
-    """A fresh process, timed from its start to its first picture; parts_ms: until Python runs, is ready, and has it.
+def startup(case: Case, assets: Assets) -> Benchmark:
+    """A fresh process, from its start to its first picture.
 
-    parameters: of `translation`, one of whose methods the process runs; "model" or "bundle" as there.
+    Args:
+        case: Parameters of `translation`, one of whose methods the process runs.
+        assets: As there.
+
+    Returns:
+        The benchmark; its parts are the times until Python runs, is ready, and has the picture.
     """
-    task = json.dumps([dataclasses.asdict(case), dataclasses.asdict(material)])
+    task = json.dumps([dataclasses.asdict(case), dataclasses.asdict(assets)])
     command = [sys.executable, "-m", __spec__.name, task]
     facts: dict[str, float] = {}
 
-    def run() -> Outcome:
+    def run() -> Sample:
         start = time.monotonic()  # one clock for all processes of a machine
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BackendError(done.stderr.strip().splitlines()[-1])
         marks = json.loads(done.stdout.strip().splitlines()[-1])
         facts["peak_mib"] = round(marks["peak"] / MIB, 1)
-        return Outcome(
-            marks["mean"], {name: round(1e3 * (marks[name] - start), 1) for name in ("python", "ready", "picture")}
-        )
+        parts = {name: round(1e3 * (marks[name] - start), 1) for name in ("python", "ready", "picture")}
+        return Sample(marks["mean"], parts)
 
-    return Subject(run, lambda mean: {"mean": mean}, facts=facts)
+    return Benchmark(run, lambda mean: {"mean": mean}, facts=facts)
 
 
-def install_size(case: Case, material: Material) -> Subject:
-    """Facts mib of the distributions that pip installs for an extra of flashcocos, itself left out, and the largest.
+def install_size(case: Case, assets: Assets) -> Benchmark:
+    """The size of the distributions that pip installs for an extra of flashcocos, itself left out.
 
-    parameters: extra. Counted from the files that the installed distributions list; raises `BackendError` where one is
-    not installed.
+    Args:
+        case: Its parameter is the extra.
+        assets: Not used.
+
+    Returns:
+        A benchmark of facts alone, from the files that the installed distributions list.
+
+    Raises:
+        BackendError: A distribution is not installed.
     """
     sizes = {name: _bytes_of(name) for name in requirements("flashcocos", (case.parameters["extra"],))}
     largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:4]
     facts = {"mib": round(sum(sizes.values()) / MIB, 1), "packages": len(sizes)}
-    return Subject(None, facts=facts | {"largest": {name: round(sizes[name] / MIB, 1) for name in largest}})
+    return Benchmark(None, facts=facts | {"largest": {name: round(sizes[name] / MIB, 1) for name in largest}})
 
 
 def requirements(distribution: str, extras: Iterable[str]) -> list[str]:
-    """Names of all distributions that `distribution` with `extras` brings on this machine, sorted, without itself."""
+    """Names of all distributions that `distribution` with `extras` needs on this machine, sorted, without itself."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    found: set[str] = set()
+    names: set[str] = set()
     todo, done = [(distribution, extra) for extra in ("", *extras)], set()
     while todo:
         name, extra = todo.pop()
@@ -91,14 +107,14 @@ def requirements(distribution: str, extras: Iterable[str]) -> list[str]:
             lines = metadata.requires(name) or []
         except metadata.PackageNotFoundError as error:
             raise BackendError(f"{name} is not installed; pip install 'flashcocos[{','.join(extras)}]'") from error
-        found.add(name)
+        names.add(name)
         for requirement in map(Requirement, lines):
             # without an extra only what needs none, with one only what needs it
             if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
                 continue
             wanted = canonicalize_name(requirement.name)
             todo += [pair for part in ("", *requirement.extras) if (pair := (wanted, part)) not in done]
-    return sorted(found - {distribution})
+    return sorted(names - {distribution})
 
 
 def _bytes_of(name: str) -> int:
@@ -137,12 +153,12 @@ def _gpu_rates(side: int) -> dict[str, float]:
 
 
 def _first_picture() -> None:
-    """The process of `startup`: monotonic times at which Python ran, the case was ready, and the picture there."""
+    """The process of `startup`: prints the times when Python ran, the case was ready, and the picture was there."""
     marks = {"python": time.monotonic()}
     from .translation import prepare
 
-    case, material = json.loads(sys.argv[1])
-    run = prepare(Case.from_dict(case), Material(**material)).run
+    case, assets = json.loads(sys.argv[1])
+    run = prepare(Case.from_dict(case), Assets(**assets)).run
     assert run is not None  # a translation always runs
     marks["ready"] = time.monotonic()
     picture = run().result
