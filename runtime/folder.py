@@ -120,9 +120,7 @@ def translate_folder(
             reason = (str(error) or type(error).__name__).replace("\n", " ")
             failed.append((job.label, reason))
             if progress:
-                line = reason if reason.startswith(str(job.label)) else f"{job.label}: {reason}"
-                with contextlib.suppress(OSError):  # standard error may be full or closed
-                    tqdm.write(printable(line), file=sys.stderr)
+                _print_failure(job.label, reason)
     return Summary(done, skipped, tuple(failed))
 
 
@@ -152,6 +150,12 @@ def _check_exemplar_label(config: ModelConfig, job: Job) -> None:
         raise InputError(
             f"{job.exemplar_label}: a model for {config.task} takes no exemplar labels; leave --exemplar-label out"
         )
+
+
+def _print_failure(label: Path, reason: str) -> None:
+    line = reason if reason.startswith(str(label)) else f"{label}: {reason}"
+    with contextlib.suppress(OSError):  # standard error may be full or closed
+        tqdm.write(printable(line), file=sys.stderr)
 
 
 def _path(path: PathLike | None) -> Path | None:
