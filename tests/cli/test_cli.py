@@ -13,6 +13,12 @@ from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+import flashcocos
 from flashcocos.bundle.default_model import MODEL, PAIRS
 from flashcocos.cli import main
 
@@ -134,19 +140,36 @@ def test_debug_raises(tmp_path: Path) -> None:
         main(["info", str(tmp_path / "no.zip"), "--debug"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "function", "package", "extra"),
+    [
+        (["convert", "file", "file", "-o", "c.safetensors"], "train.upstream.convert", "torch", "export"),
+        (["train", "avatars-128", "-o", "training"], "train.trainer.train", "torch", "train"),
+        (["evaluate", "avatars-128", "--data", "avatars"], "benchmarks.quality.evaluate.evaluate_model",
+         "torchmetrics.image", "eval"),
+        (["evaluate", "avatars-128", "--data", "avatars"], "benchmarks.quality.evaluate.evaluate_model",
+         "dicebear", "eval"),
+        (["bench"], "benchmarks.speed.bundle.bench", "onnxruntime", "cpu"),
+    ],
+)  # fmt: skip
 def test_a_missing_package_names_its_extra(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: list[str],
+    function: str,
+    package: str,
+    extra: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "flashcocos.train.upstream", None)
-    monkeypatch.delitem(sys.modules, "flashcocos.train.upstream")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert main(["convert", "a.pth", "b.pth", "-o", str(tmp_path / "c.safetensors")]) == 1
-    assert "the package torch is missing; pip install 'flashcocos[export]'" in capsys.readouterr().err
-    # what `export` brings is not enough to train with
-    monkeypatch.setitem(sys.modules, "flashcocos.train.trainer", None)
-    monkeypatch.delitem(sys.modules, "flashcocos.train.trainer")
-    assert main(["train", "avatars-128", "-o", str(tmp_path / "training")]) == 1
-    assert "the package torch is missing; pip install 'flashcocos[train]'" in capsys.readouterr().err
+    def lacks(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr(f"flashcocos.{function}", lacks)
+    assert main(arguments) == 1
+    expected = f"error: the package {package} is missing; pip install 'flashcocos[{extra}]'\n"
+    assert capsys.readouterr().err == f"flashcocos {arguments[0]}: {expected}"
+    metadata = tomllib.loads((Path(flashcocos.__file__).parent / "pyproject.toml").read_text())
+    assert extra in metadata["project"]["optional-dependencies"]
 
 
 @pytest.mark.parametrize(
