@@ -24,7 +24,9 @@ import hashlib
 import json
 import os
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,12 @@ STAGES = ("query", "exemplar", "coarse", "fine")
 PRECISIONS = ("float32", "float16", "int8")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 2 << 30  # protobuf's own limit for an ONNX file
+MAX_BUNDLE_BYTES = 4 << 30  # of all files; the largest published network takes 0.6 GB
+_MAX_RATIO = 100  # of a zip's content to its size; weights shrink little, a megabyte of zeros to a kilobyte
+# what zipfile raises on damaged archives, entries and names; it names no list
+_DAMAGE = (
+    OSError, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -154,7 +162,14 @@ class Bundle:
         self.path = Path(path)
         if not self.path.exists():
             raise InputError(f"no model bundle at {self.path}; `flashcocos export` writes one")
+        if not self.path.is_dir() and not self.path.is_file():  # a pipe or a device may never end
+            raise InputError(f"{self.path}: expected a model bundle, a folder or a .zip; this is a pipe or a device")
         self.manifest = Manifest.from_json(self._bytes(MANIFEST, MAX_MANIFEST_BYTES))
+        limit = MAX_BUNDLE_BYTES
+        if self.path.is_file():
+            limit = min(limit, _MAX_RATIO * self.path.stat().st_size)
+        if (total := sum(spec.bytes for spec in self.manifest.files.values())) > limit:
+            raise BundleError(f"{self.path}: its manifest states {total} bytes of files; expected at most {limit}")
 
     def read(self, name: str) -> bytes:
         """Content of the listed file `name`; `BundleError` when its size or SHA-256 is not what the manifest states."""
@@ -186,11 +201,18 @@ class Bundle:
                     raise BundleError(f"{self.path}: {name} is missing or not a plain file")
                 with file_path.open("rb") as file:
                     return file.read(limit + 1)
-            with zipfile.ZipFile(self.path) as archive, archive.open(name) as file:
-                return file.read(limit + 1)
+            with zipfile.ZipFile(self.path) as archive:
+                entry = archive.getinfo(name)
+                # others (LZMA) may ask for gigabytes of memory
+                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise BundleError(f"{self.path}: {name} is neither stored nor deflated; pack the zip file again")
+                with archive.open(entry) as file:
+                    return file.read(limit + 1)
         except KeyError as error:
             raise BundleError(f"{self.path}: {name} is missing") from error
-        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        except BundleError:
+            raise
+        except _DAMAGE as error:
             raise BundleError(f"{self.path}: {name} cannot be read: {error}") from error
 
 

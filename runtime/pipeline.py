@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ..bundle import Bundle
 from ..bundle.stages import axis_sizes, concrete_shape, stage_tensors
 from ..errors import BackendError, BundleError, InputError
-from ..kernels.corr_warp import CorrMatch, last_backend, warp_arrays
+from ..kernels.corr_warp import CorrMatch, warp_arrays
 from ..preprocess.images import FloatArray, UInt8Array, to_uint8
 from .engine import BACKENDS, DEVICES, Engine, EngineInfo, has_provider, open_engines
 from .gpu.store import VARIANTS
@@ -100,9 +100,7 @@ class HostPipeline:
         self._name, self._config = bundle.path, bundle.manifest.config
         # a warp of one position: what cannot run fails here, and "auto" becomes the name of what it chose
         position = np.ones((1, 1, 1, 1), np.float32)
-        self._warp = warp
-        self._matched_warp(position, position, position)
-        self._warp = last_backend() or warp
+        self._warp = warp_arrays(position, position, position, patch=self._config.patch, backend=warp).backend
         self._tile = tile
         self._tensors = stage_tensors(self._config)
         self.engines: dict[str, Engine] = open_engines(
