@@ -55,7 +55,7 @@ def shrunk(case: Case) -> Case:
         # once with VGG19, which is large whatever the network
         parameters["changes"] = SMALL_TRAINING + ["perceptual=none"] * (parameters["method"] == "matrix")
     if case.group == "estimate":
-        parameters |= {"changes": SMALL_ESTIMATE, "budgets_gib": [0.1], "checkpointing": False}
+        parameters |= {"changes": SMALL_ESTIMATE, "budgets_gib": [0.025], "checkpointing": False}
     if "batch" in parameters:
         parameters["batch"] = min(parameters["batch"], 2)
     if "side" in parameters:
@@ -238,11 +238,11 @@ def test_the_command_line_lists_and_runs(
     assert main(["run", "--group", "ablation", "-o", str(tmp_path)]) == 1
     assert "give --model FOLDER" in capsys.readouterr().err
     bundle = f"other={folder / 'bundle'}"
-    words = ["run", "--model", str(folder), "--only", "machine/rates", "--bundle", bundle, "-o", str(tmp_path)]
+    words = ["run", "--model", str(folder), "--only", "warp/numpy-p3-n1024", "--bundle", bundle, "-o", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["benchmarks", *words])
     assert main(words) == 0
-    row = json.loads((tmp_path / "machine.jsonl").read_text())
-    assert row["command"].startswith(f"python -m flashcocos.benchmarks run --model {folder.name} --only machine/rates")
+    row = json.loads((tmp_path / "warp.jsonl").read_text())
+    assert row["command"].startswith(f"python -m flashcocos.benchmarks run --model {folder.name} --only warp/numpy-p3-n1024")
     assert "--bundle other=bundle" in row["command"]
     assert str(folder.parent) not in json.dumps(row)
 
