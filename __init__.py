@@ -13,24 +13,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import ModelConfig
+    from .errors import BackendError, BundleError, CheckpointError, FlashcocosError, InputError
     from .kernels import corr_match, corr_row, corr_warp
-    from .runtime import Translator
+    from .runtime import EngineOptions, Exemplar, Translation, Translator
 
 __version__ = "0.1.0"
-__all__ = ["ModelConfig", "Translator", "__version__", "corr_match", "corr_row", "corr_warp"]
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "EngineOptions",
+    "Exemplar",
+    "FlashcocosError",
+    "InputError",
+    "ModelConfig",
+    "Translation",
+    "Translator",
+    "__version__",
+    "corr_match",
+    "corr_row",
+    "corr_warp",
+]
 
-_HOMES = {
+_MODULES = {
+    **dict.fromkeys(("BackendError", "BundleError", "CheckpointError", "FlashcocosError", "InputError"), "errors"),
+    **dict.fromkeys(("EngineOptions", "Exemplar", "Translation", "Translator"), "runtime"),
+    **dict.fromkeys(("corr_match", "corr_row", "corr_warp"), "kernels"),
     "ModelConfig": "config",
-    "Translator": "runtime",
-    "corr_match": "kernels",
-    "corr_row": "kernels",
-    "corr_warp": "kernels",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -19,7 +19,6 @@ synthesis; with `warp_residual` they pass means (batch, label_channels, 3) on as
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -29,9 +28,11 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..config import ModelConfig
+import msgspec
+
+from ..config import ModelConfig, from_fields
 from ..errors import BundleError, InputError
 from ..files import atomic_path
 
@@ -52,8 +53,7 @@ _DAMAGE = (
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One input or output of a stage: its name, numpy dtype name, and shape with named dynamic axes."""
 
     name: str
@@ -61,8 +61,7 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class StageSpec:
+class StageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One ONNX graph of a bundle."""
 
     file: str
@@ -70,16 +69,14 @@ class StageSpec:
     outputs: tuple[TensorSpec, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class FileSpec:
+class FileSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Size in bytes and SHA-256 (hexadecimal) of one file of a bundle."""
 
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_FILE_BYTES)]
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a bundle says of itself. `provenance` and `license` are the exporter's words, shown but never acted on."""
 
     config: ModelConfig
@@ -88,18 +85,19 @@ class Manifest:
     stages: dict[str, StageSpec]
     files: dict[str, FileSpec]
     license: str = ""
-    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: dict[str, Any] = {}
 
     def to_json(self) -> str:
         """This manifest as a JSON object."""
-        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2)
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        return json.dumps(header | msgspec.to_builtins(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
         """Parse and validate; anything unexpected raises `BundleError`."""
         try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            fields = msgspec.json.decode(text)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
             raise BundleError(f'{MANIFEST}: expected an object with "format": "{FORMAT}"')
@@ -108,48 +106,24 @@ class Manifest:
                 f"{MANIFEST}: format_version {version!r} is unknown to this flashcocos, which reads {FORMAT_VERSION}; "
                 "install a matching flashcocos or export the model again"
             )
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != names:
-            raise BundleError(f"{MANIFEST}: expected the fields {sorted(names)}, got {sorted(fields)}")
         try:
-            manifest = cls(
-                config=ModelConfig.from_dict(fields["config"]),
-                precision=fields["precision"],
-                opset=fields["opset"],
-                stages={name: _stage(spec) for name, spec in fields["stages"].items()},
-                files={name: FileSpec(**spec) for name, spec in fields["files"].items()},
-                license=fields["license"],
-                provenance=fields["provenance"],
-            )
-        except (InputError, TypeError, KeyError, AttributeError) as error:
+            manifest = from_fields(cls, fields)
+        except InputError as error:
             raise BundleError(f"{MANIFEST}: {error}") from error
         manifest._validate()
         return manifest
 
     def _validate(self) -> None:
-        for name, spec in self.files.items():
+        for name in self.files:
             if not _NAME.fullmatch(name) or name == MANIFEST:
                 raise BundleError(f"{MANIFEST}: file name {name!r} is not allowed in a bundle")
-            if type(spec.bytes) is not int or not 0 <= spec.bytes <= MAX_FILE_BYTES:
-                raise BundleError(f"{MANIFEST}: {name}: expected a size of 0 to {MAX_FILE_BYTES}, got {spec.bytes!r}")
-            if not isinstance(spec.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", spec.sha256):
-                raise BundleError(f"{MANIFEST}: {name}: sha256 {spec.sha256!r} is not 64 hexadecimal digits")
         if self.precision not in PRECISIONS:
             raise BundleError(f"{MANIFEST}: precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
-        if type(self.opset) is not int or not isinstance(self.license, str) or not isinstance(self.provenance, dict):
-            raise BundleError(f"{MANIFEST}: opset, license or provenance has the wrong type")
         if set(self.stages) != set(STAGES):
             raise BundleError(f"{MANIFEST}: expected the stages {STAGES}, got {sorted(self.stages)}")
         for name, stage in self.stages.items():
             if stage.file not in self.files:
                 raise BundleError(f"{MANIFEST}: stage {name} names {stage.file!r}, which is not among its files")
-
-
-def _stage(fields: dict[str, Any]) -> StageSpec:
-    def tensors(key: str) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(str(t["name"]), str(t["dtype"]), tuple(t["shape"])) for t in fields[key])
-
-    return StageSpec(str(fields["file"]), tensors("inputs"), tensors("outputs"))
 
 
 class Bundle:
@@ -223,7 +197,7 @@ def write_bundle(path: str | os.PathLike[str], manifest: Manifest, files: Mappin
     """
     path = Path(path)
     specs = {name: FileSpec(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
-    manifest = dataclasses.replace(manifest, files=specs)
+    manifest = msgspec.structs.replace(manifest, files=specs)
     manifest._validate()
     content = {MANIFEST: manifest.to_json().encode(), **files}
     if path.suffix == ".zip":

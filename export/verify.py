@@ -21,13 +21,13 @@ from tqdm import tqdm
 from ..bundle import STAGES, Bundle
 from ..bundle.graph_check import refuse_external_data
 from ..bundle.stages import check_stages, stage_inputs
-from ..config import SIZE_MULTIPLE, ModelConfig
+from ..config import MIN_SIDE, SIZE_MULTIPLE, ModelConfig
 from ..errors import BundleError, InputError
 from ..kernels.corr_warp import corr_warp, warp_arrays
-from ..runtime.engine import Engine, OnnxRuntimeEngine
+from ..runtime.cpu.onnxruntime import OnnxRuntimeEngine
+from ..runtime.engine import Engine
 from ..train.checkpoint import load_model
 from ..train.networks import CoCosNet
-from ..train.networks.cocosnet import MIN_SIDE
 from .graphs import check_graph
 
 Arrays = dict[str, npt.NDArray[Any]]

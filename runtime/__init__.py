@@ -1,8 +1,24 @@
 """Translation with a model bundle on any machine: numpy, Pillow and ONNX Runtime, no torch.
 
-`Translator` opens a bundle, `Exemplar` is an encoded exemplar, `Translation` a result.
+`Translator` opens a bundle, `EngineOptions` says what runs it, `Exemplar` is an encoded exemplar, `Translation` a
+result. They are imported on first use, so that the command line can read the options' choices without numpy.
 """
 
-from .translator import Exemplar, Translation, Translator
+from __future__ import annotations
 
-__all__ = ["Exemplar", "Translation", "Translator"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .options import EngineOptions
+    from .pipeline import Exemplar
+    from .translator import Translation, Translator
+
+__all__ = ["EngineOptions", "Exemplar", "Translation", "Translator"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import translator
+
+    return getattr(translator, name)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
 
+import msgspec
+
 from ..bundle import Bundle
 from ..bundle.stages import check_stages
 from ..errors import BackendError, BundleError, InputError
+from .cpu.onnxruntime import available_providers
 from .cpu.openvino import cpu_precisions
-from .engine import available_providers
 from .gpu.cubins import FOLDER, BundleKernels, KernelFolder, available_kernels
 from .gpu.device import mebibytes
-from .gpu.memory_estimate import plan_memory
+from .gpu.memory_estimate import estimate_memory
 from .gpu.pycuda import PycudaDevice
 from .gpu.store import EngineRecord, default_folder, list_engines
-from .tiles import check_tile
+from .options import check_tile
 
 # what flashcocos can use, and nothing is imported to learn a version
 PACKAGES = (
@@ -85,7 +86,7 @@ def _bundle_lines(bundle: Bundle) -> list[str]:
         f"precision   {manifest.precision}",
         f"opset       {manifest.opset}",
         f"license     {json.dumps(manifest.license) if manifest.license else 'not stated'}",
-        "config      " + ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(manifest.config).items()),
+        "config      " + ", ".join(f"{key}={value}" for key, value in msgspec.structs.asdict(manifest.config).items()),
     ]
     for name, stage in manifest.stages.items():
         inputs = ", ".join(f"{t.name} {t.dtype}{_shape(t.shape)}" for t in stage.inputs)
@@ -134,7 +135,7 @@ def _memory_lines(bundle: Bundle, folder: Path, size: tuple[int, int], tile: int
     for (variant, version, _, precision), records in sorted(sets.items()):
         records.sort(key=lambda record: not record.key.profile.static)
         try:
-            plan = str(plan_memory(manifest.config, records, *size, tile=tile))
+            plan = str(estimate_memory(manifest.config, records, *size, tile=tile))
         except BackendError as error:
             plan = str(error)
         lines.append(f"memory      {variant} {version} in {precision}: {plan}")

@@ -14,10 +14,8 @@ from typing import NamedTuple
 
 from ..bundle import TensorSpec
 from ..config import SIZE_MULTIPLE, TILE_OVERLAP
-from ..errors import InputError
 from .gpu.device import Box, Layout
 
-MIN_TILE = 2 * SIZE_MULTIPLE
 # image pixels per position along each axis that a tile cuts
 _ROWS: dict[int | str, int] = {"height": 1, "half_height": 2, "h": 4}
 _COLUMNS: dict[int | str, int] = {"width": 1, "half_width": 2, "w": 4}
@@ -74,14 +72,6 @@ def _cut(tensor: TensorSpec, rows: slice, columns: slice) -> tuple[slice, ...]:
         if side in _ROWS or side in _COLUMNS:
             cuts[axis] = (rows, _ROWS[side]) if side in _ROWS else (columns, _COLUMNS[side])
     return tuple(cut if step == 1 else slice(cut.start // step, cut.stop // step) for cut, step in cuts)
-
-
-def check_tile(tile: object) -> None:
-    """Raise `InputError` unless `tile` is None or the side of a tile in pixels."""
-    if tile is not None and (type(tile) is not int or tile % SIZE_MULTIPLE or tile < MIN_TILE):
-        raise InputError(
-            f"tile: expected a side in pixels, a multiple of {SIZE_MULTIPLE} from {MIN_TILE}, or None; got {tile!r}"
-        )
 
 
 def placed(

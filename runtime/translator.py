@@ -1,12 +1,13 @@
 """`Translator`: an opened model bundle that turns a label and an exemplar into a picture. Numpy in, numpy out.
 
 The exemplar's half of the correspondence network depends on the exemplar alone (arXiv 2004.05571, section 3.1), so it
-is run once by `encode_exemplar` and its result is used for any number of labels. What runs where is in pipeline.py.
+is run once by `encode_exemplar` and its result is used for any number of labels. What runs where is in backends.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -19,29 +20,33 @@ import numpy.typing as npt
 from ..bundle import Bundle
 from ..bundle.default_model import default_model_path
 from ..bundle.stages import check_stages
-from ..config import SIZE_MULTIPLE, ModelConfig
+from ..config import MAX_SIDE, MIN_SIDE, SIZE_MULTIPLE, ModelConfig, is_side
 from ..errors import InputError
 from ..preprocess.images import FloatArray, ImageSource, UInt8Array, load_image, load_rgb
 from ..preprocess.labels import LabelSource, load_label, resize_nearest
-from .pipeline import Exemplar, Pipeline, open_pipeline
+from .backends import open_pipeline
+from .options import EngineOptions
+from .pipeline import Exemplar, Pipeline
 
-MIN_SIDE = 2 * SIZE_MULTIPLE  # of what is translated, in pixels: the generator starts at 1/32 and needs two there
-MAX_SIDE = 8192
+__all__ = ["EngineOptions", "Exemplar", "Size", "Translation", "Translator", "resolve_size"]
+
 Size: TypeAlias = "int | tuple[int, int] | str | None"
+_log = logging.getLogger("flashcocos.runtime")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Translation:
     """One result, of height H and width W, with h = H / 4 and w = W / 4 positions of correspondence.
 
-    image: (H, W, 3) uint8, the translated picture.
-    warped: (H, W, 3) uint8, the exemplar's colors laid out as the label asks, before synthesis.
-    confidence: (h, w) float32 in [0, 1], how much of a position's softmax its best match holds.
-    matches: (h, w, 2) float32, (x, y) of the best match's center in pixels of the exemplar at `Exemplar.size`, where
-        (0, 0) is the upper left corner of the picture and (0.5, 0.5) the middle of its first pixel.
-    exemplar_size: (height, width) of the exemplar that `matches` refers to.
-    timings: milliseconds of "query", "warp" and "synthesis", or only "total" where one CUDA graph ran all of them; in a
-        batch, an equal share.
+    Attributes:
+        image: the translated picture, (H, W, 3) uint8.
+        warped: the exemplar's colors laid out as the label asks, before synthesis, (H, W, 3) uint8.
+        confidence: the share of a position's softmax that its best match has, (h, w) float32 in [0, 1].
+        matches: (x, y) of the best match's center in pixels of the exemplar at `Exemplar.size`, (h, w, 2) float32.
+            (0, 0) is the upper left corner of the picture and (0.5, 0.5) the middle of its first pixel.
+        exemplar_size: (height, width) of the exemplar that `matches` refers to.
+        timings: milliseconds of "query", "warp" and "synthesis", or only "total" where one CUDA graph ran all of them;
+            in a batch, an equal share.
     """
 
     image: UInt8Array
@@ -55,23 +60,27 @@ class Translation:
 class Translator:
     """A model bundle, ready to translate. Safe to share between threads; use as a context manager or call `close`.
 
-    bundle: path of a bundle folder or zip, or an opened `Bundle`; without one, the model that ships with flashcocos.
-    backend: "onnxruntime", "openvino" (for the CPU), or on a GPU "tensorrt" or "tensorrt-rtx", whose engines
-        `flashcocos build` makes. device: "cpu", "cuda", or "auto" (CUDA where it starts, else the CPU; logged once).
-    threads: CPU threads of each graph, None for one per core; the warp's are set by `NUMBA_NUM_THREADS`.
-    warp: "numba" or "numpy" on the CPU, "cuda" on the GPU, or "auto": on the GPU with TensorRT and with device "cuda",
-        else numba where it is installed. On the GPU nothing leaves it between label and picture.
-    precision: that the graphs compute in. None: float32 on the CPU, tf32 or float32 in ONNX Runtime on a GPU, and the
-        fastest that was built with TensorRT. Else "float32", "bfloat16" with OpenVINO on a CPU that has it, or
-        "float16" with TensorRT.
-    engines: the folder of TensorRT engines and of the warp's kernels that `flashcocos build` wrote; None for the one
-        beside the bundle, NAME.engines.
-    exemplar_cache_mib: MiB of device memory for encoded exemplars, 512 unless given.
-    tile: side in pixels, a multiple of 32 from 64, of the tiles that the second half of the synthesis makes larger
-        pictures in: less memory, the same picture, some work twice. None makes pictures whole.
-    Raises `InputError` for a missing bundle and for options unknown or that do not go together, `BundleError` for a
-    damaged or hostile bundle, and `BackendError` where the backend, device, precision, an engine or the warp's compiled
-    kernels are not there.
+    Example:
+        >>> with Translator("model.zip") as translator:
+        ...     exemplar = translator.encode_exemplar("photo.jpg", "photo_label.png")
+        ...     result = translator.translate("label.png", exemplar)
+        >>> Image.fromarray(result.image).save("result.png")
+
+    Args:
+        bundle: path of a bundle folder or zip, or an opened `Bundle`; None for the model that ships with flashcocos.
+        backend: what runs the graphs. This and all following arguments are described in `EngineOptions`.
+        device: "auto", "cpu" or "cuda".
+        precision: of the arithmetic.
+        warp: which code warps.
+        num_threads: CPU threads of each graph.
+        engines: folder that `flashcocos build` wrote.
+        exemplar_cache_mib: MiB of GPU memory for encoded exemplars.
+        tile: side in pixels of the tiles of larger pictures.
+
+    Raises:
+        InputError: the bundle is missing, or an option is unknown, excludes another or is of no use here.
+        BundleError: the bundle is damaged or hostile.
+        BackendError: the backend, device, precision, an engine or the warp's compiled kernels are missing here.
     """
 
     def __init__(
@@ -80,31 +89,30 @@ class Translator:
         *,
         backend: str = "onnxruntime",
         device: str = "auto",
-        threads: int | None = None,
-        warp: str = "auto",
         precision: str | None = None,
+        warp: str = "auto",
+        num_threads: int | None = None,
         engines: str | os.PathLike[str] | None = None,
         exemplar_cache_mib: int | None = None,
         tile: int | None = None,
     ) -> None:
-        if bundle is None:  # and not "", which is a mistake and no wish for the shipped model
-            bundle = default_model_path()
-        opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-        check_stages(opened.manifest)
-        self.bundle = opened
-        self.config = opened.manifest.config
-        self._model = opened.manifest.files[opened.manifest.stages["exemplar"].file].sha256
-        self._pipeline: Pipeline = open_pipeline(
-            opened,
+        options = EngineOptions(
             backend=backend,
             device=device,
-            threads=threads,
-            warp=warp,
             precision=precision,
+            warp=warp,
+            num_threads=num_threads,
             engines=engines,
             exemplar_cache_mib=exemplar_cache_mib,
             tile=tile,
         )
+        self.bundle = _open_bundle(bundle)
+        manifest = self.bundle.manifest
+        check_stages(manifest)
+        self.config = manifest.config
+        self._model = manifest.files[manifest.stages["exemplar"].file].sha256
+        self._warned_of_proportions = False
+        self._pipeline: Pipeline = open_pipeline(self.bundle, options)
         self._release = weakref.finalize(self, self._pipeline.close)  # also where nobody closes it, and at exit
 
     def __enter__(self) -> Translator:
@@ -126,9 +134,18 @@ class Translator:
     def encode_exemplar(self, image: ImageSource, label: LabelSource | None = None, size: Size = None) -> Exemplar:
         """Encode an exemplar once, for any number of translations.
 
-        image: path, Pillow image or uint8 array (H, W, 3). label: its prepared label, for models that mix the label
-        into the matching (`config.condition_on_label`), and only for those. size: as for `translate`; "input" is the
-        picture's own size. Raises `InputError`.
+        Args:
+            image: path, Pillow image or uint8 array (H, W, 3).
+            label: the picture's prepared label, for models that condition the matching on it
+                (`config.condition_on_label`), and only for those.
+            size: as for `translate`; "input" is the picture's own size.
+
+        Returns:
+            The encoded exemplar, for this model alone.
+
+        Raises:
+            InputError: the picture, label or size cannot be used, or the label is missing or of no use.
+            BackendError: the stage fails, for example out of memory.
         """
         if self.config.condition_on_label and label is None:
             raise InputError(
@@ -140,7 +157,9 @@ class Translator:
         height, width = resolve_size(self.config, size, (picture.height, picture.width))
         inputs: dict[str, npt.NDArray[Any]] = {"image": load_image(picture, (height, width))[None]}
         if label is not None:
-            inputs["label"] = resize_nearest(load_label(self.config, label), (height, width))[None]
+            planes = load_label(self.config, label)
+            self._compare_proportions(picture.size, (planes.shape[-1], planes.shape[-2]))
+            inputs["label"] = resize_nearest(planes, (height, width))[None]
         phi, values = self._pipeline.encode(inputs)
         phi.flags.writeable = values.flags.writeable = False
         return Exemplar(phi, values, (height, width), self._model)
@@ -168,27 +187,36 @@ class Translator:
     ) -> Translation | list[Translation]:
         """Translate one label, or a list or tuple of labels with one exemplar for all or one each.
 
-        label: a prepared label: path, array, or Pillow image of class ids.
-        size: (height, width) or the side of a square, in multiples of 32 from 64 to 8192; None is the square the model
-            was trained at; "input" the label's own size, rounded to multiples of 32. The exemplar's size may differ.
-        batch_size: labels of one size that run together; more is faster on a GPU and takes more memory. TensorRT
-            runs as many of them together as an engine was built for.
-        Raises `InputError` for what cannot be used, `BackendError` where a stage fails, say out of memory.
+        Args:
+            label: a prepared label (path, array, or Pillow image of class ids), or a list or tuple of them.
+            exemplar: result of `encode_exemplar`; for several labels, one for all or a sequence of one for each.
+            size: (height, width) or the side of a square, in multiples of 32 from 64 to 8192; None is the square the
+                model was trained at; "input" the label's own size, rounded to multiples of 32. The exemplar's size may
+                differ.
+            batch_size: labels of one size that run together; more is faster on a GPU and takes more memory. TensorRT
+                runs as many of them together as an engine was built for.
+
+        Returns:
+            A `Translation`, or for a list or tuple of labels a list in their order.
+
+        Raises:
+            InputError: a label, exemplar, size or batch size cannot be used.
+            BackendError: a stage fails, for example out of memory.
         """
         if not isinstance(label, list | tuple):
             return self._translate([self._label(label, size)], [self._check_exemplar(exemplar)])[0]
-        exemplars = [exemplar] * len(label) if isinstance(exemplar, Exemplar) else list(exemplar)
+        exemplars = list(exemplar) if isinstance(exemplar, Sequence) else [exemplar] * len(label)
         if len(exemplars) != len(label):
             raise InputError(f"{len(label)} labels with {len(exemplars)} exemplars; give one exemplar, or one a label")
-        if batch_size < 1:
-            raise InputError(f"batch_size: expected at least 1, got {batch_size!r}")
-        exemplars = [self._check_exemplar(one) for one in exemplars]
-        labels = [self._label(one, size) for one in label]
-        alike: dict[tuple[int, ...], list[int]] = {}
+        if type(batch_size) is not int or batch_size < 1:
+            raise InputError(f"batch_size: expected a whole number from 1, got {batch_size!r}")
+        exemplars = [self._check_exemplar(item) for item in exemplars]
+        labels = [self._label(item, size) for item in label]
+        by_size: dict[tuple[int, ...], list[int]] = {}
         for index, planes in enumerate(labels):
-            alike.setdefault(planes.shape, []).append(index)
+            by_size.setdefault(planes.shape, []).append(index)
         results: dict[int, Translation] = {}
-        for indices in alike.values():
+        for indices in by_size.values():
             for start in range(0, len(indices), batch_size):
                 part = indices[start : start + batch_size]
                 batch = self._translate([labels[i] for i in part], [exemplars[i] for i in part])
@@ -216,6 +244,18 @@ class Translator:
         planes = load_label(self.config, source)
         return resize_nearest(planes, resolve_size(self.config, size, planes.shape[-2:]))
 
+    def _compare_proportions(self, picture: tuple[int, int], label: tuple[int, int]) -> None:
+        """Warn once where an exemplar and its label, each (width, height), differ by more than a rounded pixel."""
+        skew = abs(picture[0] * label[1] - picture[1] * label[0])
+        if skew > max(sum(picture), sum(label)) and not self._warned_of_proportions:
+            self._warned_of_proportions = True
+            _log.warning(
+                "exemplar of %d x %d pixels (width x height) with a label of %d x %d: the proportions differ, so the "
+                "label may not fit the picture, which its EXIF orientation may have turned",
+                *picture,
+                *label,
+            )
+
     def _check_exemplar(self, exemplar: object) -> Exemplar:
         if not isinstance(exemplar, Exemplar):
             raise InputError(f"exemplar: expected the result of encode_exemplar, got {type(exemplar).__name__}")
@@ -224,18 +264,29 @@ class Translator:
         return exemplar
 
 
-def resolve_size(config: ModelConfig, size: Size, own: tuple[int, ...]) -> tuple[int, int]:
-    """(height, width) that `size`, as `Translator.translate` takes it, means for a source of its own size `own`.
+def _open_bundle(bundle: object) -> Bundle:
+    if isinstance(bundle, Bundle):
+        return bundle
+    if bundle is None:  # and not "", which is a mistake and no wish for the default model
+        return Bundle(default_model_path())
+    if not isinstance(bundle, str | os.PathLike):
+        raise InputError(f"bundle: expected the path of a model bundle, a Bundle or None; got {bundle!r}")
+    return Bundle(bundle)
+
+
+def resolve_size(config: ModelConfig, size: Size, source_size: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) that `size`, as `Translator.translate` takes it, means for a source of `source_size`.
 
     Raises `InputError`.
     """
     if size is None:
         return config.image_size, config.image_size
     if size == "input":
-        sides: tuple[Any, ...] = tuple(max(MIN_SIDE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE) for side in own)
+        rounded = (round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE for side in source_size)
+        sides: tuple[Any, ...] = tuple(max(MIN_SIDE, side) for side in rounded)
     else:
         sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
-    if len(sides) != 2 or any(type(side) is not int or side % SIZE_MULTIPLE or side < MIN_SIDE for side in sides):
+    if len(sides) != 2 or not all(map(is_side, sides)):
         raise InputError(
             f'size: expected "input", one side or (height, width), each a multiple of {SIZE_MULTIPLE} from {MIN_SIDE}; '
             f"got {size!r}"

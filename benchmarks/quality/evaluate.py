@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import msgspec
 from tqdm import tqdm
 
 from ...errors import InputError
@@ -127,7 +128,7 @@ def evaluate_model(
     device: str = "auto",
     precision: str = "float32",
     warp: str = "auto",
-    threads: int | None = None,
+    num_threads: int | None = None,
 ) -> dict[str, Any]:
     """Score a bundle or model file.
 
@@ -143,7 +144,7 @@ def evaluate_model(
         vgg: For photographs, a file with the weights of VGG19.
         inception: For photographs, a file with an Inception network as TorchScript.
         sheet: Where to write a contact sheet of the first pairs.
-        backend: As for the runtime's `Translator`, and so are device, precision, warp and threads.
+        backend: As for the runtime's `Translator`, and so are device, precision, warp and num_threads.
 
     Returns:
         What was scored and the scores, JSON.
@@ -156,7 +157,9 @@ def evaluate_model(
         check_networks(metrics, vgg, inception)
         if split != "test":
             raise InputError(f"split {split!r}: a folder of photographs is scored as a test; its list says which")
-    predictor = open_predictor(model, backend=backend, device=device, precision=precision, warp=warp, threads=threads)
+    predictor = open_predictor(
+        model, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads
+    )
     contact_sheet = None if sheet is None else ContactSheet(predictor.config)
     if exact:
         from ...train.data.avatars import AvatarOptions, AvatarPairs
@@ -168,7 +171,7 @@ def evaluate_model(
     else:
         from ...train.data.photos import PhotoPairs
 
-        config = dataclasses.replace(predictor.config, task=task or predictor.config.task)
+        config = msgspec.structs.replace(predictor.config, task=task or predictor.config.task)
         photos = PhotoPairs(config, data, pairs, split="test", labels=labels)
         photo_metrics = open_metrics(metrics, vgg, inception, torch_device(device) if vgg or inception else "cpu")
         scores = evaluate_photos(predictor, photos, photo_metrics, count=count, sheet=contact_sheet)

@@ -91,7 +91,7 @@ def open_predictor(
     device: str = "auto",
     precision: str = "float32",
     warp: str = "auto",
-    threads: int | None = None,
+    num_threads: int | None = None,
 ) -> Predictor:
     """Open a model file (.safetensors) or a bundle.
 
@@ -115,7 +115,7 @@ def open_predictor(
     from ...runtime import Translator
 
     return BundlePredictor(
-        Translator(path, backend=backend, device=device, precision=precision, warp=warp, threads=threads)
+        Translator(path, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads)
     )
 
 

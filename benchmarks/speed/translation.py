@@ -123,7 +123,7 @@ def _runtime(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[]
         backend=parameters["backend"],
         precision=parameters["precision"],
         device=assets.device,
-        threads=assets.threads,
+        num_threads=assets.threads,
         tile=parameters["tile"],
     )
     load = time.perf_counter() - start

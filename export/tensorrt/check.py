@@ -21,7 +21,7 @@ from ...bundle import Bundle
 from ...bundle.graph_check import refuse_external_data
 from ...errors import BackendError
 from ...preprocess.images import to_uint8
-from ...runtime.engine import OnnxRuntimeEngine
+from ...runtime.cpu.onnxruntime import OnnxRuntimeEngine
 from ..verify import random_inputs, run_stages
 from .graphs import bundle_graph
 from .int8 import unrounded

@@ -30,13 +30,15 @@ _TELEMETRY = "openvino_telemetry"
 class OpenVinoEngine:
     """A stage of `bundle` in OpenVINO on the CPU, computing in `precision`, "float32" or "bfloat16".
 
-    threads: None leaves the number to OpenVINO (one per core).
+    num_threads: None leaves the number to OpenVINO (one per core).
     Raises `BackendError` where openvino is not there or cannot run the graph, or the CPU lacks the precision;
     `BundleError` where the graph cannot be read, has other inputs or outputs than the manifest states, or refers to
     files.
     """
 
-    def __init__(self, bundle: Bundle, stage: str, *, threads: int | None = None, precision: str = "float32") -> None:
+    def __init__(
+        self, bundle: Bundle, stage: str, *, num_threads: int | None = None, precision: str = "float32"
+    ) -> None:
         openvino = _import_openvino()
         core = openvino.Core()
         if precision not in (known := _precisions(core)):
@@ -57,8 +59,8 @@ class OpenVinoEngine:
         check_tensors(self._name, "outputs", self._spec.outputs, _tensors(graph.outputs, self._spec.outputs))
         self._running = threading.Lock()  # it runs one request at a time anyway, and gives memory back only when idle
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
-        if threads is not None:
-            options["INFERENCE_NUM_THREADS"] = threads
+        if num_threads is not None:
+            options["INFERENCE_NUM_THREADS"] = num_threads
         try:
             self._compiled: Any = core.compile_model(graph, "CPU", options)
         except self._errors as error:

@@ -29,7 +29,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 @pytest.fixture
 def reference(tmp_path: Path, config: ModelConfig) -> Translator:
-    return Translator(write_tiny_bundle(tmp_path / "m", config), device="cpu", warp="numpy", threads=1)
+    return Translator(write_tiny_bundle(tmp_path / "m", config), device="cpu", warp="numpy", num_threads=1)
 
 
 @pytest.fixture(params=WAYS)
@@ -41,7 +41,7 @@ def translator(
     tile = None if way == request.param else 64
     kind, _, backend = way.partition(" ")
     if kind == "cpu":
-        with Translator(tmp_path / "m", device="cpu", warp="numpy", threads=1, tile=tile) as opened:
+        with Translator(tmp_path / "m", device="cpu", warp="numpy", num_threads=1, tile=tile) as opened:
             yield opened
     elif kind == "real":
         with real_translator(tmp_path / "m", backend, tile=tile) as opened:

@@ -12,7 +12,8 @@ from flashcocos.bundle import TensorSpec
 from flashcocos.config import TILE_OVERLAP
 from flashcocos.errors import InputError
 from flashcocos.runtime import Translator
-from flashcocos.runtime.tiles import check_tile, is_cut, placed, tile_side, tile_size, tiles
+from flashcocos.runtime.options import check_tile
+from flashcocos.runtime.tiles import is_cut, placed, tile_side, tile_size, tiles
 
 
 @pytest.mark.parametrize("tile", [64, 96, 160, 512])
@@ -82,7 +83,7 @@ def test_a_picture_in_tiles_is_the_picture(tmp_path: Path, config) -> None:
     labels = [random_label(config, 160, 224, seed) for seed in range(2)]
     results = []
     for tile in (None, 64, 96, 160):
-        with Translator(bundle, device="cpu", warp="numpy", threads=1, tile=tile) as translator:
+        with Translator(bundle, device="cpu", warp="numpy", num_threads=1, tile=tile) as translator:
             exemplar_label = random_label(config, 96, 64, 5) if config.condition_on_label else None
             exemplar = translator.encode_exemplar(random_picture(96, 64), exemplar_label, "input")
             fine = translator._pipeline.engines["fine"]

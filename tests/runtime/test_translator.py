@@ -193,11 +193,29 @@ def test_wrong_exemplars(classes: Translator, tmp_path: Path) -> None:
         classes.translate(label, random_picture(64, 64))
     with pytest.raises(InputError, match="2 labels with 1 exemplars"):
         classes.translate([label, label], [exemplar_of(classes)])
-    with pytest.raises(InputError, match="batch_size"):
-        classes.translate([label], exemplar_of(classes), batch_size=0)
+    with pytest.raises(InputError, match="expected the result of encode_exemplar, got int"):
+        classes.translate([label], 3)
+    for batch_size in (0, -1, 2.0, "4", None, True):
+        with pytest.raises(InputError, match=rf"batch_size: expected a whole number from 1, got {batch_size!r}"):
+            classes.translate([label], exemplar_of(classes), batch_size=batch_size)
     other = Translator(write_tiny_bundle(tmp_path / "other", CLASSES, seed=1), warp="numpy")
     with pytest.raises(InputError, match="encoded by another model"):
         other.translate(label, exemplar_of(classes))
+
+
+def test_other_proportions_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A turned photograph with the label of the picture as it was stored; one pixel of rounding is none."""
+    with Translator(write_tiny_bundle(tmp_path / "b"), device="cpu", warp="numpy") as translator:
+        for label_size in ((96, 64), (48, 32), (33, 22), (191, 128)):
+            translator.encode_exemplar(random_picture(96, 64), random_label(CLASSES, *label_size))
+        assert not caplog.records
+        photo = Image.fromarray(random_picture(64, 96))
+        photo.getexif()[0x0112] = 6  # turn right by a quarter
+        photo.save(tmp_path / "photo.png", exif=photo.getexif())
+        for _ in range(2):
+            translator.encode_exemplar(tmp_path / "photo.png", random_label(CLASSES, 64, 96))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "exemplar of 64 x 96 pixels (width x height) with a label of 96 x 64: the proportions differ" in caplog.text
 
 
 def test_an_exemplar_is_constant(classes: Translator) -> None:
@@ -257,11 +275,10 @@ def test_options(tmp_path: Path) -> None:
     path = write_tiny_bundle(tmp_path / "b")
     with pytest.raises(InputError, match="no model bundle at"):
         Translator(tmp_path / "absent")
-    with pytest.raises(InputError, match="unknown backend"):
-        Translator(path, backend="torch")
-    with pytest.raises(InputError, match="unknown warp 'fast'; expected one of auto, numba, numpy, cuda"):
-        Translator(path, warp="fast")
-    with Translator(Bundle(path), threads=1, device="cpu", warp="numpy") as translator:
+    for wrong in (3, b"model.zip", ["model.zip"]):
+        with pytest.raises(InputError, match="bundle: expected the path of a model bundle, a Bundle or None; got"):
+            Translator(wrong)
+    with Translator(Bundle(path), num_threads=1, device="cpu", warp="numpy") as translator:
         assert translator.translate(random_label(CLASSES, 64, 64), exemplar_of(translator)).image.shape == (64, 64, 3)
 
 

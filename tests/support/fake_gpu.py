@@ -15,7 +15,8 @@ from fake_tensorrt import FakeTensorRt, profile, write_engines
 from kernel_twins import write_kernels
 
 from flashcocos.bundle import Bundle
-from flashcocos.runtime import Translator, engine
+from flashcocos.runtime import Translator
+from flashcocos.runtime.cpu import onnxruntime as onnxruntime_engine
 from flashcocos.runtime.gpu import pipeline as device_pipeline
 from flashcocos.runtime.gpu.store import Profile, default_folder
 
@@ -54,14 +55,14 @@ def fake_gpu(
     opened = Bundle(bundle)
     config = opened.manifest.config
     gpu = FakeDevice(config, **device)
-    trt = FakeTensorRt(gpu, capturable=True if backend == "tensorrt-rtx" else None)
+    trt = FakeTensorRt(gpu, can_capture=True if backend == "tensorrt-rtx" else None)
     onnx = FakeCudaRuntime(gpu)
-    monkeypatch.setattr(device_pipeline, "open_device", lambda: gpu)
+    monkeypatch.setattr(device_pipeline, "open_device", lambda install: gpu)
     monkeypatch.setitem(sys.modules, "tensorrt", trt if backend == "tensorrt" else None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt if backend == "tensorrt-rtx" else None)
     options: dict[str, Any] = {"backend": backend}
     if backend == "onnxruntime":
-        monkeypatch.setattr(engine, "_import_onnxruntime", lambda: onnx)
+        monkeypatch.setattr(onnxruntime_engine, "_import_onnxruntime", lambda: onnx)
         options["device"] = "cuda"
     else:
         write_engines(default_folder(bundle), opened, profiles, variant=backend, **(engines or {}))

@@ -14,9 +14,10 @@ from fake_tensorrt import profile
 
 from flashcocos.errors import BackendError
 from flashcocos.runtime import Translator
-from flashcocos.runtime.engine import has_provider
+from flashcocos.runtime.cpu.onnxruntime import has_provider
 from flashcocos.runtime.gpu.pycuda import PycudaDevice
-from flashcocos.runtime.gpu.store import VARIANTS, default_folder
+from flashcocos.runtime.gpu.store import default_folder
+from flashcocos.runtime.options import VARIANTS
 
 
 def require_gpu() -> PycudaDevice:

@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config import SIZE_MULTIPLE, ModelConfig
+from ...config import MIN_SIDE, SIZE_MULTIPLE, ModelConfig
 from ...errors import InputError
 from .correspondence import Correspondence
 from .generator import Generator
 from .layers import add_spectral_norm
-
-MIN_SIDE = 2 * SIZE_MULTIPLE  # reflection padding at 1/32 of the size needs two pixels
 
 
 class Translation(NamedTuple):
@@ -68,7 +66,7 @@ class CoCosNet(nn.Module):
         return phi, self.warp_values(image)
 
     def warp_values(self, image: Tensor) -> Tensor:
-        """Image (B, 3, H, W) -> (B, V, H/4, W/4): the mean color of each 4x4 patch, or for "pixel_shuffle" its 48 values."""
+        """Image (B, 3, H, W) -> (B, V, H/4, W/4): each 4x4 patch's mean color, or for "pixel_shuffle" its 48 values."""
         step = self.config.down_scale
         if self.config.warp_upsampling == "pixel_shuffle":
             return F.pixel_unshuffle(image, step)

@@ -20,8 +20,8 @@ from flashcocos.config import ModelConfig
 from flashcocos.errors import BackendError, BundleError, InputError
 from flashcocos.runtime import Translator
 from flashcocos.runtime.cpu import openvino as openvino_engine
+from flashcocos.runtime.cpu.onnxruntime import OnnxRuntimeEngine
 from flashcocos.runtime.cpu.openvino import OpenVinoEngine, cpu_precisions
-from flashcocos.runtime.engine import OnnxRuntimeEngine, open_engines
 from flashcocos.runtime.info import describe_bundle
 
 openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
@@ -59,7 +59,7 @@ def test_equals_onnxruntime(tmp_path: Path, model: str, stage: str) -> None:
         opened = Bundle(default_model_path())
     else:
         opened = Bundle(write_tiny_bundle(tmp_path / "b", CLASSES if model == "classes" else CHANNELS))
-    engines = OpenVinoEngine(opened, stage, threads=1), OnnxRuntimeEngine(opened, stage, threads=1)
+    engines = OpenVinoEngine(opened, stage, num_threads=1), OnnxRuntimeEngine(opened, stage, num_threads=1)
     for height, width, batch in ((64, 64, 1), (96, 64, 2), (64, 64, 1)):
         taken = inputs(opened.manifest.config, stage, height, width, batch)
         actual, expected = (engine.run(taken) for engine in engines)
@@ -72,7 +72,7 @@ def test_equals_onnxruntime(tmp_path: Path, model: str, stage: str) -> None:
 def test_translator(bundle: Bundle) -> None:
     pictures = []
     for backend in ("openvino", "onnxruntime"):
-        with Translator(bundle, backend=backend, device="cpu", threads=1, warp="numpy") as translator:
+        with Translator(bundle, backend=backend, device="cpu", num_threads=1, warp="numpy") as translator:
             exemplar = translator.encode_exemplar(random_picture(64, 64), random_label(CLASSES, 64, 64, 1))
             pictures.append(translator.translate(random_label(CLASSES, 64, 64, 2), exemplar).image)
             described = translator.describe()
@@ -90,7 +90,7 @@ def test_describe(bundle: Bundle) -> None:
 
 
 def test_one_engine_serves_many_threads(bundle: Bundle) -> None:
-    engine = OpenVinoEngine(bundle, "query", threads=1)
+    engine = OpenVinoEngine(bundle, "query", num_threads=1)
     labels = [random_label(CLASSES, 64, 32 * (1 + seed % 3), seed)[None] for seed in range(12)]
     alone = [engine.run({"label": label})["theta"] for label in labels]
     with ThreadPoolExecutor(4) as pool:
@@ -125,18 +125,13 @@ def test_closed(bundle: Bundle) -> None:
 
 
 def test_threads_reach_the_graph(bundle: Bundle) -> None:
-    assert OpenVinoEngine(bundle, "query", threads=1)._compiled.get_property("INFERENCE_NUM_THREADS") == 1
-
-
-def test_it_is_for_the_cpu(bundle: Bundle) -> None:
-    with pytest.raises(InputError, match="'openvino' is for the CPU, got device 'cuda'; use backend onnxruntime"):
-        open_engines(bundle, backend="openvino", device="cuda")
+    assert OpenVinoEngine(bundle, "query", num_threads=1)._compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
 @pytest.mark.usefixtures("without_bfloat16")
 def test_bfloat16_without_a_cpu_for_it(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match=r"'bfloat16': openvino computes in float32 on this CPU, .*AVX-512 BF16"):
-        open_engines(bundle, backend="openvino", precision="bfloat16")
+        Translator(bundle, backend="openvino", precision="bfloat16", warp="numpy")
 
 
 @pytest.mark.usefixtures("without_bfloat16")
@@ -160,14 +155,14 @@ def test_bfloat16(bundle: Bundle) -> None:
 def test_absent_openvino_names_the_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendError, match=r"pip install flashcocos\[openvino\]"):
-        open_engines(bundle, backend="openvino")
+        Translator(bundle, backend="openvino", warp="numpy")
 
 
 def test_nothing_is_reported_over_the_network(bundle: Bundle) -> None:
     """And neither torch nor the onnx package is there to load a graph."""
     code = (
-        "import sys; from flashcocos.bundle import Bundle; from flashcocos.runtime.engine import open_engines; "
-        f"open_engines(Bundle({str(bundle.path)!r}), backend='openvino'); "
+        "import sys; from flashcocos import Translator; "
+        f"Translator({str(bundle.path)!r}, backend='openvino', warp='numpy'); "
         "print(sorted({'openvino_telemetry', 'torch', 'onnx', 'onnxruntime'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

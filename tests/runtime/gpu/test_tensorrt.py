@@ -243,7 +243,7 @@ def test_a_real_engine_gets_as_far_as_the_gpu(monkeypatch: pytest.MonkeyPatch, b
 
     list(build(bundle, targets=[86, 89], profiles=[profile()]))
     gpu = FakeDevice(CLASSES, total=1 << 30, capability=89)
-    monkeypatch.setattr(device_pipeline, "open_device", lambda: gpu)
+    monkeypatch.setattr(device_pipeline, "open_device", lambda install: gpu)
     write_kernels(default_folder(bundle) / "kernels", CLASSES)
     with pytest.raises(
         BackendError, match=r"tensorrt-rtx .* cannot load engine query-\w+ on Fake RTX \(sm_89"

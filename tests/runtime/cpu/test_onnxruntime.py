@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,10 @@ from hostile_graphs import HOSTILE, external_data_in_branch
 from onnx import numpy_helper
 from tiny_bundle import CLASSES, random_label, write_tiny_bundle
 
-from flashcocos.bundle import STAGES, Bundle
+from flashcocos.bundle import Bundle
 from flashcocos.errors import BackendError, BundleError, InputError
-from flashcocos.runtime import engine
-from flashcocos.runtime.engine import OnnxRuntimeEngine, open_engines
+from flashcocos.runtime.cpu import onnxruntime as onnxruntime_engine
+from flashcocos.runtime.cpu.onnxruntime import OnnxRuntimeEngine
 
 
 @pytest.fixture(scope="module")
@@ -26,32 +24,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle(write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "model.zip"))
 
 
-class FakeRuntime:
-    """An onnxruntime that claims CUDA and, like the real one, runs on the CPU where CUDA does not start."""
-
-    def __init__(self, starts: bool) -> None:
-        self.starts, self.asked = starts, []
-        self.SessionOptions, self.__version__ = onnxruntime.SessionOptions, "0-fake"
-
-    def get_available_providers(self) -> list[str]:
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-    def InferenceSession(self, model: bytes, options: Any, providers: list[str], enable_fallback: int) -> Any:
-        self.asked.append(providers[0])
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        used = providers if self.starts or providers[0].startswith("CPU") else ["CPUExecutionProvider"]
-        return SimpleNamespace(
-            get_providers=lambda: used, get_inputs=session.get_inputs, get_outputs=session.get_outputs, run=session.run
-        )
-
-
-def use(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime) -> FakeRuntime:
-    monkeypatch.setattr(engine, "_import_onnxruntime", lambda: runtime)
-    return runtime
-
-
 def test_a_stage_runs(bundle: Bundle) -> None:
-    query = OnnxRuntimeEngine(bundle, "query", threads=1)
+    query = OnnxRuntimeEngine(bundle, "query", num_threads=1)
     label = random_label(CLASSES, 64, 96)[None]
     theta = query.run({"label": label})["theta"]
     weights = numpy_helper.to_array(onnx.load_from_string(bundle.read_stage("query")).graph.initializer[-1])[..., 0, 0]
@@ -98,63 +72,8 @@ def test_closed(bundle: Bundle) -> None:
         query.run({"label": np.zeros((1, 8, 8), np.uint8)})
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"backend": "tensorflow"}, "unknown backend 'tensorflow'; expected one of onnxruntime, openvino"),
-        ({"device": "gpu"}, "unknown device 'gpu'; expected one of auto, cpu, cuda"),
-        ({"precision": "half"}, "unknown precision 'half'; expected one of float32, bfloat16"),
-        ({"precision": "bfloat16"}, "backend 'onnxruntime' computes in float32, got precision 'bfloat16'"),
-        ({"threads": 0}, "threads: expected a whole number from 1"),
-    ],
-)
-def test_unknown_options(bundle: Bundle, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        open_engines(bundle, **options)
-
-
 def test_threads_reach_the_session(bundle: Bundle) -> None:
-    assert OnnxRuntimeEngine(bundle, "query", threads=3)._session.get_session_options().intra_op_num_threads == 3
-
-
-def test_cuda_without_its_provider_names_the_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(BackendError, match=r"no CUDAExecutionProvider; pip install flashcocos\[gpu\]"):
-        open_engines(bundle, device="cuda")
-
-
-def test_cuda_that_does_not_start_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, FakeRuntime(starts=False))
-    with pytest.raises(BackendError, match=r"could not start CUDAExecutionProvider and would use CPUExecutionProvider"):
-        open_engines(bundle, device="cuda")
-
-
-def test_auto_takes_cuda_where_it_starts(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    runtime = use(monkeypatch, FakeRuntime(starts=True))
-    with caplog.at_level(logging.INFO, "flashcocos"):
-        engines = open_engines(bundle, device="auto")
-    assert {one.describe().device for one in engines.values()} == {"cuda"}
-    assert runtime.asked == ["CUDAExecutionProvider"] * len(STAGES)
-    assert [record.message for record in caplog.records] == ["device auto: cuda"]
-
-
-def test_auto_says_once_why_it_takes_the_cpu(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    runtime = use(monkeypatch, FakeRuntime(starts=False))
-    engines = open_engines(bundle, device="auto")
-    assert {one.describe().provider for one in engines.values()} == {"CPUExecutionProvider"}
-    assert runtime.asked == ["CUDAExecutionProvider"] + ["CPUExecutionProvider"] * len(STAGES)
-    assert len(caplog.records) == 1
-    assert "cuda does not start" in caplog.text
-
-
-def test_absent_onnxruntime_names_the_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(BackendError, match=r"pip install flashcocos\[cpu\].*flashcocos\[gpu\]"):
-        open_engines(bundle)
+    assert OnnxRuntimeEngine(bundle, "query", num_threads=3)._session.get_session_options().intra_op_num_threads == 3
 
 
 @pytest.mark.parametrize(("change", "message"), HOSTILE, ids=[change.__name__ for change, _ in HOSTILE])
@@ -176,7 +95,7 @@ def test_onnxruntime_reads_files_when_nobody_checks(tmp_path: Path, monkeypatch:
         tmp_path / "b", change=lambda stage, model: external_data_in_branch(stage, model) if stage == "query" else None
     )
     plain = OnnxRuntimeEngine(Bundle(write_tiny_bundle(tmp_path / "plain")), "query")
-    monkeypatch.setattr(engine, "refuse_external_data", lambda model, name: None)
+    monkeypatch.setattr(onnxruntime_engine, "refuse_external_data", lambda model, name: None)
     try:
         leaking = OnnxRuntimeEngine(Bundle(hostile), "query")
     except BundleError as error:
@@ -192,12 +111,3 @@ def test_files_that_are_no_models(tmp_path: Path, content: bytes) -> None:
     bundle.read = lambda name: content  # type: ignore[method-assign]
     with pytest.raises(BundleError, match=r"not a readable ONNX file|cannot load the graph"):
         OnnxRuntimeEngine(bundle, "query")
-
-
-def test_the_largest_graph_is_loaded_first(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[str] = []
-    monkeypatch.setattr(engine, "OnnxRuntimeEngine", lambda bundle, stage, **_: loaded.append(stage))
-    open_engines(bundle, device="cpu")
-    sizes = [len(bundle.read_stage(stage)) for stage in loaded]
-    assert sorted(loaded) == sorted(STAGES)
-    assert sizes == sorted(sizes, reverse=True)

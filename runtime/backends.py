@@ -1,0 +1,104 @@
+"""From options to a pipeline. What "auto" means on this machine is decided here; engines and pipelines never see it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+
+import numpy as np
+
+from ..bundle import STAGES, Bundle
+from ..errors import BackendError, InputError
+from ..kernels.corr_warp import warp_arrays
+from .cpu.onnxruntime import OnnxRuntimeEngine, has_provider
+from .cpu.openvino import OpenVinoEngine
+from .cpu.pipeline import CpuPipeline
+from .engine import Engine
+from .gpu.pipeline import open_gpu_pipeline
+from .options import VARIANTS, EngineOptions
+from .pipeline import Pipeline
+
+_log = logging.getLogger("flashcocos.runtime")
+
+
+def open_pipeline(bundle: Bundle, options: EngineOptions) -> Pipeline:
+    """The pipeline that `options` ask for.
+
+    Raises:
+        InputError: an option is of no use where the model runs.
+        BackendError: the backend, device, precision, warp, an engine or a compiled kernel is missing here.
+        BundleError: a graph is damaged or hostile.
+    """
+    warp_on_gpu = options.warp == "cuda" or (options.warp == "auto" and options.device == "cuda")
+    if options.backend in VARIANTS or warp_on_gpu:
+        _refuse(options, "num_threads", "to graphs on the CPU, and these run on the GPU")
+        return open_gpu_pipeline(bundle, options)
+    if options.backend == "onnxruntime" and options.device == "auto":
+        return _open_where_it_runs(bundle, options)
+    return _open_cpu_pipeline(bundle, options, "cuda" if options.device == "cuda" else "cpu")
+
+
+def _open_where_it_runs(bundle: Bundle, options: EngineOptions) -> Pipeline:
+    """The first of these that starts: all on the GPU, graphs on the GPU and the warp on the CPU, all on the CPU."""
+    if not has_provider("cuda"):
+        _log.info("device auto: cpu (this onnxruntime has no CUDA provider)")
+        return _open_cpu_pipeline(bundle, options, "cpu")
+    try:
+        if options.warp == "auto":
+            pipeline: Pipeline = open_gpu_pipeline(bundle, options)
+            _log.info("device auto: cuda")
+            return pipeline
+    except BackendError as error:
+        # as text, for a record that is kept would keep the error's frames and what they hold
+        _log.warning("device auto: the warp is not on the GPU: %s", str(error))
+    try:
+        pipeline = _open_cpu_pipeline(bundle, options, "cuda")
+        _log.info("device auto: cuda, with the warp on the CPU")
+        return pipeline
+    except BackendError as error:
+        _log.warning("device auto: cpu, because cuda does not start: %s", str(error))
+    return _open_cpu_pipeline(bundle, options, "cpu")
+
+
+def _open_cpu_pipeline(bundle: Bundle, options: EngineOptions, device: str) -> CpuPipeline:
+    """numpy arrays between graphs on `device`, "cpu" or "cuda", and the warp on the CPU."""
+    for name in ("exemplar_cache_mib", "engines"):
+        _refuse(options, name, "where the warp runs on a GPU, and here it runs on the CPU")
+    # a warp of one position: what cannot run fails here, before a graph is loaded, and "auto" becomes a name
+    position = np.ones((1, 1, 1, 1), np.float32)
+    config = bundle.manifest.config
+    warp = warp_arrays(position, position, position, patch=config.patch, match=True, backend=options.warp).backend
+    return CpuPipeline(bundle, open_engines(bundle, options, device), warp, options.tile)
+
+
+def open_engines(bundle: Bundle, options: EngineOptions, device: str) -> dict[str, Engine]:
+    """An engine of ONNX Runtime or OpenVINO for every stage of `bundle`, by name, all on `device`, "cpu" or "cuda".
+
+    Raises as `OnnxRuntimeEngine` and `OpenVinoEngine`.
+    """
+    manifest, precision = bundle.manifest, options.precision or "float32"
+
+    def size(stage: str) -> int:
+        return manifest.files[manifest.stages[stage].file].bytes
+
+    engines: dict[str, Engine] = {}
+    for stage in sorted(STAGES, key=size, reverse=True):  # loading a graph takes three times its size for a moment
+        if options.backend == "openvino":
+            engines[stage] = OpenVinoEngine(bundle, stage, num_threads=options.num_threads, precision=precision)
+        else:
+            engines[stage] = OnnxRuntimeEngine(bundle, stage, device=device, num_threads=options.num_threads)
+    _return_free_memory()
+    return engines
+
+
+def _refuse(options: EngineOptions, name: str, where: str) -> None:
+    """Raise `InputError` where the option `name` is given, which applies only elsewhere."""
+    if getattr(options, name) is not None:
+        raise InputError(f"{name} applies only {where}; leave it out")
+
+
+def _return_free_memory() -> None:
+    """Give what loading has freed back to the system, a third of the process: glibc keeps it on its own."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

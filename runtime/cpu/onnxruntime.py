@@ -1,0 +1,136 @@
+"""The engine over ONNX Runtime, on the CPU or, from numpy arrays, on the GPU; and its sessions for the GPU pipeline.
+
+ONNX Runtime falls back to the CPU on its own in several places (an absent provider, a library that does not load, a
+failing run); all of them are switched off or detected, so that what runs is what was asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from ...bundle import Bundle, TensorSpec
+from ...bundle.graph_check import refuse_external_data
+from ...errors import BackendError, BundleError
+from ..engine import EngineInfo, check_inputs, check_tensors, one_line
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_INSTALLS = {"cpu": "pip install flashcocos[cpu]", "cuda": "pip install flashcocos[gpu], or choose device cpu"}
+_TYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
+
+
+class OnnxRuntimeEngine:
+    """A stage of `bundle` in an ONNX Runtime session on `device`, "cpu" or "cuda".
+
+    num_threads: intra-op threads on the CPU; None leaves the number to ONNX Runtime (one per core).
+    Raises as `open_session`.
+    """
+
+    def __init__(self, bundle: Bundle, stage: str, *, device: str = "cpu", num_threads: int | None = None) -> None:
+        self._name = f"{bundle.path}: stage {stage}"
+        self._spec = bundle.manifest.stages[stage]
+        self._session, self._info = open_session(bundle, stage, device=device, num_threads=num_threads)
+        self._errors = onnxruntime_errors()
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """All outputs by name; see `Engine.run`. A run that fails, say out of memory, raises `BackendError`."""
+        session = self._session  # held, so that close() in another thread cannot free it under this run
+        if session is None:
+            raise BackendError(f"{self._name}: the engine is closed")
+        check_inputs(self._name, self._spec, inputs)
+        names = [tensor.name for tensor in self._spec.outputs]
+        try:
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        except self._errors as error:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
+            raise BackendError(
+                f"{self._name}: failed on {shapes}: {one_line(error)}; where memory ran out, lower size or batch"
+            ) from error
+
+    def describe(self) -> EngineInfo:
+        """Backend, provider, device and precision."""
+        return self._info
+
+    def close(self) -> None:
+        """Free the session; closing twice does no harm."""
+        self._session = None
+
+
+def open_session(
+    bundle: Bundle,
+    stage: str,
+    *,
+    device: str = "cpu",
+    num_threads: int | None = None,
+    options: Mapping[str, str] | None = None,
+) -> tuple[Any, EngineInfo]:
+    """ONNX Runtime's session of a stage, and what it runs on. options: of the execution provider.
+
+    Raises `BackendError` where onnxruntime or the device is not there, `BundleError` where the graph cannot be loaded,
+    has other inputs or outputs than the manifest states, or refers to files.
+    """
+    runtime = _import_onnxruntime()
+    provider = _PROVIDERS[device]
+    if provider not in runtime.get_available_providers():
+        raise BackendError(f"device {device!r}: this onnxruntime has no {provider}; {_INSTALLS[device]}")
+    name, spec = f"{bundle.path}: stage {stage}", bundle.manifest.stages[stage]
+    model = bundle.read_stage(stage)
+    refuse_external_data(model, name)
+    settings = runtime.SessionOptions()
+    settings.intra_op_num_threads = num_threads or 0
+    settings.enable_cpu_mem_arena = False  # the arena never gives back: 1 GB more at the peak, 2 GB between runs
+    settings.log_severity_level = 4  # what goes wrong is raised, not printed
+    # int8 products that saturate would be faster on CPUs without VNNI, and cost up to 13 dB
+    settings.add_session_config_entry("session.x64quantprecision", "1")
+    settings.add_session_config_entry("session.load_model_format", "ONNX")  # never guessed from the bytes
+    providers = [(provider, dict(options)) if options else provider]
+    try:
+        session = runtime.InferenceSession(model, settings, providers=providers, enable_fallback=0)
+    except onnxruntime_errors() as error:
+        message = f"{name}: onnxruntime cannot load the graph on {device}: {one_line(error)}"
+        # on the CPU only the graph can be at fault
+        raise (BundleError if device == "cpu" else BackendError)(message) from error
+    session._model_bytes = None  # kept for the fallback that is switched off, and as large as the weights
+    if provider not in session.get_providers():
+        raise BackendError(
+            f"device {device!r}: onnxruntime could not start {provider} and would use "
+            f"{', '.join(session.get_providers())}; check the driver and CUDA libraries, or {_INSTALLS[device]}"
+        )
+    check_tensors(name, "inputs", spec.inputs, map(_tensor, session.get_inputs()))
+    check_tensors(name, "outputs", spec.outputs, map(_tensor, session.get_outputs()))
+    version, precision = f"onnxruntime {runtime.__version__}", bundle.manifest.precision
+    return session, EngineInfo(version, provider, device, precision, "float32")
+
+
+def has_provider(device: str) -> bool:
+    """Whether the installed onnxruntime was built for `device`; `BackendError` where there is no onnxruntime."""
+    return _PROVIDERS[device] in available_providers()
+
+
+def available_providers() -> list[str]:
+    """The execution providers of the installed onnxruntime; `BackendError` where there is none."""
+    return list(_import_onnxruntime().get_available_providers())
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise BackendError(
+            f"backend 'onnxruntime' cannot be imported ({error}); pip install flashcocos[cpu], or on an NVIDIA GPU "
+            "pip install flashcocos[gpu]"
+        ) from error
+
+
+def onnxruntime_errors() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises: its exceptions share no base class short of Exception."""
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    members = [member for member in vars(state).values() if isinstance(member, type)]
+    return (*(member for member in members if issubclass(member, Exception)), RuntimeError, ValueError, MemoryError)
+
+
+def _tensor(port: Any) -> TensorSpec:
+    return TensorSpec(port.name, _TYPES.get(port.type, port.type), tuple(port.shape))
