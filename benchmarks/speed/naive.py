@@ -57,7 +57,7 @@ class Published(nn.Module):
         theta = model.encode_query(planes)
         phi, values = model.encode_exemplar(exemplar, exemplar_label)
         weights = reference.logits(theta, phi, config.patch, config.temperature).softmax(-1)  # (B, N, M)
-        warped = (values.flatten(2) @ weights.mT).unflatten(2, theta.shape[2:])
+        warped = torch.unflatten(values.flatten(2) @ weights.mT, 2, theta.shape[2:])
         return model.synthesize(warped, planes)[0]
 
 

@@ -99,14 +99,14 @@ def _method(name: str, patch: int) -> Callable[..., Any]:
 
     def published(theta: Any, phi: Any, values: Any) -> Any:
         weights = reference.logits(theta, phi, patch, TEMPERATURE).softmax(-1)
-        return (values.flatten(2) @ weights.mT).unflatten(2, theta.shape[2:])
+        return torch.unflatten(values.flatten(2) @ weights.mT, 2, theta.shape[2:])
 
     def sdpa(theta: Any, phi: Any, values: Any) -> Any:
         query, key = (reference.patch_vectors(side, patch).mT[:, None] for side in (theta, phi))
         out = torch.nn.functional.scaled_dot_product_attention(
             query, key, values.flatten(2).mT[:, None], scale=1 / TEMPERATURE
         )
-        return out[:, 0].mT.unflatten(2, theta.shape[2:])
+        return torch.unflatten(out[:, 0].mT, 2, theta.shape[2:])
 
     def triton(theta: Any, phi: Any, values: Any) -> Any:
         from ...kernels.gpu.triton_warp import choose_forward
@@ -118,7 +118,12 @@ def _method(name: str, patch: int) -> Callable[..., Any]:
         compiled: Callable[..., Any] = torch.compile(published, dynamic=False)
         return compiled
     tiled = functools.partial(corr_warp, patch=patch, temperature=TEMPERATURE, backend="cpu")
-    methods = {"reference": published, "sdpa": sdpa, "cpu": tiled, **dict.fromkeys(TRITON_KERNELS, triton)}
+    methods: dict[str, Callable[..., Any]] = {
+        "reference": published,
+        "sdpa": sdpa,
+        "cpu": tiled,
+        **dict.fromkeys(TRITON_KERNELS, triton),
+    }
     return methods[name]
 
 

@@ -242,7 +242,9 @@ def test_the_command_line_lists_and_runs(
     monkeypatch.setattr("sys.argv", ["benchmarks", *words])
     assert main(words) == 0
     row = json.loads((tmp_path / "warp.jsonl").read_text())
-    assert row["command"].startswith(f"python -m flashcocos.benchmarks run --model {folder.name} --only warp/numpy-p3-n1024")
+    assert row["command"].startswith(
+        f"python -m flashcocos.benchmarks run --model {folder.name} --only warp/numpy-p3-n1024"
+    )
     assert "--bundle other=bundle" in row["command"]
     assert str(folder.parent) not in json.dumps(row)
 
