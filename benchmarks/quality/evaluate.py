@@ -20,7 +20,7 @@ from ...train.data import Item, PairData
 from .contact_sheet import ContactSheet
 from .metrics import ExactSums, class_mean_baseline, correspondence_accuracy
 from .photo_metrics import METRICS, PhotoMetrics, check_networks, open_metrics
-from .predictors import Predictor, open_predictor, torch_device
+from .predictors import Predictor, open_predictor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,11 +161,12 @@ def evaluate_model(
         from ...train.data.avatars import AvatarOptions, AvatarPairs
         from ...train.data.avatars_paint import CLASSES
 
-        avatars = AvatarOptions(size=predictor.config.image_size, retrieved=1.0, pseudo=0.0)
+        avatars = AvatarOptions(size=predictor.config.image_size, retrieved_share=1.0, pseudo_share=0.0)
         exact_pairs = AvatarPairs(split, avatars, count=count)
         scores = dataclasses.asdict(evaluate_exact(predictor, exact_pairs, CLASSES, sheet=contact_sheet))
     else:
         from ...train.data.photos import PhotoPairs
+        from ...train.device import torch_device
 
         config = msgspec.structs.replace(predictor.config, task=task or predictor.config.task)
         photos = PhotoPairs(config, data, pairs, split="test", labels=labels)

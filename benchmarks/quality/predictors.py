@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...config import ModelConfig
-from ...errors import BackendError, InputError
+from ...errors import InputError
 from ...preprocess.images import PathLike, UInt8Array, to_uint8
 from ...runtime.options import EngineOptions
 from ...train.data import Item
@@ -103,17 +103,9 @@ def open_predictor(path: PathLike, options: EngineOptions) -> Predictor:
             wanted = f"backend {options.backend!r}, precision {options.precision!r}"
             raise InputError(f"{path}: a model file runs in PyTorch in float32; {wanted} needs a bundle")
         from ...train.checkpoint import load_model
+        from ...train.device import torch_device
 
         return ModelPredictor(load_model(path).to(torch_device(options.device)))
     from ...runtime import Translator
 
     return BundlePredictor(Translator(path, **vars(options)))
-
-
-def torch_device(device: str) -> str:
-    """The PyTorch device that "auto", "cpu" or "cuda" means here; `BackendError` where CUDA is asked for in vain."""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BackendError("device cuda: PyTorch sees no GPU; choose cpu, or install a CUDA build of torch")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
