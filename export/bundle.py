@@ -18,6 +18,7 @@ from ..bundle.stages import stage_tensors
 from ..config import ModelConfig
 from ..errors import InputError
 from ..files import sha256
+from ..preprocess.palette import legend
 from ..train.checkpoint import load_model, read_metadata
 from .graphs import OPSET, export_stage, store_float16
 
@@ -51,7 +52,9 @@ def export_bundle(
             progress.update()
     if targets:
         files |= compiled_kernels(model.config, targets)
-    manifest = Manifest(model.config, precision, OPSET, stages, {}, license, provenance(model_path))
+    manifest = Manifest(
+        model.config, precision, OPSET, stages, {}, license, provenance(model_path), *legend(model.config)
+    )
     return write_bundle(output, manifest, files)
 
 
