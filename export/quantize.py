@@ -141,7 +141,7 @@ def _quantizable(graph: onnx.GraphProto, node: onnx.NodeProto) -> bool:
 
 
 def _quantize(graph: onnx.ModelProto, feeds: Sequence[Arrays], kept: Sequence[str]) -> onnx.ModelProto:
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def __init__(self) -> None:
             self._feeds: Iterator[Arrays] = iter(feeds)
 

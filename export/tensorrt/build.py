@@ -252,7 +252,7 @@ def _check_network(
 def _logger(trt: Any) -> Any:
     """A logger that keeps errors and the figures of memory, and prints nothing."""
 
-    class Logger(trt.ILogger):
+    class Logger(trt.ILogger):  # type: ignore[misc]  # of either variant's module, which has no type
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -270,7 +270,7 @@ def _logger(trt: Any) -> Any:
 def _monitor(trt: Any, progress: tqdm) -> Any:
     """The builder's progress monitor: counts the steps of all its phases, which become known one by one."""
 
-    class Monitor(trt.IProgressMonitor):
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # as above
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 
@@ -302,9 +302,10 @@ def current_architecture() -> int:
 
     try:
         with contextlib.closing(PycudaDevice()) as device:
-            return device.capability
+            capability: int = device.capability
+            return capability
     except BackendError as error:
-        raise BackendError(f"which GPU is at hand cannot be told ({error}); name a target: sm_89") from error
+        raise BackendError(f"the GPU at hand is unknown ({error}); name a target: sm_89") from error
 
 
 def _check_targets(trt: Any, variant: str, architectures: Sequence[int]) -> None:
