@@ -132,7 +132,7 @@ def test_options_of_a_gpu_are_refused_on_the_cpu(
 
 @pytest.mark.parametrize("place", [{"device": "cuda"}, {"warp": "cuda"}, {"backend": "tensorrt"}])
 def test_threads_are_refused_on_a_gpu(bundle: Bundle, place: dict[str, str]) -> None:
-    with pytest.raises(InputError, match="num_threads applies only to graphs on the CPU.*leave it out"):
+    with pytest.raises(InputError, match=r"num_threads applies only to graphs on the CPU, .*; leave it out"):
         Translator(bundle, num_threads=2, **place)
 
 
