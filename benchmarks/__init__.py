@@ -12,7 +12,7 @@ The project's results, made again with three commands:
     python -m flashcocos.benchmarks report                   README and plots from the results files
 
 `list` shows the cases, `--all` also those that are not published; `run --group warp --only 'warp/numba-*'` chooses.
-`--bundle int8=path/to/bundle` adds a bundle of the same model to the ladder. A row is kept in benchmarks/results as
+`--bundle int8=path/to/bundle` adds a bundle of the same model to the ablation. A row is kept in benchmarks/results as
 soon as it is done: a run that was stopped goes on, and a file is refused where revision, versions, machine, threads or
 model are others (`--fresh` begins it anew). What is compared and is outside its bound is a row without a time; so is
 what memory does not suffice for. `--device cuda` runs the cases that a GPU has; none of them has run on one yet.

@@ -1,4 +1,4 @@
-"""`python -m flashcocos.benchmarks COMMAND`; the scheme is told in the package's docstring."""
+"""`python -m flashcocos.benchmarks COMMAND`; the package's docstring explains the scheme."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from ..errors import FlashcocosError, InputError
 from . import __doc__ as scheme
 from .provenance import RESULTS
-from .registry import GROUPS, all_cases, select
+from .cases import all_cases
+from .registry import GROUPS, select
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,14 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.add_argument("--all", action="store_true", help="also the cases that are not published")
         sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         sub.add_argument(
-            "--bundle", action="append", default=[], metavar="NAME=PATH", help="a further bundle, a step of the ladder"
+            "--bundle", action="append", default=[], metavar="NAME=PATH", help="a further bundle, as a step of the ablation"
         )
     run = commands.choices["run"]
     run.add_argument("--model", metavar="FOLDER", help="what `model` has filled")
-    run.add_argument("--threads", type=int, metavar="N", help="CPU threads of everything (default: one a core)")
+    run.add_argument("--threads", type=int, metavar="N", help="CPU threads, 1 to 256 (default: one a core)")
     run.add_argument("--fresh", action="store_true", help="begin the results files anew")
     run.add_argument("-o", "--output", default=str(RESULTS), metavar="FOLDER", help="default: benchmarks/results")
-    commands.add_parser("report", help="write the README's results and the plots from the results files")
+    commands.add_parser("report", help="write docs/benchmarks.md, the README's table and the plots")
     options = parser.parse_args(arguments)
     try:
         return _COMMANDS[options.command](options)
@@ -74,24 +75,24 @@ def _model(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     cases = select(all_cases(options.device, list(_bundles(options))), options.group, options.only, every=options.all)
     for group, summary in GROUPS.items():
-        if chosen := [case for case in cases if case.group == group]:
+        if members := [case for case in cases if case.group == group]:
             print(f"{group}: {summary}")
-            for case in chosen:
+            for case in members:
                 print(f"  {case.name:36} {case.measures}")
     return 0
 
 
 def _run(options: argparse.Namespace) -> int:
     from ..config import ModelConfig
-    from .runner import open_material, run_cases
+    from .runner import open_assets, run_cases
 
     bundles = _bundles(options)
-    material = open_material(options.model, bundles, device=options.device, threads=options.threads)
-    config = ModelConfig.from_json(material.config) if material.config else None
+    assets = open_assets(options.model, bundles, device=options.device, threads=options.threads)
+    config = ModelConfig.from_json(assets.config) if assets.config else None
     cases = all_cases(options.device, list(bundles), config)
-    chosen = select(cases, options.group, options.only, every=options.all)
+    selected = select(cases, options.group, options.only, every=options.all)
     command = shlex.join(["python", "-m", "flashcocos.benchmarks", *map(_without_folder, sys.argv[1:])])
-    rows = run_cases(chosen, material, options.output, known=cases, command=command, fresh=options.fresh)
+    rows = run_cases(selected, assets, options.output, known=cases, command=command, fresh=options.fresh)
     failed = [row["case"] for row in rows if row["status"] == "failed"]
     if failed:
         print(f"{len(failed)} failed, and run again with the same command: {', '.join(failed)}", file=sys.stderr)
@@ -100,25 +101,27 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _without_folder(word: str) -> str:
-    """`word` with a path in it cut to its last part: a folder of this machine tells nobody anything."""
+    """`word` with a path in it cut to its last part, for folders of this machine mean nothing elsewhere."""
     name, equals, path = word.rpartition("=")
     return f"{name}{equals}{Path(path).name}" if os.sep in path and Path(path).exists() else word
 
 
 def _bundles(options: argparse.Namespace) -> dict[str, str]:
-    found = {}
+    bundles = {}
     for word in options.bundle:
         name, _, path = word.partition("=")
-        if not path or not name.isidentifier() or name == "model":
-            raise InputError(f"--bundle: expected NAME=PATH with a name other than 'model', got {word!r}")
-        found[name] = path
-    return found
+        if not path or not name.isidentifier() or name in ("model", "default"):
+            raise InputError(f"--bundle: expected NAME=PATH with a name other than 'model' and 'default', got {word!r}")
+        bundles[name] = path
+    return bundles
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .tables import report
+    from .report import write_report
 
-    return report()
+    for path in write_report():
+        print(path)
+    return 0
 
 
 _COMMANDS = {"model": _model, "list": _list, "run": _run, "report": _report}

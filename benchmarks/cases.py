@@ -8,60 +8,61 @@ from typing import Any
 from ..config import ModelConfig
 from .registry import CHANNELS, Case, Gate
 
-EXACT, ROUNDED, ALIKE = 40.0, 30.0, 20.0  # dB: float32 gives more than 70; bfloat16; any bundle of the same model
-TRANSLATION = ".translation:prepare"
+# bounds in dB: float32 reaches more than 70; bfloat16; any bundle of the same model
+EXACT, ROUNDED, SIMILAR = 40.0, 30.0, 20.0
+TRANSLATION = ".speed.translation:prepare"
 TILE = 288  # pixels; two a side at 512 px, four at 1024
 
 
-def ladder_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def ablation_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """256 px, step by step; about 15 s a case, and a minute for the compiler."""
     size = 256
-    yield _eager("ladder/eager-256", "eager", size, config, device, repeats=3)
-    yield _eager("ladder/eager-fused-256", "eager-fused", size, config, device, repeats=3, published=False)
-    yield _eager("ladder/eager-tiled-256", "eager-tiled", size, config, device, repeats=2)
-    yield _eager("ladder/compiled-256", "compiled", size, config, device, repeats=2)
+    yield _eager("ablation/eager-256", "eager", size, config, device, repeats=3)
+    yield _eager("ablation/eager-fused-256", "eager-fused", size, config, device, repeats=3, published=False)
+    yield _eager("ablation/eager-tiled-256", "eager-tiled", size, config, device, repeats=2)
+    yield _eager("ablation/compiled-256", "compiled", size, config, device, repeats=2)
     if device == "cuda":
         for method in ("eager", "eager-tiled", "compiled"):
-            yield _eager(f"ladder/{method}-float16-256", method, size, config, device, dtype="float16")
-    yield _naive("ladder/naive-256", "naive", size, config, repeats=3)
+            yield _eager(f"ablation/{method}-float16-256", method, size, config, device, dtype="float16")
+    yield _naive("ablation/naive-256", "naive", size, config, repeats=3)
     if device == "cpu":
-        yield _naive("ladder/naive-openvino-256", "naive-openvino", size, config, repeats=3)
-    yield _runtime("ladder/runtime-256", size, cached=False, published=True)
-    yield _runtime("ladder/runtime-cached-256", size, published=True)
+        yield _naive("ablation/naive-openvino-256", "naive-openvino", size, config, repeats=3)
+    yield _runtime("ablation/runtime-256", size, cached=False, published=True)
+    yield _runtime("ablation/runtime-cached-256", size, published=True)
     if device == "cpu":
-        yield _runtime("ladder/openvino-256", size, backend="openvino", published=True)
-        yield _runtime("ladder/openvino-bfloat16-256", size, backend="openvino", precision="bfloat16", published=True)
-    for rung in rungs:
-        yield _runtime(f"ladder/{rung}-256", size, bundle=rung, published=True)
+        yield _runtime("ablation/openvino-256", size, backend="openvino", published=True)
+        yield _runtime("ablation/openvino-bfloat16-256", size, backend="openvino", precision="bfloat16", published=True)
+    for bundle in extra_bundles:
+        yield _runtime(f"ablation/{bundle}-256", size, bundle=bundle, published=True)
         if device == "cpu":
-            yield _runtime(f"ladder/{rung}-openvino-256", size, bundle=rung, backend="openvino")
+            yield _runtime(f"ablation/{bundle}-openvino-256", size, bundle=bundle, backend="openvino")
 
 
-def resolution_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def resolution_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """512 to 1024 px: half a minute to four a run on two cores, so one run each.
 
-    What all are compared with is flashcocos's own networks in PyTorch, the only ones that need no matrix.
+    All are compared with flashcocos's own networks in PyTorch, the only ones that need no matrix.
     """
     for size in (512, 768, 1024):
         reference = f"resolution/eager-tiled-{size}"
         options: dict[str, Any] = {"reference": reference, "repeats": 1, "warmup": False}
         for method in ("eager-tiled", "eager", "eager-fused"):
-            shown = method != "eager-fused"
-            yield _eager(f"resolution/{method}-{size}", method, size, config, device, published=shown, **options)
+            published = method != "eager-fused"
+            yield _eager(f"resolution/{method}-{size}", method, size, config, device, published=published, **options)
         yield _naive(f"resolution/naive-{size}", "naive", size, config, **options)
         yield _runtime(f"resolution/runtime-{size}", size, cached=False, published=size == 512, **options)
         yield _runtime(f"resolution/runtime-cached-{size}", size, published=True, **options)
         yield _runtime(f"resolution/runtime-tiled-{size}", size, tile=TILE, published=True, **options)
-        for rung in rungs:
-            yield _runtime(f"resolution/{rung}-{size}", size, bundle=rung, published=size == 512, **options)
+        for bundle in extra_bundles:
+            yield _runtime(f"resolution/{bundle}-{size}", size, bundle=bundle, published=size == 512, **options)
 
 
-def throughput_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def throughput_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """Batches of 1, 4 and 16 at 256 px: 20 and 75 s a run on two cores for the latter two."""
     for batch in (1, 4, 16):
         name = f"throughput/runtime-batch{batch}"
-        few: dict[str, Any] = {"repeats": 1, "warmup": False} if batch > 1 and device == "cpu" else {}
-        yield _runtime(name, 256, batch=batch, published=True, **few)
+        once: dict[str, Any] = {"repeats": 1, "warmup": False} if batch > 1 and device == "cpu" else {}
+        yield _runtime(name, 256, batch=batch, published=True, **once)
         if device == "cuda":
             yield _eager(f"throughput/eager-tiled-batch{batch}", "eager-tiled", 256, config, device, batch=batch)
 
@@ -75,23 +76,23 @@ def _eager(
     *,
     dtype: str = "float32",
     batch: int = 1,
-    reference: str = "ladder/eager-256",
+    reference: str = "ablation/eager-256",
     published: bool = True,
     **options: Any,
 ) -> Case:
     width = 2 if dtype == "float16" else 4
     warp, attention = (size // 4) ** 4, (size // 2) ** 2 * (size // 4) ** 2 * config.attention
-    held = {"eager": max(warp, attention), "eager-fused": warp, "compiled": max(warp, attention)}.get(method, 0)
-    own = reference == name
+    matrix = {"eager": max(warp, attention), "eager-fused": warp, "compiled": max(warp, attention)}.get(method, 0)
+    is_reference = reference == name
     return Case(
         name,
         TRANSLATION,
         f"{method} PyTorch, {size} px, batch {batch}, {dtype}",
         {"method": method, "size": size, "dtype": dtype, "batch": batch},
-        None if own else Gate("psnr_db", EXACT if dtype == "float32" else ROUNDED),
-        "" if own else reference,
+        None if is_reference else Gate("psnr_db", EXACT if dtype == "float32" else ROUNDED),
+        "" if is_reference else reference,
         seconds=40.0,
-        memory=2 * held * width * batch,  # logits and weights
+        memory=2 * matrix * width * batch,  # logits and weights
         requires=("torch", "model", *(["c++"] if method == "compiled" else [])),
         published=published,
         **options,
@@ -104,11 +105,11 @@ def _naive(
     size: int,
     config: ModelConfig,
     *,
-    reference: str = "ladder/eager-256",
+    reference: str = "ablation/eager-256",
     published: bool = True,
     **options: Any,
 ) -> Case:
-    held = max((size // 4) ** 4, (size // 2) ** 2 * (size // 4) ** 2 * config.attention)
+    matrix = max((size // 4) ** 4, (size // 2) ** 2 * (size // 4) ** 2 * config.attention)
     engine = "openvino" if method == "naive-openvino" else "onnxruntime"
     return Case(
         name,
@@ -118,7 +119,7 @@ def _naive(
         Gate("psnr_db", EXACT),
         reference,
         seconds=40.0,
-        memory=4 * held,
+        memory=4 * matrix,
         requires=(engine, "naive"),
         published=published,
         **options,
@@ -135,18 +136,19 @@ def _runtime(
     cached: bool = True,
     batch: int = 1,
     tile: int | None = None,
-    reference: str = "ladder/eager-256",
+    reference: str = "ablation/eager-256",
     **options: Any,
 ) -> Case:
-    bound = ALIKE if bundle != "model" else EXACT if precision == "float32" else ROUNDED
-    parameters = {"method": "runtime", "size": size, "bundle": bundle, "backend": backend, "precision": precision}
-    kept = "its exemplar encoded before" if cached else "with its exemplar"
-    kept += "" if tile is None else f", in tiles of {tile}"
+    bound = SIMILAR if bundle != "model" else EXACT if precision == "float32" else ROUNDED
+    exemplar = "its exemplar encoded before" if cached else "with its exemplar"
+    tiles = "" if tile is None else f", in tiles of {tile}"
     return Case(
         name,
         TRANSLATION,
-        f"the runtime on {backend} in {precision}, bundle {bundle}, {size} px, batch {batch}, {kept}",
-        parameters | {"cached": cached, "batch": batch, "tile": tile},
+        f"the runtime on {backend} in {precision}, bundle {bundle}, {size} px, batch {batch}, {exemplar}{tiles}",
+        runtime_parameters(
+            size, bundle=bundle, backend=backend, precision=precision, cached=cached, batch=batch, tile=tile
+        ),
         Gate("psnr_db", bound),
         reference,
         seconds=25.0,
@@ -155,7 +157,13 @@ def _runtime(
     )
 
 
-def warp_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def runtime_parameters(size: int, **changes: Any) -> dict[str, Any]:
+    """Parameters of the runtime at `size` pixels: everything that `speed/translation.py` reads, with `changes`."""
+    parameters = {"method": "runtime", "size": size, "bundle": "model", "backend": "onnxruntime"}
+    return {**parameters, "precision": "float32", "cached": True, "batch": 1, "tile": None, **changes}
+
+
+def warp_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """N = 32^2 to 256^2 positions, all methods; patch 1 and 3; 3, 48 and 151 values; with the backward pass."""
     plain = ["numba", "numpy", "cpu", "sdpa", "reference"]
     if device == "cuda":
@@ -199,7 +207,7 @@ def _warp(
     needs = {"numba": ("numba",), "numpy": (), "triton": tensors, "compiled": ("torch", "c++")}.get(method, ("torch",))
     return Case(
         "-".join([f"warp/{method}-p{patch}-n{positions}", *extras]),
-        ".warp:prepare",
+        ".speed.warp:prepare",
         f"the warp by {method}: {size} x {size} maps, patch {patch}, {values} values{', with gradients' * backward}",
         parameters,
         Gate("max_error", 2e-2 if device == "cuda" else 1e-3 if backward else 1e-4, at_least=False),
@@ -213,39 +221,39 @@ def _warp(
     )
 
 
-def training_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def training_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """The published objective of ade20k with one sample a step; on two cores 40 s at 256 px and four minutes at 512.
 
     With whole matrices 512 px take 30 GiB, so that case is not published.
     """
     for size in (256, 512):
         attention = (size // 2) ** 2 * (size // 4) ** 2
-        for method, held, text in (
+        for method, matrices, text in (
             ("tiled", 0, "no matrix formed"),
             ("matrix", 3 * max(attention, (size // 4) ** 4), "whole matrices, as published"),
         ):
             yield Case(
                 f"training/{method}-{size}",
-                ".training:prepare",
+                ".speed.training:prepare",
                 f"one step of ade20k's training, {size} px, batch 1, {text}",
                 {"method": method, "preset": "ade20k", "size": size, "batch": 1, "changes": []},
                 Gate("largest_term", 1e6, at_least=False),
                 repeats=1 if device == "cpu" else 10,
                 warmup=device != "cpu",
                 seconds=20.0,
-                memory=4 * held,  # logits, weights and the gradient of either
+                memory=4 * matrices,  # logits, weights and the gradient of either
                 requires=("torch",),
                 published=size == 256 or method == "tiled",
             )
 
 
-def plan_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def estimate_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """A minute each, whatever the size: nothing runs."""
     for size in (256, 512):
         for checkpointing in (False, True):
             yield Case(
-                f"plan/ade20k-{size}{'-checkpointing' * checkpointing}",
-                ".training:plan",
+                f"estimate/ade20k-{size}{'-checkpointing' * checkpointing}",
+                ".speed.training:estimate",
                 f"{size} px, {'blocks recomputed in the backward pass' if checkpointing else 'everything kept'}",
                 {"preset": "ade20k", "size": size, "checkpointing": checkpointing}
                 | {"budgets_gib": [8, 12, 24], "changes": []},
@@ -254,24 +262,23 @@ def plan_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterat
             )
 
 
-def startup_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def startup_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """From the start of a process, files in the system's cache, and what an installation takes on the disk."""
     shared: dict[str, Any] = {"repeats": 3, "seconds": 30.0, "published": True}
     light = Gate("mean", 1.0)  # of a picture that is not black
-    for bundle, size in (("shipped", 128), ("model", 256)):
+    for bundle, size in (("default", 128), ("model", 256)):
         yield Case(
             f"startup/runtime-{bundle}-{size}",
-            ".machine:startup",
+            ".speed.machine:startup",
             f"process start to the first picture of the runtime, bundle {bundle}, {size} px",
-            {"method": "runtime", "size": size, "bundle": bundle, "backend": "onnxruntime", "precision": "float32"}
-            | {"cached": False, "batch": 1, "tile": None},
+            runtime_parameters(size, bundle=bundle, cached=False),
             light,
             requires=("onnxruntime", "bundle"),
             **shared,
         )
     yield Case(
         "startup/eager-256",
-        ".machine:startup",
+        ".speed.machine:startup",
         "process start to the first picture of eager PyTorch, 256 px",
         {"method": "eager", "size": 256, "dtype": "float32", "batch": 1},
         light,
@@ -281,7 +288,7 @@ def startup_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Ite
     for extra, needs in (("cpu", ("numba",)), ("train", ("torch", "tensorboard"))):
         yield Case(
             f"startup/install-{extra}",
-            ".machine:install_size",
+            ".speed.machine:install_size",
             f"what pip installs for flashcocos[{extra}]",
             {"extra": extra},
             requires=("packaging", *needs),
@@ -289,24 +296,41 @@ def startup_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Ite
         )
 
 
-def machine_cases(device: str, rungs: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def machine_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """Seconds."""
     yield Case(
         "machine/rates",
-        ".machine:roofline",
+        ".speed.machine:roofline",
         "copy bandwidth and matrix rate",
         {"side": 2048 if device == "cpu" else 8192},
         published=True,
     )
 
 
-MAKERS = (
+CASE_FACTORIES = (
     machine_cases,
-    ladder_cases,
+    ablation_cases,
     resolution_cases,
     warp_cases,
     training_cases,
-    plan_cases,
+    estimate_cases,
     throughput_cases,
     startup_cases,
 )
+
+
+def all_cases(
+    device: str = "cpu", extra_bundles: Sequence[str] = (), config: ModelConfig | None = None
+) -> list[Case]:
+    """Every case of every group.
+
+    Args:
+        device: "cpu" or "cuda".
+        extra_bundles: Names of further bundles of the same model, each a step of the ablation.
+        config: Of the model, whose matrices the memory of a case depends on; the published ade20k network's by default.
+
+    Returns:
+        The cases, group by group.
+    """
+    config = config or ModelConfig.preset("ade20k")
+    return [case for make in CASE_FACTORIES for case in make(device, extra_bundles, config)]

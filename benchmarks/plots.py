@@ -1,4 +1,4 @@
-"""Plots of the results files: the latency ladder, memory over resolution, the warp's time over N; log axes."""
+"""Plots of the results files: the time of each step, memory over resolution, the warp's time over N."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import BackendError
 from ..files import atomic_path
 from .runner import Row, read_rows
-from .tables import WARPS, is_plain, label
+from .tables import WARPS, grouped, is_plain, label
 
 SIZE, DPI = (7.2, 4.0), 110
 # distinct in grays and for the color-blind (Okabe and Ito)
@@ -18,7 +18,18 @@ MARKERS = "osD^vPX"
 
 
 def draw(results: Path, folder: Path) -> list[Path]:
-    """Draw what the results of the CPU have rows for, as PNG in `folder`; `BackendError` without matplotlib."""
+    """Draw every plot of the CPU's results that there are rows for.
+
+    Args:
+        results: The folder of the results files.
+        folder: Where to write the plots, as PNG.
+
+    Returns:
+        The files written.
+
+    Raises:
+        BackendError: matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -38,8 +49,8 @@ def draw(results: Path, folder: Path) -> list[Path]:
     return drawn
 
 
-def ladder(axes: Any, rows: Sequence[Row]) -> None:
-    """A bar a step, its time and PSNR beside it."""
+def ablation(axes: Any, rows: Sequence[Row]) -> None:
+    """A bar for each step, its time and PSNR beside it."""
     timed = [row for row in rows if row["status"] == "timed"][::-1]
     values = [row["ms"]["median"] / 1e3 for row in timed]
     colors = [COLORS[0] if row["parameters"]["method"] == "runtime" else "#999999" for row in timed]
@@ -57,12 +68,12 @@ def memory(axes: Any, rows: Sequence[Row]) -> None:
     """Peak memory over the side of the picture; hollow marks, not joined, are matrices that did not fit."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    chosen = {"eager", "eager-fused", "eager-tiled", "naive", "runtime"}
+    methods = {"eager", "eager-fused", "eager-tiled", "naive", "runtime"}
 
     def key(row: Row) -> str:
-        keep = row["parameters"]["method"] in chosen and row["parameters"].get("dtype", "float32") == "float32"
-        other = row["parameters"].get("backend", "onnxruntime") != "onnxruntime"
-        return label(row) if keep and not other else ""
+        parameters = {"dtype": "float32", "backend": "onnxruntime", **row["parameters"]}
+        shown = parameters["method"] in methods
+        return label(row) if shown and (parameters["dtype"], parameters["backend"]) == ("float32", "onnxruntime") else ""
 
     for style, series in _series(rows, key):
         points = sorted(
@@ -88,24 +99,24 @@ def warp(axes: Any, rows: Sequence[Row]) -> None:
         axes.plot(*zip(*points, strict=True), label=WARPS[series[0]["parameters"]["method"]], **style)
     _log_log(axes, "positions N", "milliseconds")
     counts = sorted({row["parameters"]["size"] ** 2 for row in plain})
-    axes.set_xticks(counts, [f"{count:,}".replace(",", " ") for count in counts])
+    axes.set_xticks(counts, [grouped(count) for count in counts])
 
 
 PLOTS: tuple[tuple[str, tuple[str, ...], Callable[[Any, Sequence[Row]], None]], ...] = (
-    ("ladder", ("ladder",), ladder),
-    ("memory", ("ladder", "resolution"), memory),
+    ("ablation", ("ablation",), ablation),
+    ("memory", ("ablation", "resolution"), memory),
     ("warp", ("warp",), warp),
 )
 
 
 def _series(rows: Sequence[Row], key: Callable[[Row], str]) -> list[tuple[dict[str, Any], list[Row]]]:
     """Rows by `key`, none for an empty one, each with a line style of its own."""
-    found: dict[str, list[Row]] = {}
+    by_key: dict[str, list[Row]] = {}
     for row in rows:
         if name := key(row):
-            found.setdefault(name, []).append(row)
+            by_key.setdefault(name, []).append(row)
     styles = [{"color": color, "marker": marker} for color, marker in zip(COLORS, MARKERS, strict=True)]
-    return [(styles[place % len(styles)], series) for place, series in enumerate(found.values())]
+    return [(styles[place % len(styles)], series) for place, series in enumerate(by_key.values())]
 
 
 def _log_log(axes: Any, across: str, up: str) -> None:

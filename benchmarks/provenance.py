@@ -1,4 +1,4 @@
-"""What every benchmark shares: where and with what a number was measured, memory, percentiles, a script's results."""
+"""Where and with what a number was measured; memory, percentiles and the results of a script."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from ..errors import BackendError
 from ..files import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,7 +40,7 @@ def provenance() -> dict[str, Any]:
         "versions": versions,
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(_meminfo("MemTotal") / 2**30, 1),
+        "memory_gib": round(_psutil().virtual_memory().total / 2**30, 1),
     }
     gpu = _nvidia_smi("name", "driver_version", "power.limit", "clocks.max.sm")
     return {**found, "gpu": gpu} if gpu else found
@@ -50,9 +51,10 @@ def conditions() -> dict[str, Any]:
     found: dict[str, Any] = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     if hasattr(os, "getloadavg"):
         found["load_average"] = round(os.getloadavg()[0], 2)
-    clocks = re.findall(r"^cpu MHz\s*: ([\d.]+)", _text("/proc/cpuinfo"), re.MULTILINE)
-    if clocks:
-        found["cpu_mhz"] = round(max(map(float, clocks)))
+    psutil = _psutil()
+    # some systems have no such function, others no value
+    if hasattr(psutil, "cpu_freq") and (clocks := psutil.cpu_freq(percpu=True)):
+        found["cpu_mhz"] = round(max(clock.current for clock in clocks))
     if gpu := _nvidia_smi("clocks.sm", "clocks.mem", "temperature.gpu"):
         found["gpu_clocks"] = gpu
     return found
@@ -60,25 +62,25 @@ def conditions() -> dict[str, Any]:
 
 def peak_rss() -> int:
     """Largest resident memory of this process so far, in bytes."""
-    if peak := process_memory("VmHWM"):  # getrusage counts what the parent had at the fork
-        return peak
+    # psutil has no peak, and getrusage counts what the parent had at the fork
+    if peak := re.search(r"^VmHWM:\s+(\d+) kB", _text("/proc/self/status"), re.MULTILINE):
+        return int(peak[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def process_memory(field: str) -> int:
-    """A field of /proc/self/status in bytes, as VmRSS, which is resident, or VmHWM, its peak; 0 where there is none."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", _text("/proc/self/status"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+def resident_memory() -> int:
+    """Resident memory of this process, in bytes."""
+    return int(_psutil().Process().memory_info().rss)
 
 
 def free_memory(device: str = "cpu") -> int | None:
-    """Bytes that `device`, "cpu" or "cuda", could still give; None where the system does not tell."""
+    """Free memory of `device`, "cpu" or "cuda", in bytes; None where nvidia-smi does not report it."""
     if device == "cuda":
         free = re.match(r"(\d+) MiB", _nvidia_smi("memory.free"))
         return int(free[1]) * 2**20 if free else None
-    return _meminfo("MemAvailable") or None
+    return int(_psutil().virtual_memory().available)
 
 
 def percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
@@ -100,8 +102,9 @@ def _revision() -> str:
     root = Path(__file__).resolve().parents[1]
     if _git("rev-parse", "--show-toplevel") != str(root):  # nothing, or the repository of whatever it is installed in
         return __version__
-    # what a run writes itself is no change of what it measures
-    changes = _git("status", "--porcelain", "--", "..", ":(exclude,top)benchmarks/results", ":(exclude,top)README.md")
+    # what a run and its report write is no change of what is measured
+    written = [f":(exclude,top){path}" for path in ("benchmarks/results", "docs", "README.md")]
+    changes = _git("status", "--porcelain", "--", "..", *written)
     return _git("rev-parse", "--short=12", "HEAD") + (CHANGED if changes else "")
 
 
@@ -126,17 +129,18 @@ def _processor() -> str:
     names = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE))
     if not names:
         return platform.processor()
-    model = (
-        f"{names.get('model name', platform.machine())} (family {names.get('cpu family')}, model {names.get('model')})"
-    )
-    vector = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in names.get("flags", "").split()]
-    return f"{model} {' '.join(vector)}"
+    name, family, model = names.get("model name", platform.machine()), names.get("cpu family"), names.get("model")
+    flags = names.get("flags", "").split()
+    vector = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{name} (family {family}, model {model}) {' '.join(vector)}"
 
 
-def _meminfo(field: str) -> int:
-    """A field of /proc/meminfo in bytes; 0 where there is none."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+def _psutil() -> Any:
+    try:
+        import psutil
+    except ImportError as error:
+        raise BackendError("the package psutil is missing; pip install 'flashcocos[bench]'") from error
+    return psutil
 
 
 def _text(path: str) -> str:

@@ -1,10 +1,10 @@
-"""What can be measured: the type of a case, and every case by group.
+"""What a benchmark case is, and how cases are selected.
 
-A case is data: which subject runs, on what parameters, compared with what, how often. Subjects are functions
-`prepare(case, material) -> Subject` of this package; `worker` runs one in a process of its own, `runner` many.
+A case is data: which benchmark runs, with which parameters, compared with what, how often. Benchmarks are functions
+`prepare(case, assets) -> Benchmark` in `speed/`; `worker` runs one in a process of its own, `runner` runs many.
 
-Names are GROUP/METHOD-PARAMETERS, patterns of which `--only` takes. `published` marks the cases whose numbers the
-README shows; together they take about 25 minutes on two cores.
+Names are GROUP/METHOD-PARAMETERS, and `--only` takes patterns of them. `published` marks the cases whose numbers
+docs/benchmarks.md shows; together they take about 25 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..config import ModelConfig
 from ..errors import InputError
 
 GROUPS = {
     "machine": "the copy bandwidth and matrix rate of this machine, which bound all of the others",
-    "ladder": "one translation at 256 px, from eager PyTorch to the fastest bundle, with the quality of each step",
+    "ablation": "one translation at 256 px, from eager PyTorch to the fastest bundle, with the quality of each step",
     "resolution": "one translation at 512, 768 and 1024 px: time and memory",
     "warp": "the correspondence warp alone",
     "training": "one training step",
-    "plan": "the memory of a training step, and the largest batch in 8, 12 and 24 GiB, planned without running it",
+    "estimate": "the estimated memory of a training step, and the largest batch in 8, 12 and 24 GiB; nothing is trained",
     "throughput": "translations in batches of 1, 4 and 16",
     "startup": "process start to first picture, and what has to be installed",
 }
 CHANNELS = 256  # of the published networks' features
+MAX_THREADS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """What a result must reach to be timed: the subject's `measure` at least, or else at most, `bound`."""
+    """What a result must reach to be timed: the benchmark's `measure` at least, or else at most, `bound`."""
 
     measure: str
     bound: float
@@ -48,17 +48,21 @@ class Gate:
 class Case:
     """One row of a results file.
 
-    subject: "module:function" that prepares it. measures: one line for people. parameters: for the subject, JSON.
-    gate: None for a case that others are compared with and for facts that are not timed.
-    reference: the case whose picture this one's is compared with.
-    repeats: timed runs, of which none starts later than `seconds` after the first; limit: seconds until it is ended.
-    warmup: whether a first run goes untimed; without it the first run is timed too, for what takes minutes.
-    memory: bytes that the method holds at once at the least; a case that cannot fit is not started.
-    requires: packages, "cuda", "bfloat16", "c++" (a compiler), "model", "naive" (its single graph) or "bundle".
+    Attributes:
+        benchmark: "module:function" that prepares it, relative to this package.
+        measures: One line for people.
+        parameters: For the benchmark, JSON.
+        gate: None for a case that others are compared with, and for facts that are not timed.
+        reference: The case whose picture this one's is compared with.
+        repeats: Timed runs; none starts later than `seconds` after the first.
+        limit: Seconds until the process is ended.
+        warmup: Whether a first run goes untimed. Without it the first run is timed too, for what takes minutes.
+        memory: Bytes that the method needs at least; a case that cannot fit is not started.
+        requires: Packages, "cuda", "bfloat16", "c++" (a compiler), "model", "naive" (its single graph) or "bundle".
     """
 
     name: str
-    subject: str
+    benchmark: str
     measures: str
     parameters: Mapping[str, Any]
     gate: Gate | None = None
@@ -83,32 +87,42 @@ class Case:
         return cls(**{**fields, "gate": gate, "requires": tuple(fields["requires"])})
 
 
-class Outcome(NamedTuple):
-    """What one run gives: the result that is checked, and milliseconds of its parts where it knows them."""
+class Sample(NamedTuple):
+    """What one run returns: the result that is checked, and the milliseconds of its parts where it knows them."""
 
     result: Any
     parts: Mapping[str, float] = {}
 
 
-class Subject(NamedTuple):
+class Benchmark(NamedTuple):
     """A prepared case.
 
-    run: what is timed, None where `facts` are all there is. check: quality of a result, cheap in memory, for the gate.
-    score: more of it, computed after the timing. yardstick: other work to time turn by turn with `run`, for a ratio.
+    Attributes:
+        run: What is timed; None where there are `facts` alone.
+        check: Quality of a result, cheap in memory, for the gate.
+        score: More of it, computed after the timing.
+        baseline: Other work, timed turn by turn with `run` for a ratio.
+        facts: What is reported as it is.
     """
 
-    run: Callable[[], Outcome] | None
+    run: Callable[[], Sample] | None
     check: Callable[[Any], dict[str, float]] = lambda result: {}
     score: Callable[[Any], dict[str, float]] = lambda result: {}
-    yardstick: Callable[[], Any] | None = None
+    baseline: Callable[[], Any] | None = None
     facts: Mapping[str, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True)
-class Material:
-    """What cases run on. model: a model file, and config its configuration as JSON; naive: the single graph of it that
-    `naive.py` exports; bundles: by name, "model" being that of the model file; references: a folder for the pictures
-    that others are compared with. threads: None for one a core.
+class Assets:
+    """What cases run on.
+
+    Attributes:
+        model: A model file.
+        config: Its configuration as JSON.
+        naive: The single graph of it that `speed/naive.py` exports.
+        bundles: Bundles by name; "model" is that of the model file.
+        references: A folder for the pictures that others are compared with.
+        threads: 1 to 256; None for one a core.
     """
 
     model: str = ""
@@ -119,32 +133,40 @@ class Material:
     device: str = "cpu"
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise `InputError` unless `threads` is None or 1 to `MAX_THREADS`."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise InputError(f"threads: expected 1 to {MAX_THREADS}, got {threads}")
+
 
 def select(
     cases: Sequence[Case], groups: Sequence[str] = (), only: Sequence[str] = (), *, every: bool = False
 ) -> list[Case]:
-    """The cases of `groups` whose names match a pattern of `only`; without patterns, the published ones or `every` one.
+    """The cases of `groups` (all by default) that are wanted.
 
-    Raises `InputError` for a group or pattern that selects nothing.
+    Args:
+        cases: Where to choose from.
+        groups: Names in `GROUPS`.
+        only: Patterns of names, as in "warp/numba-*".
+        every: Without patterns, select also the cases that are not published.
+
+    Returns:
+        The cases in their order.
+
+    Raises:
+        InputError: A group or pattern selects nothing.
     """
     for group in groups:
         if group not in GROUPS:
             raise InputError(f"unknown group {group!r}; expected some of {', '.join(GROUPS)}")
-    chosen = [case for case in cases if not groups or case.group in groups]
-    if only:
-        for pattern in only:
-            if not fnmatch.filter([case.name for case in chosen], pattern):
-                raise InputError(f"no case matches {pattern!r}; `python -m flashcocos.benchmarks list` names them")
-        return [case for case in chosen if any(fnmatch.fnmatch(case.name, pattern) for pattern in only)]
-    return [case for case in chosen if every or case.published]
-
-
-def all_cases(device: str = "cpu", rungs: Sequence[str] = (), config: ModelConfig | None = None) -> list[Case]:
-    """Every case for `device`, "cpu" or "cuda"; `rungs` are names of further bundles, steps of the ladder.
-
-    config: of the model, whose matrices the memory of a case depends on; the published ade20k network's by default.
-    """
-    from . import cases as catalog
-
-    chosen = config or ModelConfig.preset("ade20k")
-    return [case for make in catalog.MAKERS for case in make(device, rungs, chosen)]
+    members = [case for case in cases if not groups or case.group in groups]
+    if not only:
+        return [case for case in members if every or case.published]
+    for pattern in only:
+        if not fnmatch.filter([case.name for case in members], pattern):
+            raise InputError(f"no case matches {pattern!r}; `python -m flashcocos.benchmarks list` names them")
+    return [case for case in members if any(fnmatch.fnmatch(case.name, pattern) for pattern in only)]

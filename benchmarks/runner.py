@@ -1,7 +1,8 @@
-"""Run cases, each in a fresh process, and keep their rows as JSON lines, one file a group.
+"""Run cases, each in a fresh process, and write their rows as JSON lines, one file a group.
 
-A file that an earlier run began is gone on with: what it holds is not measured again. It is refused where revision,
-versions, machine, threads, model or a case's own parameters are others. Where memory ends a case, its row says so.
+A run continues a file that an earlier run began, and does not measure its rows again. It refuses the file where
+revision, versions, machine, threads, model or a case's parameters differ. A case that runs out of memory gets a row
+that says so.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..bundle import Bundle
 from ..errors import InputError
 from ..files import sha256
 from .provenance import CHANGED, conditions, free_memory, provenance
-from .registry import Case, Material
+from .registry import Case, Assets
 
 Row = dict[str, Any]
 GIB = 2**30
@@ -33,50 +34,57 @@ FINAL = ("timed", "measured", "outside", "out of memory", "timeout", "skipped") 
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|MemoryError|alloc\w* .*memory|memory.* alloc", re.IGNORECASE)
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 _NO_PACKAGES = ("cuda", "bfloat16", "c++")
-_MATERIAL = {
-    "model": "a model file",
-    "naive": "a naive single graph",
-    "bundle": "a bundle",
-}
+_ASSETS = {"model": "a model file", "naive": "a naive single graph", "bundle": "a bundle"}
 
 
 def run_cases(
     cases: Sequence[Case],
-    material: Material,
+    assets: Assets,
     output: str | os.PathLike[str] | None,
     *,
     known: Sequence[Case] = (),
     command: str = "",
     fresh: bool = False,
 ) -> list[Row]:
-    """The rows of `cases`, in their order, failed ones included; all others are kept in `output`.
+    """Run `cases` and write their rows, failed ones aside, to `output`.
 
-    output: a folder for a file of each group, or a file ending in ".jsonl", or None. known: where the cases that others
-    are compared with are found. command: kept in every row. fresh: begin the files anew.
-    Raises `InputError` where material is missing or a file was measured otherwise.
+    Args:
+        cases: What to run.
+        assets: What they run on.
+        output: A folder for a file of each group, or a file ending in ".jsonl", or None.
+        known: Further cases, which those of `cases` may be compared with.
+        command: Written in every row.
+        fresh: Begin the files anew.
+
+    Returns:
+        The rows in the order of `cases`, failed ones included.
+
+    Raises:
+        InputError: An asset is missing, or a file was measured under other conditions.
     """
-    _check_material(cases, material)
-    asked = {name: os.environ[name] for name in _THREADS if name in os.environ}
-    setup = {**provenance(), "threads": material.threads or asked or None, "device": material.device}
-    models = _hashes(material, {name for case in cases for name in _used(case)})
-    files = {case.group: _file(output, case.group, material.device) for case in cases}
-    held: dict[str, Row] = {}
+    _check_assets(cases, assets)
+    environment = {name: os.environ[name] for name in _THREADS if name in os.environ}
+    setup = {**provenance(), "threads": assets.threads or environment or None, "device": assets.device}
+    models = _hashes(assets, {name for case in cases for name in _used(case)})
+    files = {case.group: _file(output, case.group, assets.device) for case in cases}
+    done: dict[str, Row] = {}
     for path in {path for path in files.values() if path is not None}:
         if fresh:
             path.unlink(missing_ok=True)
-        held |= {row["case"]: row for row in read_rows(path, setup)}
-    compared = References({case.name: case for case in (*known, *cases)}, material)
+        done |= {row["case"]: row for row in read_rows(path, setup)}
+    references = References({case.name: case for case in (*known, *cases)}, assets)
     rows = []
     with tqdm(desc="bench", total=len(cases), unit="case", disable=None) as bar:
         for case in cases:
-            own = {"parameters": json.loads(json.dumps(case.parameters)), "repeats": case.repeats}
-            own["model"] = {name: models[name] for name in _used(case)}
-            row = held.get(case.name)
+            wanted = {"parameters": json.loads(json.dumps(case.parameters)), "repeats": case.repeats}
+            wanted["model"] = {name: models[name] for name in _used(case)}
+            row = done.get(case.name)
             if row is not None:
-                _check_same(files[case.group], row, own)
+                if keys := [key for key in wanted if row.get(key) != wanted[key]]:
+                    raise _refused(files[case.group], [f"{key} of {case.name}" for key in keys])
             else:
                 now = conditions()
-                row = {"case": case.name, "measures": case.measures, **own, **_run(case, material, compared)}
+                row = {"case": case.name, "measures": case.measures, **wanted, **_run(case, assets, references)}
                 row |= {"conditions": now, "setup": setup, "command": command}
                 _append(files[case.group], row)
                 bar.write(describe(row), file=sys.stderr)
@@ -85,31 +93,41 @@ def run_cases(
     return rows
 
 
-def open_material(
+def open_assets(
     folder: str | os.PathLike[str] | None,
     bundles: Mapping[str, str],
     *,
     device: str = "cpu",
     threads: int | None = None,
-) -> Material:
-    """What `folder`, filled by `benchmarks model`, and further `bundles` hold; `InputError` without its model."""
+) -> Assets:
+    """What cases run on.
+
+    Args:
+        folder: A folder that `python -m flashcocos.benchmarks model` filled, or None for the default model alone.
+        bundles: Further bundles by name.
+        device: "cpu" or "cuda".
+        threads: 1 to 256; None for one a core.
+
+    Raises:
+        InputError: There is no model in `folder`, or `threads` is out of range.
+    """
     from ..bundle.default_model import default_model_path
 
-    bundles = {"shipped": str(default_model_path()), **bundles}
+    bundles = {"default": str(default_model_path()), **bundles}
     if folder is None:
-        return Material(bundles=bundles, device=device, threads=threads)
+        return Assets(bundles=bundles, device=device, threads=threads)
     from ..train.checkpoint import read_metadata
 
     folder = Path(folder)
     file, bundle, naive = folder / "model.safetensors", folder / "bundle", folder / "naive.onnx"
     if not file.exists():
         raise InputError(f"no {file}; `python -m flashcocos.benchmarks model -o {folder}` fills the folder")
-    # pictures of other weights or of other code are not compared with
+    # references are of these weights and of this code
     revision = provenance()["revision"]
     pictures = folder / "references" / f"{sha256(file)[:12]}-{revision}"
     if revision.endswith(CHANGED):
         shutil.rmtree(pictures, ignore_errors=True)
-    return Material(
+    return Assets(
         model=str(file),
         config=read_metadata(file)[0].to_json(),
         naive=str(naive) if naive.exists() else "",
@@ -121,7 +139,18 @@ def open_material(
 
 
 def read_rows(path: Path, setup: Mapping[str, Any] | None = None) -> list[Row]:
-    """The rows of a results file, none where there is no file; `InputError` where it is none or of another `setup`."""
+    """Read a results file.
+
+    Args:
+        path: The file; it need not exist.
+        setup: Machine, versions and threads that the rows must have; None accepts any.
+
+    Returns:
+        The rows; none where there is no file.
+
+    Raises:
+        InputError: It is no results file, or has another setup.
+    """
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         others = [row["setup"] for row in rows if setup is not None and row["setup"] != setup]
@@ -137,12 +166,21 @@ def read_rows(path: Path, setup: Mapping[str, Any] | None = None) -> list[Row]:
     return rows
 
 
-def isolated(case: Case, material: Material, *, timed: bool = True) -> Row:
-    """The row of `case` from a process of its own; one that ends without a row has the status that its end tells."""
-    task = {"case": dataclasses.asdict(case), "material": dataclasses.asdict(material), "timed": timed}
+def isolated(case: Case, assets: Assets, *, timed: bool = True) -> Row:
+    """Run `case` in a process of its own.
+
+    Args:
+        case: What to run.
+        assets: What it runs on.
+        timed: As for `worker.measure`.
+
+    Returns:
+        The fields of its row. A process that ends without a row gives a status and a reason.
+    """
+    task = {"case": dataclasses.asdict(case), "assets": dataclasses.asdict(assets), "timed": timed}
     environment = dict(os.environ)
-    if material.threads is not None:
-        environment |= dict.fromkeys(_THREADS, str(material.threads))
+    if assets.threads is not None:
+        environment |= dict.fromkeys(_THREADS, str(assets.threads))
     command = [sys.executable, "-m", f"{__package__}.worker", json.dumps(task)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=case.limit, env=environment)
@@ -152,8 +190,8 @@ def isolated(case: Case, material: Material, *, timed: bool = True) -> Row:
         row: Row = json.loads(done.stdout.strip().splitlines()[-1])
         return row
     reason = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
-    for path in (material.model, material.naive, *material.bundles.values()):
-        reason = reason.replace(path, Path(path).name) if path else reason  # a folder of this machine tells nobody
+    for path in (assets.model, assets.naive, *assets.bundles.values()):
+        reason = reason.replace(path, Path(path).name) if path else reason  # folders of this machine mean nothing
     reason = reason[:300]
     if done.returncode == -9:
         return {"status": "out of memory", "reason": "ended by the system (SIGKILL), as it does where memory runs out"}
@@ -161,20 +199,20 @@ def isolated(case: Case, material: Material, *, timed: bool = True) -> Row:
 
 
 class References:
-    """The pictures that cases are compared with, each made at its first use by the case that the others name."""
+    """The pictures that cases are compared with; each is made at its first use."""
 
-    def __init__(self, known: Mapping[str, Case], material: Material) -> None:
-        self._known, self._material = known, material
+    def __init__(self, known: Mapping[str, Case], assets: Assets) -> None:
+        self._known, self._assets = known, assets
         self._failed: dict[str, str] = {}
 
     def missing(self, name: str) -> str:
         """Why there is no picture of the case `name`; empty where there is one."""
-        if (Path(self._material.references) / f"{name}.npy").exists():
+        if (Path(self._assets.references) / f"{name}.npy").exists():
             return ""
         if name not in self._failed:
-            row = isolated(self._known[name], self._material, timed=False)
-            done = row["status"] == "checked"
-            self._failed[name] = "" if done else f"nothing to compare with: {name}: {row['status']}: {row['reason']}"
+            row = isolated(self._known[name], self._assets, timed=False)
+            made = row["status"] == "checked"
+            self._failed[name] = "" if made else f"nothing to compare with: {name}: {row['status']}: {row['reason']}"
         return self._failed[name]
 
 
@@ -187,23 +225,23 @@ def describe(row: Row) -> str:
     return f"{start}{row['status']}: {row.get('reason') or row.get('quality') or row.get('facts')}"
 
 
-def _run(case: Case, material: Material, compared: References) -> Row:
+def _run(case: Case, assets: Assets, references: References) -> Row:
     for need in case.requires:
-        if need == "cuda" and material.device != "cuda":
+        if need == "cuda" and assets.device != "cuda":
             return {"status": "skipped", "reason": "for an NVIDIA GPU"}
         if need == "bfloat16" and not _has_bfloat16():
             return {"status": "skipped", "reason": "OpenVINO computes in float32 alone on this CPU"}
         if need == "c++" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
             return {"status": "skipped", "reason": "torch.compile finds no C++ compiler"}
-        if need not in (*_MATERIAL, *_NO_PACKAGES) and importlib.util.find_spec(need) is None:
+        if need not in (*_ASSETS, *_NO_PACKAGES) and importlib.util.find_spec(need) is None:
             return {"status": "skipped", "reason": f"the package {need} is not installed"}
-    free = free_memory(material.device) if case.memory else None
+    free = free_memory(assets.device) if case.memory else None
     if free is not None and case.memory > free:
         reason = f"not started: its matrices take {case.memory / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
         return {"status": "out of memory", "reason": reason, "needed_mib": round(case.memory / 2**20)}
-    if case.reference and (reason := compared.missing(case.reference)):
+    if case.reference and (reason := references.missing(case.reference)):
         return {"status": "skipped", "reason": reason}
-    return isolated(case, material)
+    return isolated(case, assets)
 
 
 def _has_bfloat16() -> bool:
@@ -227,11 +265,6 @@ def _file(output: str | os.PathLike[str] | None, group: str, device: str) -> Pat
     return path if path.suffix == ".jsonl" else path / f"{group}{'' if device == 'cpu' else f'-{device}'}.jsonl"
 
 
-def _check_same(path: Path | None, row: Row, own: Mapping[str, Any]) -> None:
-    if keys := [key for key in own if row.get(key) != own[key]]:
-        raise _refused(path, [f"{key} of {row['case']}" for key in keys])
-
-
 def _refused(path: Path | None, keys: Iterable[str]) -> InputError:
     return InputError(
         f"{path} was measured with other {', '.join(keys)}; choose another output, or replace it with --fresh"
@@ -244,25 +277,25 @@ def _used(case: Case) -> list[str]:
     return names + ([f"bundle {case.parameters.get('bundle', 'model')}"] if "bundle" in case.requires else [])
 
 
-def _check_material(cases: Sequence[Case], material: Material) -> None:
+def _check_assets(cases: Sequence[Case], assets: Assets) -> None:
     for case in cases:
         for need in case.requires:
             bundle = case.parameters.get("bundle", "model")
-            held = material.bundles.get(bundle) if need == "bundle" else getattr(material, need, "given")
-            if need in _MATERIAL and not held:
+            path = assets.bundles.get(bundle) if need == "bundle" else getattr(assets, need, "")
+            if need in _ASSETS and not path:
                 raise InputError(
-                    f"{case.name} needs {_MATERIAL[need]}: give --model FOLDER, which "
+                    f"{case.name} needs {_ASSETS[need]}: give --model FOLDER, which "
                     "`python -m flashcocos.benchmarks model -o FOLDER` fills"
                 )
 
 
-def _hashes(material: Material, names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of the files that `_used` names; of a bundle, of its manifest, which holds those of its files."""
-    found = {}
+def _hashes(assets: Assets, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the files that `_used` names; of a bundle, of its manifest, which has those of its files."""
+    hashes = {}
     for name in names:
         if name.startswith("bundle "):
-            manifest = Bundle(material.bundles[name.removeprefix("bundle ")]).manifest
-            found[name] = hashlib.sha256(manifest.to_json().encode()).hexdigest()
+            manifest = Bundle(assets.bundles[name.removeprefix("bundle ")]).manifest
+            hashes[name] = hashlib.sha256(manifest.to_json().encode()).hexdigest()
         else:
-            found[name] = sha256(getattr(material, name))
-    return found
+            hashes[name] = sha256(getattr(assets, name))
+    return hashes

@@ -1,9 +1,9 @@
 """One case in this process, for `runner`: prepared, compared, and only then timed.
 
-    python -m flashcocos.benchmarks.worker '{"case": {...}, "material": {...}, "timed": true}'
+    python -m flashcocos.benchmarks.worker '{"case": {...}, "assets": {...}, "timed": true}'
 
-prints the row's fields as JSON. Memory is that of a process which did nothing else; the operating system ends this
-process before any other where memory runs out.
+prints the row's fields as JSON. Memory is that of a process that did nothing else. Where memory runs out, the operating
+system ends this process before any other.
 """
 
 from __future__ import annotations
@@ -19,73 +19,82 @@ from typing import Any
 
 import numpy as np
 
-from .provenance import peak_rss, percentiles, process_memory
-from .registry import Case, Material, Subject
+from .provenance import peak_rss, percentiles, resident_memory
+from .registry import Case, Assets, Benchmark
 
 MIB = 2**20
-PAUSE = 0.08  # seconds between run and yardstick: threads of BLAS spin for a while on the cores that the other needs
+PAUSE = 0.08  # seconds between run and baseline: threads of BLAS spin for a while on the cores that the other needs
 
 
-def measure(case: Case, material: Material, *, timed: bool = True) -> dict[str, Any]:
-    """`status` of the case and what was measured; not `timed`: only prepared, run once and checked."""
+def measure(case: Case, assets: Assets, *, timed: bool = True) -> dict[str, Any]:
+    """Run one case in this process.
+
+    Args:
+        case: What to run.
+        assets: What it runs on.
+        timed: False prepares it, runs it once and checks the result, and that is all.
+
+    Returns:
+        `status` and what was measured: the fields of a row, JSON.
+    """
     start = time.perf_counter()
-    subject = _prepare(case, material)
+    benchmark = _prepare(case, assets)
     row: dict[str, Any] = {"setup_ms": _since(start)}
-    if subject.run is None:
-        return {"status": "measured", **row, "facts": dict(subject.facts)}
-    memory = _Memory(material.device)
-    elapsed, outcome = _timed(subject.run, material.device)
+    if benchmark.run is None:
+        return {"status": "measured", **row, "facts": dict(benchmark.facts)}
+    memory = _Memory(assets.device)
+    elapsed, sample = _timed(benchmark.run, assets.device)
     memory.note()
-    quality = subject.check(outcome.result)
+    quality = benchmark.check(sample.result)
     if case.gate and not case.gate.passes(quality):
         return {"status": "outside", **row, "quality": quality}
     if not timed:
         return {"status": "checked", **row, "quality": quality}
     row["first_ms"] = elapsed
     memory.start()  # what the check took is not the case's
-    row |= _repeat(case, subject, material.device, [] if case.warmup else [(elapsed, outcome.parts)])
-    if subject.yardstick is None:  # nor is what the yardstick takes
+    row |= _repeat(case, benchmark, assets.device, [] if case.warmup else [(elapsed, sample.parts)])
+    if benchmark.baseline is None:  # the baseline's is not either
         memory.note()
     row |= memory.row()
     # last, for it needs memory of its own
-    row |= {"quality": quality | subject.score(outcome.result), "facts": dict(subject.facts)}
+    row |= {"quality": quality | benchmark.score(sample.result), "facts": dict(benchmark.facts)}
     return {"status": "timed", **row}
 
 
-def _prepare(case: Case, material: Material) -> Subject:
-    module, _, name = case.subject.partition(":")
-    prepare: Callable[[Case, Material], Subject] = getattr(importlib.import_module(module, __package__), name)
-    return prepare(case, material)
+def _prepare(case: Case, assets: Assets) -> Benchmark:
+    module, _, name = case.benchmark.partition(":")
+    prepare: Callable[[Case, Assets], Benchmark] = getattr(importlib.import_module(module, __package__), name)
+    return prepare(case, assets)
 
 
-def _repeat(case: Case, subject: Subject, device: str, runs: list[tuple[float, Any]]) -> dict[str, Any]:
+def _repeat(case: Case, benchmark: Benchmark, device: str, runs: list[tuple[float, Any]]) -> dict[str, Any]:
     """Run until the case's repeats are done or its seconds are over."""
-    assert subject.run is not None
-    yardstick: list[float] = []
+    assert benchmark.run is not None
+    baseline: list[float] = []
     start = time.monotonic()
     while len(runs) < case.repeats and (not runs or time.monotonic() - start < case.seconds):
-        if subject.yardstick is not None:
+        if benchmark.baseline is not None:
             time.sleep(PAUSE)
-            yardstick.append(_timed(subject.yardstick, device)[0])
+            baseline.append(_timed(benchmark.baseline, device)[0])
             time.sleep(PAUSE)
-        elapsed, outcome = _timed(subject.run, device)
-        runs.append((elapsed, outcome.parts))
+        elapsed, sample = _timed(benchmark.run, device)
+        runs.append((elapsed, sample.parts))
     row: dict[str, Any] = {"runs": len(runs), "ms": percentiles([elapsed for elapsed, _ in runs])}
     if names := list(runs[0][1]):
         row["parts_ms"] = {name: round(float(np.median([parts[name] for _, parts in runs])), 3) for name in names}
-    if yardstick:
-        row["yardstick_ms"] = percentiles(yardstick)
+    if baseline:
+        row["baseline_ms"] = percentiles(baseline)
         # the fastest of each: what slows a busy machine slows single runs of either
-        row["ratio"] = round(min(elapsed for elapsed, _ in runs) / min(yardstick), 3)
+        row["ratio"] = round(min(elapsed for elapsed, _ in runs) / min(baseline), 3)
     return row
 
 
 def _timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
     start = time.perf_counter()
-    outcome = run()
+    sample = run()
     if device == "cuda" and (torch := sys.modules.get("torch")):
         torch.cuda.synchronize()
-    return _since(start), outcome
+    return _since(start), sample
 
 
 def _since(start: float) -> float:
@@ -93,7 +102,7 @@ def _since(start: float) -> float:
 
 
 class _Memory:
-    """Peaks of this process, of what the runs take beyond the prepared case, and of the device, in bytes."""
+    """Peak memory in bytes: of this process, of the runs beyond the prepared case, and of the device."""
 
     def __init__(self, device: str) -> None:
         self._torch = sys.modules.get("torch") if device == "cuda" else None
@@ -102,30 +111,30 @@ class _Memory:
         self._resident = self.start()
 
     def start(self) -> int:
-        """Let the peaks start again from here, where the system can; what is resident now, 0 where it cannot."""
+        """Reset the peaks where the system can; returns what is resident now, 0 where it cannot."""
         if self._torch is not None:
             self._torch.cuda.reset_peak_memory_stats()
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             return 0
-        return process_memory("VmRSS")
+        return resident_memory()
 
     def note(self) -> None:
         """Count the peaks since `start`."""
-        self._highest = max(self._highest, process_memory("VmHWM"))
-        self._peak = max(self._peak, peak_rss())
+        self._highest = max(self._highest, peak_rss())
+        self._peak = max(self._peak, self._highest)
         if self._torch is not None:
             self._device_peak = max(self._device_peak, self._torch.cuda.max_memory_allocated())
 
     def row(self) -> dict[str, float]:
         """The peaks noted, in MiB."""
-        found = {"peak_mib": round(self._peak / MIB, 1)}
+        peaks = {"peak_mib": round(self._peak / MIB, 1)}
         if self._resident:
-            found["extra_mib"] = round(max(0, self._highest - self._resident) / MIB, 1)
+            peaks["extra_mib"] = round(max(0, self._highest - self._resident) / MIB, 1)
         if self._torch is not None:
-            found["device_peak_mib"] = round(self._device_peak / MIB, 1)
-        return found
+            peaks["device_peak_mib"] = round(self._device_peak / MIB, 1)
+        return peaks
 
 
 def _end_first() -> None:
@@ -137,7 +146,7 @@ def main() -> None:
     """Run the case that the command line holds and print its row."""
     _end_first()
     task = json.loads(sys.argv[1])
-    row = measure(Case.from_dict(task["case"]), Material(**task["material"]), timed=task["timed"])
+    row = measure(Case.from_dict(task["case"]), Assets(**task["assets"]), timed=task["timed"])
     sys.stdout.flush()
     print(json.dumps(row))
 

@@ -32,6 +32,7 @@ _CHILDREN: dict[str, dict[int, str]] = {
 }
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # fields of TensorProto
 _MAX_DEPTH = 100  # protobuf's own limit of nested messages
+_MAX_FIELDS = 1 << 20  # a published network's largest stage has under 20 000; a million take about a second
 
 
 def refuse_external_data(model: bytes, name: str) -> None:
@@ -40,7 +41,7 @@ def refuse_external_data(model: bytes, name: str) -> None:
     name: what to call the model in the message.
     """
     try:
-        _walk(memoryview(model), "ModelProto", 0)
+        _walk(memoryview(model), "ModelProto", 0, iter(range(_MAX_FIELDS)))
     except _External as error:
         raise BundleError(
             f"{name}: a tensor's content lies in another file, which no bundle may do; export the model again"
@@ -53,15 +54,17 @@ class _External(Exception):
     """A tensor names another file."""
 
 
-def _walk(message: memoryview, kind: str, depth: int) -> None:
+def _walk(message: memoryview, kind: str, depth: int, budget: Iterator[int]) -> None:
     if depth > _MAX_DEPTH:
         raise ValueError(f"more than {_MAX_DEPTH} nested messages")
     for number, content in _fields(message):
+        if next(budget, None) is None:
+            raise ValueError(f"more than {_MAX_FIELDS} fields")
         if kind == "TensorProto" and (number == _EXTERNAL_DATA or (number == _DATA_LOCATION and content != 0)):
             raise _External
         child = _CHILDREN[kind].get(number)
         if child is not None and isinstance(content, memoryview):
-            _walk(content, child, depth + 1)
+            _walk(content, child, depth + 1, budget)
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
@@ -69,7 +72,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)
-        if tag >> 32:  # parsers differ on the bits above 32, so a field could hide behind them
+        if not 8 <= tag < 1 << 32:  # 0 is no field; parsers differ on bits above 32, behind which a field could hide
             raise ValueError("a field number out of range")
         number, wire_type = tag >> 3, tag & 7
         if wire_type == 0:

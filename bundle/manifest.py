@@ -19,17 +19,20 @@ synthesis; with `warp_residual` they pass means (batch, label_channels, 3) on as
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..config import ModelConfig
+import msgspec
+
+from ..config import ModelConfig, from_fields
 from ..errors import BundleError, InputError
 from ..files import atomic_path
 
@@ -41,11 +44,16 @@ STAGES = ("query", "exemplar", "coarse", "fine")
 PRECISIONS = ("float32", "float16", "int8")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 2 << 30  # protobuf's own limit for an ONNX file
+MAX_BUNDLE_BYTES = 4 << 30  # of all files; the largest published network takes 0.6 GB
+_MAX_RATIO = 100  # of a zip's content to its size; weights shrink little, a megabyte of zeros to a kilobyte
+# what zipfile raises on damaged archives, entries and names; it names no list
+_DAMAGE = (
+    OSError, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One input or output of a stage: its name, numpy dtype name, and shape with named dynamic axes."""
 
     name: str
@@ -53,8 +61,7 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class StageSpec:
+class StageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One ONNX graph of a bundle."""
 
     file: str
@@ -62,16 +69,14 @@ class StageSpec:
     outputs: tuple[TensorSpec, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class FileSpec:
+class FileSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Size in bytes and SHA-256 (hexadecimal) of one file of a bundle."""
 
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_FILE_BYTES)]
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a bundle says of itself. `provenance` and `license` are the exporter's words, shown but never acted on."""
 
     config: ModelConfig
@@ -80,18 +85,19 @@ class Manifest:
     stages: dict[str, StageSpec]
     files: dict[str, FileSpec]
     license: str = ""
-    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: dict[str, Any] = {}
 
     def to_json(self) -> str:
         """This manifest as a JSON object."""
-        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2)
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        return json.dumps(header | msgspec.to_builtins(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
         """Parse and validate; anything unexpected raises `BundleError`."""
         try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            fields = msgspec.json.decode(text)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
             raise BundleError(f'{MANIFEST}: expected an object with "format": "{FORMAT}"')
@@ -100,48 +106,24 @@ class Manifest:
                 f"{MANIFEST}: format_version {version!r} is unknown to this flashcocos, which reads {FORMAT_VERSION}; "
                 "install a matching flashcocos or export the model again"
             )
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != names:
-            raise BundleError(f"{MANIFEST}: expected the fields {sorted(names)}, got {sorted(fields)}")
         try:
-            manifest = cls(
-                config=ModelConfig.from_dict(fields["config"]),
-                precision=fields["precision"],
-                opset=fields["opset"],
-                stages={name: _stage(spec) for name, spec in fields["stages"].items()},
-                files={name: FileSpec(**spec) for name, spec in fields["files"].items()},
-                license=fields["license"],
-                provenance=fields["provenance"],
-            )
-        except (InputError, TypeError, KeyError, AttributeError) as error:
+            manifest = from_fields(cls, fields)
+        except InputError as error:
             raise BundleError(f"{MANIFEST}: {error}") from error
         manifest._validate()
         return manifest
 
     def _validate(self) -> None:
-        for name, spec in self.files.items():
+        for name in self.files:
             if not _NAME.fullmatch(name) or name == MANIFEST:
                 raise BundleError(f"{MANIFEST}: file name {name!r} is not allowed in a bundle")
-            if type(spec.bytes) is not int or not 0 <= spec.bytes <= MAX_FILE_BYTES:
-                raise BundleError(f"{MANIFEST}: {name}: expected a size of 0 to {MAX_FILE_BYTES}, got {spec.bytes!r}")
-            if not isinstance(spec.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", spec.sha256):
-                raise BundleError(f"{MANIFEST}: {name}: sha256 {spec.sha256!r} is not 64 hexadecimal digits")
         if self.precision not in PRECISIONS:
             raise BundleError(f"{MANIFEST}: precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
-        if type(self.opset) is not int or not isinstance(self.license, str) or not isinstance(self.provenance, dict):
-            raise BundleError(f"{MANIFEST}: opset, license or provenance has the wrong type")
         if set(self.stages) != set(STAGES):
             raise BundleError(f"{MANIFEST}: expected the stages {STAGES}, got {sorted(self.stages)}")
         for name, stage in self.stages.items():
             if stage.file not in self.files:
                 raise BundleError(f"{MANIFEST}: stage {name} names {stage.file!r}, which is not among its files")
-
-
-def _stage(fields: dict[str, Any]) -> StageSpec:
-    def tensors(key: str) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(str(t["name"]), str(t["dtype"]), tuple(t["shape"])) for t in fields[key])
-
-    return StageSpec(str(fields["file"]), tensors("inputs"), tensors("outputs"))
 
 
 class Bundle:
@@ -154,7 +136,14 @@ class Bundle:
         self.path = Path(path)
         if not self.path.exists():
             raise InputError(f"no model bundle at {self.path}; `flashcocos export` writes one")
+        if not self.path.is_dir() and not self.path.is_file():  # a pipe or a device may never end
+            raise InputError(f"{self.path}: expected a model bundle, a folder or a .zip; this is a pipe or a device")
         self.manifest = Manifest.from_json(self._bytes(MANIFEST, MAX_MANIFEST_BYTES))
+        limit = MAX_BUNDLE_BYTES
+        if self.path.is_file():
+            limit = min(limit, _MAX_RATIO * self.path.stat().st_size)
+        if (total := sum(spec.bytes for spec in self.manifest.files.values())) > limit:
+            raise BundleError(f"{self.path}: its manifest states {total} bytes of files; expected at most {limit}")
 
     def read(self, name: str) -> bytes:
         """Content of the listed file `name`; `BundleError` when its size or SHA-256 is not what the manifest states."""
@@ -186,11 +175,18 @@ class Bundle:
                     raise BundleError(f"{self.path}: {name} is missing or not a plain file")
                 with file_path.open("rb") as file:
                     return file.read(limit + 1)
-            with zipfile.ZipFile(self.path) as archive, archive.open(name) as file:
-                return file.read(limit + 1)
+            with zipfile.ZipFile(self.path) as archive:
+                entry = archive.getinfo(name)
+                # others (LZMA) may ask for gigabytes of memory
+                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise BundleError(f"{self.path}: {name} is neither stored nor deflated; pack the zip file again")
+                with archive.open(entry) as file:
+                    return file.read(limit + 1)
         except KeyError as error:
             raise BundleError(f"{self.path}: {name} is missing") from error
-        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        except BundleError:
+            raise
+        except _DAMAGE as error:
             raise BundleError(f"{self.path}: {name} cannot be read: {error}") from error
 
 
@@ -201,7 +197,7 @@ def write_bundle(path: str | os.PathLike[str], manifest: Manifest, files: Mappin
     """
     path = Path(path)
     specs = {name: FileSpec(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
-    manifest = dataclasses.replace(manifest, files=specs)
+    manifest = msgspec.structs.replace(manifest, files=specs)
     manifest._validate()
     content = {MANIFEST: manifest.to_json().encode(), **files}
     if path.suffix == ".zip":

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -96,7 +97,7 @@ def quantize_bundle(
         graph, counts = _quantize_stage(opened, stage, calibration)
         files[opened.manifest.stages[stage].file] = graph.SerializeToString(deterministic=True)
         quantized, convolutions = quantized + counts[0], convolutions + counts[1]
-    manifest = dataclasses.replace(opened.manifest, precision="int8")
+    manifest = msgspec.structs.replace(opened.manifest, precision="int8")
     with tempfile.TemporaryDirectory() as folder:
         # measured as it will be read
         trial = Bundle(write_bundle(Path(folder) / "trial", manifest, files))

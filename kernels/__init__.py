@@ -3,7 +3,6 @@
     from flashcocos.kernels import corr_warp
     warped = corr_warp(theta, phi, values)      # torch tensors or numpy arrays; the same kind comes back
     corr_warp(theta, phi, values, backend="cpu")
-    last_backend()                              # "cpu": what ran last in this thread
 
 Source: arXiv 2004.05571, equations 2 and 3, with the 3 x 3 patches of its public code. Importing this
 folder loads neither torch, triton nor numba; the array paths never load torch, and the tensor paths never load numba.
@@ -27,6 +26,6 @@ from __future__ import annotations
 
 # eager but light: corr_warp.py itself imports numpy alone, and binding the function here, before anyone can import the
 # submodule of the same name, makes `kernels.corr_warp` the function
-from .corr_warp import corr_match, corr_row, corr_warp, last_backend
+from .corr_warp import corr_match, corr_row, corr_warp
 
-__all__ = ["corr_match", "corr_row", "corr_warp", "last_backend"]
+__all__ = ["corr_match", "corr_row", "corr_warp"]

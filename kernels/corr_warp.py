@@ -1,4 +1,4 @@
-"""The public functions of the warp: validation, the choice of an implementation, and which one ran.
+"""The public functions of the warp: validation, and the choice of an implementation.
 
 This module imports numpy alone; torch, triton and numba load when a call needs them. Every implementation computes
 the same exact result (module `reference` is the definition) without forming the N x M matrix, except "reference".
@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 ARRAY_BACKENDS = ("auto", "numba", "numpy")
 TENSOR_BACKENDS = ("auto", "triton", "cpu", "reference")
 PATCHES = (1, 3, 5)
-
-_ran = threading.local()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +44,10 @@ class CorrMatch:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayWarp:
-    """What `warp_arrays` returns: out (B, V, Hq, Wq) and lse (B, Hq, Wq) float32, and the match if asked for.
+    """What `warp_arrays` returns.
 
-    backend: the implementation that ran, "numba" or "numpy".
+    out (B, V, Hq, Wq) and lse (B, Hq, Wq), float32; match, None unless it was asked for; backend, what computed them:
+    "numba" or "numpy".
     """
 
     out: npt.NDArray[np.float32]
@@ -166,13 +164,7 @@ def corr_row(
     ]
     center = (min(y, patch), min(x, patch))
     rows = np.stack([softmax_row(t, p, center, patch, temperature) for t, p in zip(*around, strict=True)])
-    _ran.name = "numpy"
     return sys.modules["torch"].from_numpy(rows).to(theta.device) if tensors else rows
-
-
-def last_backend() -> str | None:
-    """The implementation that ran last in this thread ("triton", "cpu", "reference", "numba", "numpy"), or None."""
-    return getattr(_ran, "name", None)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -202,22 +194,25 @@ def _warp_tensors(
     theta: torch.Tensor, phi: torch.Tensor, values: torch.Tensor, patch: int, temperature: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_tensors((theta, phi, values), ("theta", "phi", "values"), patch, temperature)
+    backend = _tensor_backend(theta, backend)
+    if backend == "reference":
+        from . import reference
+
+        return reference.warp(theta, phi, values, patch, temperature)
+    from .op import corr_warp_op
+
+    return corr_warp_op(theta, phi, values, patch, float(temperature), backend)
+
+
+def _tensor_backend(theta: torch.Tensor, backend: str) -> str:
+    """The implementation that `corr_warp` runs for `theta`: `backend`, or what "auto" stands for."""
     if backend not in TENSOR_BACKENDS:
         raise InputError(f"backend for tensors: expected one of {', '.join(TENSOR_BACKENDS)}, got {backend!r}")
     if backend == "auto":
         backend = "triton" if theta.is_cuda else "cpu"
     if backend == "cpu" and theta.device.type != "cpu":
         raise BackendError(f"backend 'cpu' needs tensors on the CPU, got {theta.device}; use 'triton' or 'reference'")
-    if backend == "reference":
-        from . import reference
-
-        result = reference.warp(theta, phi, values, patch, temperature)
-    else:
-        from .op import corr_warp_op
-
-        result = corr_warp_op(theta, phi, values, patch, float(temperature), backend)
-    _ran.name = backend
-    return result
+    return backend
 
 
 def _match_tensors(theta: torch.Tensor, phi: torch.Tensor, patch: int, temperature: float, backend: str) -> CorrMatch:
@@ -225,9 +220,7 @@ def _match_tensors(theta: torch.Tensor, phi: torch.Tensor, patch: int, temperatu
     if backend == "triton" or (backend == "auto" and theta.is_cuda):
         from .op import implementation
 
-        fields = implementation("triton").match_forward(theta, phi, patch, float(temperature))
-        _ran.name = "triton"
-        return CorrMatch(*fields)
+        return CorrMatch(*implementation("triton").match_forward(theta, phi, patch, float(temperature)))
     if theta.device.type != "cpu":
         raise BackendError(f"backend {backend!r} needs tensors on the CPU, got {theta.device}; use 'triton'")
     arrays = (_to_array(side).astype(np.float32, copy=False) for side in (theta, phi))
@@ -247,23 +240,22 @@ def _run_arrays(
     for name, array in (("theta", theta), ("phi", phi), ("values", values)):
         if array.dtype not in (np.float32, np.float16):
             raise InputError(f"{name}: expected float32 or float16, got {array.dtype}; convert with .astype('float32')")
-    implementation = _array_implementation(backend)
+    backend = _array_backend(backend)
+    implementation = importlib.import_module(f".cpu.{backend}_warp", __package__)
     single = [np.ascontiguousarray(array, dtype=np.float32) for array in (theta, phi, values)]
     out, lse, found = implementation.warp_forward(*single, patch, float(temperature), match=match)
-    _ran.name = implementation.__name__.rpartition(".")[2].removesuffix("_warp")
     grid = theta.shape[2:]
     shaped = CorrMatch(*(field.reshape(-1, *grid) for field in found)) if match else None
-    return ArrayWarp(out.reshape(*out.shape[:2], *grid), lse.reshape(-1, *grid), shaped, _ran.name)
+    return ArrayWarp(out.reshape(*out.shape[:2], *grid), lse.reshape(-1, *grid), shaped, backend)
 
 
-def _array_implementation(backend: str) -> Any:
+def _array_backend(backend: str) -> str:
     if backend not in ARRAY_BACKENDS:
         raise InputError(f"backend for arrays: expected one of {', '.join(ARRAY_BACKENDS)}, got {backend!r}")
     has_numba = importlib.util.find_spec("numba") is not None
     if backend == "numba" and not has_numba:
         raise BackendError("backend 'numba' needs numba: pip install 'flashcocos[cpu]', or use backend='numpy'")
-    name = "numba_warp" if has_numba and backend != "numpy" else "numpy_warp"
-    return importlib.import_module(f".cpu.{name}", __package__)
+    return "numba" if has_numba and backend != "numpy" else "numpy"
 
 
 def _check(inputs: Sequence[Any], names: Sequence[str], patch: int, temperature: float, kind: type[Any]) -> None:

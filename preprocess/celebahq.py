@@ -30,7 +30,7 @@ def class_ids(parts: UInt8Array, glasses: BoolArray | None = None, name: str = "
 
 def planes(parts: UInt8Array, glasses: BoolArray | None = None) -> FloatArray:
     """Float32 (19, H, W): one-hot of `parts`, plane 16 replaced by `glasses`, the plane below them kept."""
-    label = (np.arange(CLASSES, dtype=np.uint8)[:, None, None] == parts).astype(np.float32)
+    label: FloatArray = (np.arange(CLASSES, dtype=np.uint8)[:, None, None] == parts).astype(np.float32)
     if glasses is not None:
         label[GLASSES] = glasses
     return label

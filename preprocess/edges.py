@@ -34,12 +34,13 @@ def canny_edges(gray: UInt8Array, canny: str = "upstream") -> BoolArray:
         raise InputError(f"canny: expected one of {', '.join(CANNY)}, got {canny!r}")
     feature = require("skimage.feature", "scikit-image")
     if canny == "modern":
-        return feature.canny(gray)
+        return np.asarray(feature.canny(gray), bool)
     gaussian_filter = require("scipy.ndimage", "scipy").gaussian_filter
     inside = gaussian_filter(np.ones(gray.shape), 1, mode="constant")  # what of the kernel lies on the picture
     smooth = gaussian_filter(gray, 1, mode="constant") / (inside + np.finfo(float).eps)
     # sigma 0 leaves the picture as it is, and "nearest" leaves out scikit-image's own division by `inside`
-    return feature.canny(smooth, sigma=0, low_threshold=25.5, high_threshold=51, mode="nearest")
+    edges = feature.canny(smooth, sigma=0, low_threshold=25.5, high_threshold=51, mode="nearest")
+    return np.asarray(edges, bool)
 
 
 def edge_planes(gray: UInt8Array, masks: Mapping[str, BoolArray], canny: str = "upstream") -> UInt8Array:

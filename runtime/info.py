@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
+
+import msgspec
 
 from ..bundle import Bundle
 from ..bundle.stages import check_stages
@@ -85,7 +86,7 @@ def _bundle_lines(bundle: Bundle) -> list[str]:
         f"precision   {manifest.precision}",
         f"opset       {manifest.opset}",
         f"license     {json.dumps(manifest.license) if manifest.license else 'not stated'}",
-        "config      " + ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(manifest.config).items()),
+        "config      " + ", ".join(f"{key}={value}" for key, value in msgspec.structs.asdict(manifest.config).items()),
     ]
     for name, stage in manifest.stages.items():
         inputs = ", ".join(f"{t.name} {t.dtype}{_shape(t.shape)}" for t in stage.inputs)

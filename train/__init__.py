@@ -1,0 +1,1 @@
+"""Training: networks, data sets, losses and the trainer behind `flashcocos train`. Needs torch."""

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..config import ModelConfig
 from ..errors import InputError
 from .losses import LossWeights
@@ -261,7 +263,7 @@ class Settings:
 
     def described(self) -> dict[str, Any]:
         """These settings for the provenance of a model: of a path its last part alone, for models are given away."""
-        fields = dataclasses.asdict(self)
+        fields: dict[str, Any] = msgspec.to_builtins(self)
         for section, names in ((fields, ("init", "vgg")), (fields["data"], _PATHS)):
             section.update({name: Path(section[name]).name for name in names})
         return fields
@@ -271,7 +273,7 @@ class Settings:
         lines = [f"{name} = {_toml(getattr(self, name))}" for name in ("init", "perceptual", "vgg")]
         for section in ("model", *_SECTIONS):
             lines += ["", f"[{section}]"]
-            fields = dataclasses.asdict(getattr(self, section))
+            fields = msgspec.to_builtins(getattr(self, section))
             lines += [f"{name} = {_toml(value)}" for name, value in fields.items()]
         return "\n".join(lines) + "\n"
 
@@ -317,7 +319,7 @@ def _model(table: Any) -> ModelConfig:
         raise InputError(f"model: expected a table, got {table!r}")
     fields = {name: value for name, value in table.items() if name != "preset"}
     if "preset" in table:
-        fields = dataclasses.asdict(ModelConfig.preset(_typed("model.preset", "str", table["preset"]))) | fields
+        fields = msgspec.structs.asdict(ModelConfig.preset(_typed("model.preset", "str", table["preset"]))) | fields
     return ModelConfig.from_dict(fields)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -401,7 +402,7 @@ def start_model(settings: Settings) -> CoCosNet:
         model.correspondence.phi.load_state_dict(model.correspondence.theta.state_dict())
     if settings.init not in FRESH:
         loaded = load_model(settings.init)
-        given, wanted = (dataclasses.asdict(config) for config in (loaded.config, settings.model))
+        given, wanted = (msgspec.structs.asdict(config) for config in (loaded.config, settings.model))
         for name in given:
             if name not in ("task", "image_size") and given[name] != wanted[name]:
                 raise CheckpointError(

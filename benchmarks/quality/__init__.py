@@ -1,0 +1,1 @@
+"""What `flashcocos evaluate` scores: a model's pictures against exact answers or photographs."""

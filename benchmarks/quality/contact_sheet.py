@@ -9,20 +9,20 @@ from ...config import ModelConfig
 from ...files import atomic_path
 from ...preprocess.images import PathLike, UInt8Array, to_uint8
 from ...train.data import Item
-from .predictors import Drawing
+from .predictors import Prediction
 
 CAPTIONS = ("label", "exemplar", "warped", "result", "true")
 _HEADER = 16
 
 
-class Sheet:
+class ContactSheet:
     """Rows of at most `count` pairs; `write` lays them out in up to three columns under captions."""
 
     def __init__(self, config: ModelConfig, count: int = 24) -> None:
         self.config, self.count = config, count
         self.rows: list[UInt8Array] = []
 
-    def add(self, item: Item, drawing: Drawing) -> None:
+    def add(self, item: Item, drawing: Prediction) -> None:
         """Take one pair, unless the sheet is full."""
         from ...runtime.folder import label_colors
 

@@ -1,7 +1,7 @@
 """How good a model is: behind `flashcocos evaluate`.
 
-On pairs with an exact target, as the avatars are, the measure to beat is the trivial answer
-(`metrics.trivial_answer`). Photographs have no target: see `photo_measures`.
+On pairs with an exact target, as the avatars are, the measure to beat is the class-mean baseline
+(`metrics.class_mean_baseline`). Photographs have no target: see `photo_metrics`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import msgspec
 from tqdm import tqdm
 
 from ...errors import InputError
 from ...preprocess.images import PathLike, to_uint8
 from ...train.data import Item, PairData
-from .contact_sheet import Sheet
-from .metrics import ExactSums, correspondence_accuracy, trivial_answer
-from .photo_metrics import METRICS, PhotoMeasures, check_networks, open_measures
-from .predictors import Source, open_source, torch_device
+from .contact_sheet import ContactSheet
+from .metrics import ExactSums, correspondence_accuracy, class_mean_baseline
+from .photo_metrics import METRICS, PhotoMetrics, check_networks, open_metrics
+from .predictors import Predictor, open_predictor, torch_device
 
 
 @dataclasses.dataclass(frozen=True)
 class ExactScores:
     """Means over the pairs, pictures as 8 bits a color. PSNR in dB; l1 and color errors for colors in [0, 1].
 
-    psnr, psnr_warped, psnr_trivial: of the image, of the warped exemplar, of the trivial answer. ssim: of the image.
+    psnr, psnr_warped, psnr_baseline: of the image, of the warped exemplar, of the class-mean baseline. ssim: of the image.
     correspondence: share of positions whose best match in the exemplar is of the same class.
     psnr_by_class: over all pixels of the class; color_error_by_class: L1 of its mean color. Only classes that occur.
     """
@@ -33,7 +34,7 @@ class ExactScores:
     pairs: int
     psnr: float
     psnr_warped: float
-    psnr_trivial: float
+    psnr_baseline: float
     ssim: float
     l1: float
     correspondence: float
@@ -42,7 +43,7 @@ class ExactScores:
 
 
 def evaluate_exact(
-    source: Source, pairs: PairData, class_names: Sequence[str], *, count: int | None = None, sheet: Sheet | None = None
+    predictor: Predictor, pairs: PairData, class_names: Sequence[str], *, count: int | None = None, sheet: ContactSheet | None = None
 ) -> ExactScores:
     """Score the first `count` pairs (all by default) against their targets; `sheet` gets the pictures.
 
@@ -58,11 +59,11 @@ def evaluate_exact(
     for index, item in _items(pairs, count):
         if not item["has_target"]:
             raise InputError(f"pair {index} has no exact target to be scored against")
-        drawing, target, exemplar = source.draw(item), to_uint8(item["image"]), to_uint8(item["exemplar"])
+        drawing, target, exemplar = source.predict(item), to_uint8(item["image"]), to_uint8(item["exemplar"])
         label, exemplar_label = item["label"], item["exemplar_label"]
-        trivial = trivial_answer(label, exemplar, exemplar_label, classes)
+        baseline = class_mean_baseline(label, exemplar, exemplar_label, classes)
         found = correspondence_accuracy(label, exemplar_label, drawing.matches, classes)
-        sums.add(label, target, drawing.image, drawing.warped, trivial, found)
+        sums.add(label, target, drawing.image, drawing.warped, baseline, found)
         if sheet is not None:
             sheet.add(item, drawing)
     by_class = sums.psnr_by_class(class_names), sums.color_error_by_class(class_names)
@@ -70,11 +71,11 @@ def evaluate_exact(
 
 
 def evaluate_photos(
-    source: Source, pairs: PairData, measures: PhotoMeasures, *, count: int | None = None, sheet: Sheet | None = None
+    predictor: Predictor, pairs: PairData, measures: PhotoMetrics, *, count: int | None = None, sheet: ContactSheet | None = None
 ) -> dict[str, Any]:
     """Score the first `count` pairs of photographs (all by default); `sheet` gets the pictures."""
     for _, item in _items(pairs, count):
-        drawing = source.draw(item)
+        drawing = source.predict(item)
         measures.add(item, drawing)
         if sheet is not None:
             sheet.add(item, drawing)
@@ -104,7 +105,7 @@ def evaluate_model(
 
     data: "avatars", rendered where the cache lacks them, or the folder of a photo data set with its retrieval list
     `pairs` and, if they are prepared, its `labels`; task: whose layout that folder has, by default the model's own.
-    metrics, vgg, inception: for photographs, see `photo_measures`. sheet: where to write a picture of the first pairs.
+    metrics, vgg, inception: for photographs, see `photo_metrics`. sheet: where to write a picture of the first pairs.
     backend, device, precision, warp, num_threads: as for the runtime's `Translator`.
     """
     exact = str(data) == "avatars"
@@ -112,8 +113,8 @@ def evaluate_model(
         check_networks(metrics, vgg, inception)
         if split != "test":
             raise InputError(f"split {split!r}: a folder of photographs is scored as a test; its list says which")
-    source = open_source(model, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads)
-    drawn = None if sheet is None else Sheet(source.config)
+    source = open_predictor(model, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads)
+    drawn = None if sheet is None else ContactSheet(source.config)
     if exact:
         from ...train.data.avatars import AvatarOptions, AvatarPairs
         from ...train.data.avatars_paint import CLASSES
@@ -124,9 +125,9 @@ def evaluate_model(
     else:
         from ...train.data.photos import PhotoPairs
 
-        config = dataclasses.replace(source.config, task=task or source.config.task)
+        config = msgspec.structs.replace(source.config, task=task or source.config.task)
         photos = PhotoPairs(config, data, pairs, split="test", labels=labels)
-        measures = open_measures(metrics, vgg, inception, torch_device(device) if vgg or inception else "cpu")
+        measures = open_metrics(metrics, vgg, inception, torch_device(device) if vgg or inception else "cpu")
         scores = evaluate_photos(source, photos, measures, count=count, sheet=drawn)
     if sheet is not None and drawn is not None:
         drawn.write(sheet)

@@ -43,7 +43,7 @@ def ssim(image: UInt8Array, target: UInt8Array) -> float:
     )
 
 
-def trivial_answer(label: Ids, exemplar: UInt8Array, exemplar_label: Ids, classes: int) -> UInt8Array:
+def class_mean_baseline(label: Ids, exemplar: UInt8Array, exemplar_label: Ids, classes: int) -> UInt8Array:
     """The answer to beat: each class of `label` in the mean color that the exemplar gives it by its true label.
 
     A class that the exemplar lacks gets the exemplar's mean color. Labels are ids (H, W) below `classes`.
@@ -87,7 +87,7 @@ class ExactSums:
         self.area, self.error, self.color, self.present = np.zeros((4, classes))
 
     def add(
-        self, label: Ids, target: UInt8Array, image: UInt8Array, warped: UInt8Array, trivial: UInt8Array, found: float
+        self, label: Ids, target: UInt8Array, image: UInt8Array, warped: UInt8Array, baseline: UInt8Array, found: float
     ) -> None:
         """Count one pair; found: its correspondence accuracy."""
         difference = _unit(image) - _unit(target)
@@ -95,7 +95,7 @@ class ExactSums:
             {
                 "psnr": psnr(image, target),
                 "psnr_warped": psnr(warped, target),
-                "psnr_trivial": psnr(trivial, target),
+                "psnr_baseline": psnr(baseline, target),
                 "ssim": ssim(image, target),
                 "l1": float(np.abs(difference).mean()),
                 "correspondence": found,

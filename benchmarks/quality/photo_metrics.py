@@ -11,7 +11,7 @@ from ...errors import InputError
 from ...preprocess.images import PathLike, to_uint8
 from ...train.data import Item
 from .metrics import PatchSet, sliced_wasserstein_levels
-from .predictors import Drawing
+from .predictors import Prediction
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,7 @@ _INCEPTION = (
 )
 
 
-class PhotoMeasures:
+class PhotoMetrics:
     """The measures `names`, some of `METRICS`, over the pictures that `add` is given.
 
     "fid": Frechet distance between the outputs and the data set's own photographs; needs `inception`, as
@@ -57,7 +57,7 @@ class PhotoMeasures:
 
             self.frechet = FrechetDistance(inception, device)
 
-    def add(self, item: Item, drawing: Drawing) -> None:
+    def add(self, item: Item, drawing: Prediction) -> None:
         """Count one pair."""
         photo = to_uint8(item["image"])
         if "swd" in self.names:
@@ -79,7 +79,7 @@ class PhotoMeasures:
             scores[name] = round(float(np.mean([row[name] for row in self.rows])), 4)
         return scores
 
-    def _features(self, item: Item, drawing: Drawing) -> dict[str, float]:
+    def _features(self, item: Item, drawing: Prediction) -> dict[str, float]:
         import torch
 
         from .feature_metrics import semantic_consistency, style_relevance
@@ -108,10 +108,10 @@ def check_networks(names: Collection[str], vgg: object, inception: object) -> No
             raise InputError(f"{' and '.join(lacking)}: needs {what}; or leave it out: --metrics {left}")
 
 
-def open_measures(
+def open_metrics(
     names: Collection[str], vgg: PathLike | None, inception: PathLike | None, device: str
-) -> PhotoMeasures:
-    """`PhotoMeasures` with the networks in these files; also raises their loaders' errors."""
+) -> PhotoMetrics:
+    """`PhotoMetrics` with the networks in these files; also raises their loaders' errors."""
     check_networks(names, vgg, inception)
     networks: dict[str, Any] = {}
     if "fid" in names and inception is not None:
@@ -122,4 +122,4 @@ def open_measures(
         from ...train.networks.vgg_weights import load_vgg
 
         networks["vgg"] = load_vgg(vgg)
-    return PhotoMeasures(names, device=device, **networks)
+    return PhotoMetrics(names, device=device, **networks)

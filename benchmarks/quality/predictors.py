@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drawing:
+class Prediction:
     """One translation. image, warped: uint8 (H, W, 3). matches: for each position (H / 4, W / 4) the flat index of the
     exemplar's position that it matches best."""
 
@@ -30,38 +30,38 @@ class Drawing:
     matches: npt.NDArray[np.int64]
 
 
-class Source(Protocol):
+class Predictor(Protocol):
     """Draws the answer to an item of a data set."""
 
     @property
     def config(self) -> ModelConfig: ...
 
-    def draw(self, item: Item) -> Drawing: ...
+    def predict(self, item: Item) -> Prediction: ...
 
 
-class BundleSource:
+class BundlePredictor:
     """Draws with the runtime; needs no torch."""
 
     def __init__(self, translator: Translator) -> None:
         self.translator, self.config = translator, translator.config
 
-    def draw(self, item: Item) -> Drawing:
+    def predict(self, item: Item) -> Prediction:
         height, width = item["label"].shape[-2:]
         label = item["exemplar_label"] if self.config.condition_on_label else None
         exemplar = self.translator.encode_exemplar(to_uint8(item["exemplar"]), label, (height, width))
         result = self.translator.translate(item["label"], exemplar, (height, width))
         step = self.config.down_scale
         x, y = np.moveaxis(result.matches.astype(np.int64) // step, -1, 0)
-        return Drawing(result.image, result.warped, y * (width // step) + x)
+        return Prediction(result.image, result.warped, y * (width // step) + x)
 
 
-class ModelSource:
+class ModelPredictor:
     """Draws with the network; `backend` is the warp's (`flashcocos.kernels.corr_warp`). The caller sets the mode."""
 
     def __init__(self, model: CoCosNet, *, backend: str = "auto") -> None:
         self.model, self.config, self.backend = model, model.config, backend
 
-    def draw(self, item: Item) -> Drawing:
+    def predict(self, item: Item) -> Prediction:
         import torch
 
         from ...kernels import corr_match
@@ -76,10 +76,10 @@ class ModelSource:
             )
             match = corr_match(result.theta, result.phi, patch=self.config.patch, temperature=self.config.temperature)
         image, warped = (to_uint8(x[0].float().cpu().numpy()) for x in (result.image, result.warped_image))
-        return Drawing(image, warped, match.index[0].cpu().numpy())
+        return Prediction(image, warped, match.index[0].cpu().numpy())
 
 
-def open_source(
+def open_predictor(
     path: str | os.PathLike[str],
     *,
     backend: str = "onnxruntime",
@@ -98,10 +98,10 @@ def open_source(
             raise InputError(f"{path}: PyTorch runs a model file; backend {backend!r} and {precision} need a bundle")
         from ...train.checkpoint import load_model
 
-        return ModelSource(load_model(path).to(torch_device(device)))
+        return ModelPredictor(load_model(path).to(torch_device(device)))
     from ...runtime import Translator
 
-    return BundleSource(
+    return BundlePredictor(
         Translator(path, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads)
     )
 

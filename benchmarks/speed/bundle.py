@@ -14,7 +14,7 @@ from typing import Any
 from ...bundle import Bundle
 from ...errors import InputError
 from ...runtime.translator import resolve_size
-from ..registry import Case, Gate, Material
+from ..registry import Case, Gate, Assets
 from ..runner import Row, run_cases
 from ..tables import table as markdown
 from ..tables import unmeasured
@@ -52,8 +52,8 @@ def bench(
     chosen = [case for size in sides for case in cases(size, backends, repeats=repeats, quick=quick)]
     known = [_case("onnxruntime", "float32", size) for size in sides]
     with tempfile.TemporaryDirectory() as folder:
-        material = Material(bundles={"model": os.fspath(bundle)}, references=folder, threads=threads)
-        return run_cases(chosen, material, output, known=known, fresh=fresh)
+        assets = Assets(bundles={"model": os.fspath(bundle)}, references=folder, threads=threads)
+        return run_cases(chosen, assets, output, known=known, fresh=fresh)
 
 
 def cases(size: int, backends: Sequence[str] = (), *, repeats: int = 5, quick: bool = False) -> Iterator[Case]:
@@ -105,7 +105,7 @@ def _case(backend: str, precision: str, size: int, *, batch: int = 1, **options:
     own = name == reference
     return Case(
         name,
-        ".translation:prepare",
+        ".speed.translation:prepare",
         f"{backend} in {precision}, {size} px, batch {batch}",
         {**parameters, "cached": True, "batch": batch, "tile": None},
         None if own else Gate("psnr_db", MIN_PSNR[precision]),

@@ -17,21 +17,21 @@ import numpy as np
 
 from ...errors import BackendError
 from ..provenance import peak_rss
-from ..registry import Case, Material, Outcome, Subject
+from ..registry import Assets, Benchmark, Case, Sample
 
 COPY_BYTES = 256 * 2**20
 TRIALS = 5
 MIB = 2**20
 
 
-def roofline(case: Case, material: Material) -> Subject:
+def roofline(case: Case, assets: Assets) -> Benchmark:
     """Facts copy_gb_s (read and written bytes) and gflop_s of square products, the best of `TRIALS`, by dtype.
 
     parameters: side of the product. On a GPU, which has not been done yet, by torch in all dtypes, with TF32 apart.
     """
     side = case.parameters["side"]
-    if material.device == "cuda":
-        return Subject(None, facts=_gpu_rates(side))
+    if assets.device == "cuda":
+        return Benchmark(None, facts=_gpu_rates(side))
     source = np.ones(COPY_BYTES // 8)
     target = np.empty_like(source)
     left, right, product = np.random.default_rng(0).random((3, side, side), dtype=np.float32)
@@ -39,33 +39,33 @@ def roofline(case: Case, material: Material) -> Subject:
         "copy_gb_s": 2 * COPY_BYTES / _fastest(lambda: np.copyto(target, source)) / 1e9,
         "float32_gflop_s": 2 * side**3 / _fastest(lambda: np.matmul(left, right, out=product)) / 1e9,
     }
-    return Subject(None, facts={name: round(rate, 1) for name, rate in rates.items()})
+    return Benchmark(None, facts={name: round(rate, 1) for name, rate in rates.items()})
 
 
-def startup(case: Case, material: Material) -> Subject:
+def startup(case: Case, assets: Assets) -> Benchmark:
     """A fresh process, timed from its start to its first picture; parts_ms: until Python runs, is ready, and has it.
 
     parameters: of `translation`, one of whose methods the process runs; "model" or "bundle" as there.
     """
-    task = json.dumps([dataclasses.asdict(case), dataclasses.asdict(material)])
+    task = json.dumps([dataclasses.asdict(case), dataclasses.asdict(assets)])
     command = [sys.executable, "-m", __spec__.name, task]
     facts: dict[str, float] = {}
 
-    def run() -> Outcome:
+    def run() -> Sample:
         start = time.monotonic()  # one clock for all processes of a machine
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BackendError(done.stderr.strip().splitlines()[-1])
         marks = json.loads(done.stdout.strip().splitlines()[-1])
         facts["peak_mib"] = round(marks["peak"] / MIB, 1)
-        return Outcome(
+        return Sample(
             marks["mean"], {name: round(1e3 * (marks[name] - start), 1) for name in ("python", "ready", "picture")}
         )
 
-    return Subject(run, lambda mean: {"mean": mean}, facts=facts)
+    return Benchmark(run, lambda mean: {"mean": mean}, facts=facts)
 
 
-def install_size(case: Case, material: Material) -> Subject:
+def install_size(case: Case, assets: Assets) -> Benchmark:
     """Facts mib of the distributions that pip installs for an extra of flashcocos, itself left out, and the largest.
 
     parameters: extra. Counted from the files that the installed distributions list; raises `BackendError` where one is
@@ -74,7 +74,7 @@ def install_size(case: Case, material: Material) -> Subject:
     sizes = {name: _bytes_of(name) for name in requirements("flashcocos", (case.parameters["extra"],))}
     largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:4]
     facts = {"mib": round(sum(sizes.values()) / MIB, 1), "packages": len(sizes)}
-    return Subject(None, facts=facts | {"largest": {name: round(sizes[name] / MIB, 1) for name in largest}})
+    return Benchmark(None, facts=facts | {"largest": {name: round(sizes[name] / MIB, 1) for name in largest}})
 
 
 def requirements(distribution: str, extras: Iterable[str]) -> list[str]:
@@ -141,8 +141,8 @@ def _first_picture() -> None:
     marks = {"python": time.monotonic()}
     from .translation import prepare
 
-    case, material = json.loads(sys.argv[1])
-    run = prepare(Case.from_dict(case), Material(**material)).run
+    case, assets = json.loads(sys.argv[1])
+    run = prepare(Case.from_dict(case), Assets(**assets)).run
     assert run is not None  # a translation always runs
     marks["ready"] = time.monotonic()
     picture = run().result

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ..registry import Case, Material, Outcome, Subject
+from ..registry import Assets, Benchmark, Case, Sample
 from .inputs import inputs
 
 
-def prepare(case: Case, material: Material) -> Subject:
+def prepare(case: Case, assets: Assets) -> Benchmark:
     """parameters: method, preset (of `flashcocos train`), size, batch, changes (settings, as --set takes them)."""
     import torch
 
@@ -33,7 +33,7 @@ def prepare(case: Case, material: Material) -> Subject:
     changes += [f"run.micro_batch={chosen['batch']}", "run.workers=0", *chosen["changes"]]
     settings = read_settings(chosen["preset"], changes)
     samples = _Samples(settings.model, chosen["size"], chosen["batch"])
-    process = Process(device=torch.device(material.device))
+    process = Process(device=torch.device(assets.device))
     vgg = Vgg19().eval().requires_grad_(False)
     whole = chosen["method"] == "matrix"
     with tempfile.TemporaryDirectory() as folder:  # where there is nothing to resume
@@ -44,13 +44,13 @@ def prepare(case: Case, material: Material) -> Subject:
         block.attend = matrix_attention
     pieces = trainer.steps[0]
 
-    def run() -> Outcome:
-        return Outcome(trainer.train_step(pieces).terms)
+    def run() -> Sample:
+        return Sample(trainer.train_step(pieces).terms)
 
-    return Subject(run, lambda terms: {"largest_term": max(map(abs, terms.values()))})
+    return Benchmark(run, lambda terms: {"largest_term": max(map(abs, terms.values()))})
 
 
-def plan(case: Case, material: Material) -> Subject:
+def plan(case: Case, assets: Assets) -> Benchmark:
     """parameters: preset, size, checkpointing, budgets_gib, changes. Facts: MiB of one sample, and the largest batches.
 
     Of the tensors alone, by `train.memory_plan`: nothing runs, and it is the same whatever the machine.
@@ -67,7 +67,7 @@ def plan(case: Case, material: Material) -> Subject:
         batch, peak = planner.largest_batch(budget * GIB)
         largest[f"{budget:g}"] = {"batch": batch, "mib": _mib(peak.total)}
     parts = {name: _mib(size) for name, size in one._asdict().items()}
-    return Subject(None, facts={"one_mib": {"total": _mib(one.total), **parts}, "largest": largest})
+    return Benchmark(None, facts={"one_mib": {"total": _mib(one.total), **parts}, "largest": largest})
 
 
 def _mib(size: int) -> float:

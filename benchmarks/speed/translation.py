@@ -23,26 +23,26 @@ import numpy as np
 
 from ...config import ModelConfig
 from ...errors import BackendError
-from ..registry import Case, Material, Outcome, Subject
+from ..registry import Assets, Benchmark, Case, Sample
 from .inputs import UInt8Array, differences, inputs, similarity
 
 
-def prepare(case: Case, material: Material) -> Subject:
+def prepare(case: Case, assets: Assets) -> Benchmark:
     """parameters: method, size; of the runtime bundle, backend, precision, cached, batch and tile; of eager, dtype."""
     chosen = case.parameters
-    makers: dict[str, Callable[..., tuple[Callable[[], Outcome], dict[str, Any]]]] = {
+    makers: dict[str, Callable[..., tuple[Callable[[], Sample], dict[str, Any]]]] = {
         **dict.fromkeys(("eager", "eager-fused", "eager-tiled", "compiled"), _eager),
         "runtime": _runtime,
         "naive": _naive,
         "naive-openvino": _naive_openvino,
     }
-    run, facts = makers[chosen["method"]](chosen, material)
-    path = Path(material.references) / f"{case.reference or case.name}.npy"
+    run, facts = makers[chosen["method"]](chosen, assets)
+    path = Path(assets.references) / f"{case.reference or case.name}.npy"
 
     def check(picture: UInt8Array) -> dict[str, float]:
         if case.reference:
             return differences(picture, np.load(path))
-        if material.references:
+        if assets.references:
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, picture)
         return {}
@@ -50,10 +50,10 @@ def prepare(case: Case, material: Material) -> Subject:
     def score(picture: UInt8Array) -> dict[str, float]:
         return similarity(picture, np.load(path)) if case.reference else {}
 
-    return Subject(run, check, score, facts=facts)
+    return Benchmark(run, check, score, facts=facts)
 
 
-def _eager(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], Outcome], dict[str, Any]]:
+def _eager(chosen: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sample], dict[str, Any]]:
     import torch
 
     from ...preprocess import to_uint8
@@ -61,8 +61,8 @@ def _eager(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], 
     from .naive import Published
 
     method, dtype, batch = chosen["method"], getattr(torch, chosen["dtype"]), chosen["batch"]
-    model = load_model(material.model).to(material.device, dtype).eval()
-    tensors = [torch.from_numpy(array).to(material.device) for array in _arrays(model.config, chosen["size"])]
+    model = load_model(assets.model).to(assets.device, dtype).eval()
+    tensors = [torch.from_numpy(array).to(assets.device) for array in _arrays(model.config, chosen["size"])]
     tensors = [x.repeat(batch, *[1] * (x.ndim - 1)).to(dtype if x.is_floating_point() else x.dtype) for x in tensors]
     network: Callable[..., Any] = Published(model, attention=method != "eager-fused")
     if method == "compiled":
@@ -70,53 +70,53 @@ def _eager(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], 
         network = torch.compile(network, dynamic=False)
 
     @torch.inference_mode()
-    def run() -> Outcome:
+    def run() -> Sample:
         picture = model(*tensors).image if method == "eager-tiled" else network(*tensors)
-        return Outcome(to_uint8(picture[0].float().cpu().numpy()))
+        return Sample(to_uint8(picture[0].float().cpu().numpy()))
 
     return run, {}
 
 
-def _naive(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], Outcome], dict[str, Any]]:
+def _naive(chosen: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sample], dict[str, Any]]:
     import onnxruntime
 
     from ...preprocess import to_uint8
 
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[material.device]
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[assets.device]
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = material.threads or 0
+    options.intra_op_num_threads = assets.threads or 0
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(material.naive, options, providers=[provider])
+    session = onnxruntime.InferenceSession(assets.naive, options, providers=[provider])
     if provider not in session.get_providers():
         raise BackendError(f"onnxruntime could not start {provider}; pip install flashcocos[gpu]")
-    feeds = _feeds(chosen, material, [value.name for value in session.get_inputs()])
-    return lambda: Outcome(to_uint8(session.run(["image"], feeds)[0][0])), {}
+    feeds = _feeds(chosen, assets, [value.name for value in session.get_inputs()])
+    return lambda: Sample(to_uint8(session.run(["image"], feeds)[0][0])), {}
 
 
-def _naive_openvino(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], Outcome], dict[str, Any]]:
+def _naive_openvino(chosen: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sample], dict[str, Any]]:
     import openvino
 
     from ...preprocess import to_uint8
 
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    if material.threads:
-        options["INFERENCE_NUM_THREADS"] = material.threads
+    if assets.threads:
+        options["INFERENCE_NUM_THREADS"] = assets.threads
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(material.naive), "CPU", options)
-    feeds = _feeds(chosen, material, [port.get_any_name() for port in compiled.inputs])
-    return lambda: Outcome(to_uint8(compiled(feeds)[0][0])), {}
+    compiled = core.compile_model(core.read_model(assets.naive), "CPU", options)
+    feeds = _feeds(chosen, assets, [port.get_any_name() for port in compiled.inputs])
+    return lambda: Sample(to_uint8(compiled(feeds)[0][0])), {}
 
 
-def _runtime(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[], Outcome], dict[str, Any]]:
+def _runtime(chosen: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sample], dict[str, Any]]:
     from ...runtime import Translator
 
     start = time.perf_counter()
     translator = Translator(
-        material.bundles[chosen["bundle"]],
+        assets.bundles[chosen["bundle"]],
         backend=chosen["backend"],
         precision=chosen["precision"],
-        device=material.device,
-        num_threads=material.threads,
+        device=assets.device,
+        num_threads=assets.threads,
         tile=chosen["tile"],
     )
     load = time.perf_counter() - start
@@ -132,22 +132,22 @@ def _runtime(chosen: Mapping[str, Any], material: Material) -> tuple[Callable[[]
 
     kept, encoding = encode() if chosen["cached"] else (None, 0.0)
 
-    def run() -> Outcome:
+    def run() -> Sample:
         exemplar, took = (kept, 0.0) if kept is not None else encode()
         if batch == 1:
             result = translator.translate(labels, exemplar, size)
         else:
             result = translator.translate(labels, exemplar, size, batch_size=batch)[0]
         parts = {stage: share * batch for stage, share in result.timings.items()}
-        return Outcome(result.image, {**({} if kept is not None else {"exemplar": took}), **parts})
+        return Sample(result.image, {**({} if kept is not None else {"exemplar": took}), **parts})
 
     facts = {"load_ms": round(1e3 * load, 1), "warp": translator.describe()["warp"]["backend"]}
     return run, facts | ({"exemplar_ms": round(encoding, 1)} if kept is not None else {})
 
 
-def _feeds(chosen: Mapping[str, Any], material: Material, names: list[str]) -> dict[str, np.ndarray]:
+def _feeds(chosen: Mapping[str, Any], assets: Assets, names: list[str]) -> dict[str, np.ndarray]:
     """Inputs of the single graph, by their names."""
-    return dict(zip(names, _arrays(ModelConfig.from_json(material.config), chosen["size"]), strict=True))
+    return dict(zip(names, _arrays(ModelConfig.from_json(assets.config), chosen["size"]), strict=True))
 
 
 def _arrays(config: ModelConfig, size: int) -> list[np.ndarray]:

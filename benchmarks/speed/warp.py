@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...kernels import corr_row, corr_warp
-from ..registry import Case, Material, Outcome, Subject
+from ..registry import Assets, Benchmark, Case, Sample
 from .inputs import warp_inputs
 
 ARRAYS = ("numba", "numpy")
@@ -29,26 +29,26 @@ SMALL = 16  # side of the maps that warm up and whose gradients are compared
 TEMPERATURE = 0.01
 
 
-def prepare(case: Case, material: Material) -> Subject:
+def prepare(case: Case, assets: Assets) -> Benchmark:
     """parameters: method, size (side of the maps), patch, values, channels, inputs, dtype, backward, product."""
     chosen = case.parameters
     arrays = warp_inputs(chosen["size"], chosen["values"], chosen["inputs"], chosen["channels"])
     small = warp_inputs(SMALL, chosen["values"], "noise", chosen["channels"])
-    yardstick = _product(*arrays[:2]) if chosen["product"] else None
+    baseline = _product(*arrays[:2]) if chosen["product"] else None
     if chosen["method"] in ARRAYS:
         backend, patch = chosen["method"], chosen["patch"]
         corr_warp(*small, patch=patch, backend=backend)  # compiles
 
-        def run() -> Outcome:
-            return Outcome(corr_warp(*arrays, patch=patch, backend=backend))
+        def run() -> Sample:
+            return Sample(corr_warp(*arrays, patch=patch, backend=backend))
 
-        return Subject(run, lambda out: {"max_error": _error(arrays, out, patch)}, yardstick=yardstick)
-    return _tensors(chosen, arrays, small, material.device)
+        return Benchmark(run, lambda out: {"max_error": _error(arrays, out, patch)}, baseline=baseline)
+    return _tensors(chosen, arrays, small, assets.device)
 
 
 def _tensors(
     chosen: Mapping[str, Any], arrays: tuple[np.ndarray, ...], small: tuple[np.ndarray, ...], device: str
-) -> Subject:
+) -> Benchmark:
     import torch
 
     dtype, patch, backward = getattr(torch, chosen["dtype"]), chosen["patch"], chosen["backward"]
@@ -77,7 +77,7 @@ def _tensors(
     def check(out: Any) -> dict[str, float]:
         return {"max_error": max(wrong, _error(arrays, out.detach().float().cpu().numpy(), patch))}
 
-    return Subject(lambda: Outcome(run()[0]), check)
+    return Benchmark(lambda: Sample(run()[0]), check)
 
 
 def _method(name: str, patch: int) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 Forward: pack theta and phi channels last and the values likewise (`pack_kernel`, skipped for a channels-last tensor),
 patch statistics (`statistics_kernel`), then by the rule of `configs.nine_tap_tile` either `nine_tap_kernel`, split over
 the keys where the queries do not fill the GPU, with `merge_kernel` after it; or one launch of `forward_kernel`.
-`choose_forward` overrides the rule, `last_forward` tells what ran. Memory beside inputs and outputs, at 128 x 128 maps,
+`choose_forward` overrides the rule. Memory beside inputs and outputs, at 128 x 128 maps,
 C = 256, V = 3, float16: 0.25 MiB of statistics, 0.25 MiB of packed values, 0.25 MiB for each split, and 8 MiB for each
 of theta and phi that does not come in torch's channels_last memory format.
 
@@ -29,7 +29,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -48,7 +47,6 @@ MAX_SCRATCH_BYTES = 64 << 20
 FORWARDS = ("auto", "nine_tap", "straightforward")
 
 _choice = contextvars.ContextVar("choice of the forward kernel", default="auto")
-_ran = threading.local()
 
 Needs = tuple[bool, bool, bool]
 
@@ -77,11 +75,6 @@ def choose_forward(name: str) -> Iterator[None]:
         yield
     finally:
         _choice.reset(token)
-
-
-def last_forward() -> str | None:
-    """The forward kernel that ran last in this thread, "nine_tap" or "straightforward", or None."""
-    return getattr(_ran, "name", None)
 
 
 def require_runnable(theta: torch.Tensor, phi: torch.Tensor, values: torch.Tensor | None = None) -> None:
@@ -316,7 +309,6 @@ def _launch_nine_tap(
         MATCH=match is not None,
         **_options(tile),
     )
-    _ran.name = "nine_tap"
 
 
 def _launch_forward(
@@ -359,7 +351,6 @@ def _launch_forward(
         MATCH=match is not None,
         **_options(tile),
     )
-    _ran.name = "straightforward"
 
 
 def _backward_one(

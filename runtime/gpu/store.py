@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ...bundle import STAGES, Bundle, TensorSpec
 from ...config import SIZE_MULTIPLE
 from ...errors import BackendError, InputError
@@ -144,7 +146,7 @@ def write_engine(folder: str | os.PathLike[str], record: EngineRecord, engine: b
     with atomic_path(path) as temporary:
         temporary.write_bytes(engine)
     with atomic_path(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(msgspec.to_builtins(record), indent=2) + "\n", encoding="utf-8")
     return record
 
 

@@ -17,8 +17,8 @@ from exported import CLASSES, exported_stage, exported_stages, model_file, seede
 
 from flashcocos.benchmarks import worker
 from flashcocos.benchmarks.__main__ import main
-from flashcocos.benchmarks.registry import Case, Material, all_cases
-from flashcocos.benchmarks.runner import References, open_material
+from flashcocos.benchmarks.registry import Case, Assets, all_cases
+from flashcocos.benchmarks.runner import References, open_assets
 from flashcocos.benchmarks.speed import machine, naive, translation
 from flashcocos.benchmarks.speed.inputs import differences, inputs
 from flashcocos.benchmarks.speed.naive import Published
@@ -44,7 +44,7 @@ SMALL_PLAN = [
 
 
 def shrunk(case: Case) -> Case:
-    """`case` at the smallest size that its subject takes, once."""
+    """`case` at the smallest size that its benchmark takes, once."""
     parameters: dict[str, Any] = dict(case.parameters)
     if "size" in parameters:
         parameters["size"] = 16 if case.group == "warp" else 64
@@ -63,14 +63,14 @@ def shrunk(case: Case) -> Case:
 
 
 def distinct(cases: list[Case]) -> list[Case]:
-    """One case of each subject and parameters."""
+    """One case of each benchmark and parameters."""
     found: dict[str, Case] = {}
     for case in cases:
-        found.setdefault(json.dumps([case.subject, *sorted(case.parameters.items())]), case)
+        found.setdefault(json.dumps([case.benchmark, *sorted(case.parameters.items())]), case)
     return list(found.values())
 
 
-ALL = distinct([shrunk(case) for case in all_cases(rungs=["other"])])
+ALL = distinct([shrunk(case) for case in all_cases(extra_bundles=["other"])])
 CASES = [case for case in ALL if case.parameters.get("method") != "naive-openvino"]
 
 
@@ -87,8 +87,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def material(folder: Path) -> Material:
-    return open_material(folder, {"other": str(folder / "bundle")}, threads=1)
+def assets(folder: Path) -> Assets:
+    return open_assets(folder, {"other": str(folder / "bundle")}, threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_every_case_runs(case: Case, material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_case_runs(case: Case, assets: Assets, monkeypatch: pytest.MonkeyPatch) -> None:
     if "bfloat16" in case.requires:
         pytest.skip("few CPUs have bfloat16; the runtime's tests refuse it elsewhere")
     for package in set(case.requires) & {"openvino", "numba", "packaging"}:
@@ -108,8 +108,8 @@ def test_every_case_runs(case: Case, material: Material, monkeypatch: pytest.Mon
     if case.reference:
         known = {one.name: shrunk(one) for one in all_cases()}
         monkeypatch.setattr("flashcocos.benchmarks.runner.isolated", _here)
-        assert References(known, material).missing(case.reference) == ""
-    row = worker.measure(case, material)
+        assert References(known, assets).missing(case.reference) == ""
+    row = worker.measure(case, assets)
     json.dumps(row)
     if row["status"] == "measured":
         assert all(row["facts"].values())
@@ -122,8 +122,8 @@ def test_every_case_runs(case: Case, material: Material, monkeypatch: pytest.Mon
         assert row["quality"]["ssim"] > 0.999
 
 
-def _here(case: Case, material: Material, *, timed: bool) -> dict[str, Any]:
-    return worker.measure(case, material, timed=timed)
+def _here(case: Case, assets: Assets, *, timed: bool) -> dict[str, Any]:
+    return worker.measure(case, assets, timed=timed)
 
 
 class StandIn(torch.nn.Module):
@@ -140,12 +140,12 @@ class StandIn(torch.nn.Module):
 
 
 def test_the_naive_graph_has_any_size_and_runs_in_both_engines(
-    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(naive, "Published", StandIn)
-    path = naive.export_naive(material.model, tmp_path / "naive.onnx")
-    graph = dataclasses.replace(material, naive=str(path), references=str(tmp_path))
-    (case,) = [one for one in ALL if one.name == "ladder/naive-openvino-256"]
+    path = naive.export_naive(assets.model, tmp_path / "naive.onnx")
+    graph = dataclasses.replace(assets, naive=str(path), references=str(tmp_path))
+    (case,) = [one for one in ALL if one.name == "ablation/naive-openvino-256"]
     for size in (64, 96):
         parameters = {"method": "naive", "size": size}
         own = dataclasses.replace(case, parameters=parameters, gate=None, reference="", name=f"test/{size}")
@@ -157,18 +157,18 @@ def test_the_naive_graph_has_any_size_and_runs_in_both_engines(
             assert row["quality"]["psnr_db"] > 60
 
 
-def test_a_picture_too_far_off_is_not_timed(material: Material, tmp_path: Path) -> None:
-    (case,) = [one for one in CASES if one.name == "ladder/runtime-cached-256"]
-    other = dataclasses.replace(material, references=str(tmp_path))
+def test_a_picture_too_far_off_is_not_timed(assets: Assets, tmp_path: Path) -> None:
+    (case,) = [one for one in CASES if one.name == "ablation/runtime-cached-256"]
+    other = dataclasses.replace(assets, references=str(tmp_path))
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    (tmp_path / "ladder").mkdir()
+    (tmp_path / "ablation").mkdir()
     np.save(tmp_path / f"{case.reference}.npy", picture)
     row = worker.measure(case, other)
     assert row["status"] == "outside"
     assert row["quality"]["psnr_db"] < 20
 
 
-def test_the_published_form_is_the_network(material: Material) -> None:
+def test_the_published_form_is_the_network(assets: Assets) -> None:
     model = seeded_model(CLASSES)
     arrays = [torch.from_numpy(array) for array in translation._arrays(CLASSES, 64)]
     calls = []
@@ -223,7 +223,7 @@ def test_the_command_line_lists_and_runs(
     assert capsys.readouterr().out.count("warp/numba-p1") == 1
     assert main(["list", "--bundle", "int8"]) == 1
     assert "--bundle: expected NAME=PATH" in capsys.readouterr().err
-    assert main(["run", "--group", "ladder", "-o", str(tmp_path)]) == 1
+    assert main(["run", "--group", "ablation", "-o", str(tmp_path)]) == 1
     assert "give --model FOLDER" in capsys.readouterr().err
     bundle = f"other={folder / 'bundle'}"
     words = ["run", "--model", str(folder), "--only", "machine/rates", "--bundle", bundle, "-o", str(tmp_path)]
@@ -238,10 +238,10 @@ def test_the_command_line_lists_and_runs(
 def test_pictures_of_changed_code_are_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for revision, kept in (("abc", True), ("abc+changes", False)):
         monkeypatch.setattr("flashcocos.benchmarks.runner.provenance", lambda name=revision: {"revision": name})
-        file = Path(open_material(folder, {}).references) / "case.npy"
+        file = Path(open_assets(folder, {}).references) / "case.npy"
         file.parent.mkdir(parents=True)
         file.touch()
-        assert Path(open_material(folder, {}).references) == file.parent
+        assert Path(open_assets(folder, {}).references) == file.parent
         assert file.exists() == kept
 
 

@@ -14,16 +14,16 @@ import pytest
 from flashcocos import __version__
 from flashcocos.benchmarks import provenance as harness
 from flashcocos.benchmarks import worker
-from flashcocos.benchmarks.registry import Case, Gate, Material, all_cases, select
-from flashcocos.benchmarks.runner import open_material, read_rows, run_cases
+from flashcocos.benchmarks.registry import Case, Gate, Assets, all_cases, select
+from flashcocos.benchmarks.runner import open_assets, read_rows, run_cases
 from flashcocos.errors import InputError
 
-NOTHING = Material(threads=1)
+NOTHING = Assets(threads=1)
 
 
 @pytest.fixture(autouse=True)
-def subjects(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processes of cases find `bench_subjects`."""
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of cases find `stub_benchmarks`."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"))
 
 
@@ -32,8 +32,8 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "log"
 
 
-def case(name: str, subject: str = "counted", **fields: Any) -> Case:
-    return Case(f"test/{name}", f"bench_subjects:{subject}", "a test", **{"parameters": {}, **fields})
+def case(name: str, benchmark: str = "counted", **fields: Any) -> Case:
+    return Case(f"test/{name}", f"stub_benchmarks:{benchmark}", "a test", **{"parameters": {}, **fields})
 
 
 def counted(name: str, log: Path, value: float = 1.0, **fields: Any) -> Case:
@@ -56,9 +56,9 @@ def test_a_case_is_checked_then_timed(log: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets the peak start again")
-@pytest.mark.parametrize("yardstick", [True, False])
-def test_peak_memory_is_that_of_the_runs_alone(yardstick: bool) -> None:
-    (row,) = run_cases([case("a", "greedy", parameters={"yardstick": yardstick}, repeats=2)], NOTHING, None)
+@pytest.mark.parametrize("baseline", [True, False])
+def test_peak_memory_is_that_of_the_runs_alone(baseline: bool) -> None:
+    (row,) = run_cases([case("a", "greedy", parameters={"baseline": baseline}, repeats=2)], NOTHING, None)
     assert 60 < row["extra_mib"] < 210
     assert row["extra_mib"] < row["peak_mib"] < 250
 
@@ -104,7 +104,7 @@ def test_a_file_of_another_setup_is_refused(log: Path, tmp_path: Path) -> None:
         (1, counted("a", log, repeats=9), "other repeats of test/a"),
     ):
         with pytest.raises(InputError, match=found):
-            run_cases([other], Material(threads=threads), tmp_path)
+            run_cases([other], Assets(threads=threads), tmp_path)
     for text in ("no json\n", "{}\n", "[1]\n", '{"case": 1, "status": "timed", "setup": {}}\n'):
         (tmp_path / "test.jsonl").write_text(text)
         with pytest.raises(InputError, match="not a file of benchmark results"):
@@ -128,8 +128,8 @@ def test_a_case_that_takes_too_long_is_a_row() -> None:
 
 
 def test_a_case_that_fails_stops_no_other_and_is_run_again(log: Path, tmp_path: Path) -> None:
-    material = Material(model="/a/folder/model.safetensors", threads=1)
-    rows = run_cases([case("broken", "broken"), counted("a", log)], material, tmp_path)
+    assets = Assets(model="/a/folder/model.safetensors", threads=1)
+    rows = run_cases([case("broken", "broken"), counted("a", log)], assets, tmp_path)
     assert [row["status"] for row in rows] == ["failed", "timed"]
     assert rows[0]["reason"] == "ValueError: no such thing in model.safetensors"
     assert [row["case"] for row in read_rows(tmp_path / "test.jsonl")] == ["test/a"]
@@ -148,20 +148,20 @@ def test_what_is_not_here_is_skipped_with_the_reason(log: Path, monkeypatch: pyt
 
 
 def test_without_its_reference_a_case_is_skipped(tmp_path: Path) -> None:
-    material = Material(references=str(tmp_path))
+    assets = Assets(references=str(tmp_path))
     compared = case("a", reference="test/hungry")
-    (row,) = run_cases([compared], material, None, known=[case("hungry", "hungry")])
+    (row,) = run_cases([compared], assets, None, known=[case("hungry", "hungry")])
     assert row["status"] == "skipped"
     assert row["reason"].startswith("nothing to compare with: test/hungry: out of memory: MemoryError")
 
 
-def test_missing_material_is_refused(tmp_path: Path) -> None:
+def test_missing_assets_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"test/a needs a naive single graph: give --model FOLDER"):
         run_cases([case("a", requires=("naive",))], NOTHING, None)
     with pytest.raises(InputError, match=r"test/a needs a bundle"):
         run_cases([case("a", requires=("bundle",))], NOTHING, None)
     with pytest.raises(InputError, match=r"no .*model.safetensors; `python -m flashcocos.benchmarks model -o"):
-        open_material(tmp_path, {})
+        open_assets(tmp_path, {})
 
 
 def test_selection() -> None:
@@ -169,7 +169,7 @@ def test_selection() -> None:
     assert len({one.name for one in cases}) == len(cases)
     published = select(cases)
     assert 0 < len(published) < len(select(cases, every=True)) == len(cases)
-    assert "ladder/int8-256" in [one.name for one in published]
+    assert "ablation/int8-256" in [one.name for one in published]
     assert {one.group for one in select(cases, ["warp", "startup"])} == {"warp", "startup"}
     assert all(one.name.startswith("warp/numba-p1") for one in select(cases, ["warp"], ["warp/numba-p1-*"]))
     with pytest.raises(InputError, match="unknown group 'all'"):

@@ -38,18 +38,18 @@ def results(tmp_path: Path) -> Path:
     largest = {"8": {"batch": 0, "mib": 9000.4}, "24": {"batch": 3, "mib": 23000.4}}
     installed = {"mib": 372.0, "packages": 8, "largest": {"a": 9}}
     files = {
-        "ladder": [
-            row("ladder/eager-256", eager),
-            row("ladder/naive-256", naive, status="out of memory", reason="ended", needed_mib=4096),
+        "ablation": [
+            row("ablation/eager-256", eager),
+            row("ablation/naive-256", naive, status="out of memory", reason="ended", needed_mib=4096),
             row(
-                "ladder/runtime-256",
+                "ablation/runtime-256",
                 {**RUNTIME, "cached": False, "batch": 1},
                 ms=fast,
                 first_ms=2500.0,
                 quality=quality,
             ),
-            row("ladder/int8-256", {**RUNTIME, "bundle": "int8", "cached": True}, status="outside", quality=quality),
-            row("ladder/bf16", {**RUNTIME, "backend": "openvino", "cached": True}, status="skipped", reason="no CPU"),
+            row("ablation/int8-256", {**RUNTIME, "bundle": "int8", "cached": True}, status="outside", quality=quality),
+            row("ablation/bf16", {**RUNTIME, "backend": "openvino", "cached": True}, status="skipped", reason="no CPU"),
         ],
         "resolution": [row("resolution/eager-512", {**eager, "size": 512}, status="out of memory", needed_mib=8192)],
         "warp": [
@@ -125,7 +125,7 @@ def test_the_plots_are_drawn(results: Path) -> None:
     readme.write_text(f"{tables.BEGIN}\n{tables.END}\n")
     tables.report(readme, results)
     assert readme.read_text() == tables.insert(f"{tables.BEGIN}\n{tables.END}\n", tables.sections(results))
-    for name in ("ladder", "memory", "warp"):
+    for name in ("ablation", "memory", "warp"):
         picture = (results / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
         assert 5_000 < len(picture) < 100_000

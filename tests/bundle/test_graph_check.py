@@ -81,6 +81,7 @@ def test_plain_models_pass() -> None:
     "content",
     [
         b"\x0b",  # a group
+        bytes(1 << 20),  # field number 0, which does not exist
         b"\x3a\x7f\x00",  # a length beyond the end
         b"\x3d\x00",  # a fixed 32-bit number cut short
         b"\xff" * 11,  # a number without an end
@@ -91,6 +92,14 @@ def test_plain_models_pass() -> None:
 def test_broken_encodings_are_refused(content: bytes) -> None:
     with pytest.raises(BundleError, match="not a readable ONNX file"):
         refuse_external_data(content, "m")
+
+
+def test_endless_fields_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_check, "_MAX_FIELDS", 100)
+    refuse_external_data(b"\x08\x01" * 100, "m")
+    for content in (b"\x08\x01" * 101, b"\x3a\x02\x08\x01" * 51):  # of the model, and of its graphs
+        with pytest.raises(BundleError, match="more than 100 fields"):
+            refuse_external_data(content, "m")
 
 
 def test_endless_nesting_is_refused() -> None:

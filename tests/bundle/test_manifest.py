@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -57,23 +59,23 @@ def test_an_unlisted_file_is_not_read(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda m: m.update(format="zip"), 'expected an object with "format"'),
-        (lambda m: m.update(format_version=1), "format_version 1 is unknown to this flashcocos, which reads 2"),
+        (lambda m: m.update(format_version=1), "format_version 1 is unknown to this flashcocos, which reads 3"),
         (lambda m: m.pop("format_version"), "format_version None is unknown"),
-        (lambda m: m.update(extra=1), "expected the fields"),
-        (lambda m: m.pop("license"), "expected the fields"),
+        (lambda m: m.update(extra=1), "unknown field `extra`"),
+        (lambda m: m.pop("opset"), "missing required field `opset`"),
         (lambda m: m.update(precision="int4"), "precision 'int4' is not one of float32, float16"),
-        (lambda m: m.update(opset="20"), "wrong type"),
-        (lambda m: m.update(provenance=[]), "wrong type"),
-        (lambda m: m.update(config=[]), "expected a JSON object"),
-        (lambda m: m["config"].update(ngf=-1), "ngf: expected 1 to 4096"),
-        (lambda m: m["config"].update(surprise=1), "unknown field 'surprise'"),
+        (lambda m: m.update(opset="20"), "opset: expected `int`, got `str`"),
+        (lambda m: m.update(provenance=[]), "provenance: expected `object`, got `array`"),
+        (lambda m: m.update(config=[]), "config: expected `object`, got `array`"),
+        (lambda m: m["config"].update(ngf=-1), "config.ngf: expected 1 to 4096, got -1"),
+        (lambda m: m["config"].update(surprise=1), "config: object contains unknown field `surprise`"),
         (lambda m: m.update(files=[]), MANIFEST),
         (lambda m: m["files"]["query.onnx"].update(extra=1), MANIFEST),
-        (lambda m: m["files"]["query.onnx"].update(bytes=-1), "expected a size of 0 to"),
-        (lambda m: m["files"]["query.onnx"].update(bytes=1 << 40), "expected a size of 0 to"),
-        (lambda m: m["files"]["query.onnx"].update(bytes=True), "expected a size of 0 to"),
-        (lambda m: m["files"]["query.onnx"].update(sha256="00"), "not 64 hexadecimal digits"),
-        (lambda m: m["files"]["query.onnx"].update(sha256=None), "not 64 hexadecimal digits"),
+        (lambda m: m["files"]["query.onnx"].update(bytes=-1), r"files\[...\].bytes: expected `int` >= 0"),
+        (lambda m: m["files"]["query.onnx"].update(bytes=1 << 40), "bytes: expected `int` <= 2147483648"),
+        (lambda m: m["files"]["query.onnx"].update(bytes=True), "bytes: expected `int`, got `bool`"),
+        (lambda m: m["files"]["query.onnx"].update(sha256="00"), "sha256: expected `str` matching regex"),
+        (lambda m: m["files"]["query.onnx"].update(sha256=None), "sha256: expected `str`, got `null`"),
         (lambda m: m["stages"].pop("query"), "expected the stages"),
         (lambda m: m["stages"].update(more=m["stages"]["query"]), "expected the stages"),
         (lambda m: m["stages"]["query"].update(file="absent.onnx"), "which is not among its files"),
@@ -154,18 +156,78 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
         Bundle(folder).verify()
 
 
+def pack(folder: Path, path: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, file.name)
+    return path
+
+
 def test_an_inflating_zip_is_read_no_further_than_stated(tmp_path: Path) -> None:
     folder = write(tmp_path / "bundle")
-    path = tmp_path / "bomb.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.write(folder / MANIFEST, MANIFEST)
-        with archive.open("query.onnx", "w") as file:
-            for _ in range(64):
-                file.write(bytes(1 << 20))
-    bundle = Bundle(path)
+    (folder / "query.onnx").write_bytes(bytes(64 << 20))
+    bundle = Bundle(pack(folder, tmp_path / "bomb.zip"))
     assert len(bundle._bytes("query.onnx", 1000)) == 1001
     with pytest.raises(BundleError, match="does not match"):
         bundle.read("query.onnx")
+
+
+def test_a_zip_that_states_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
+    content = {**FILES, "query.onnx": bytes(16 << 20)}  # with the right size and hash
+    write_bundle(tmp_path / "bundle", manifest(), content)
+    with pytest.raises(BundleError, match=r"its manifest states 16779016 bytes of files; expected at most"):
+        Bundle(pack(tmp_path / "bundle", tmp_path / "bomb.zip"))
+    Bundle(pack(tmp_path / "bundle", tmp_path / "plain.zip", zipfile.ZIP_STORED)).verify()
+
+
+def test_the_sum_of_all_files_is_bounded(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle")
+    edit(folder, lambda m: [spec.update(bytes=2 << 30) for spec in m["files"].values()])
+    with pytest.raises(BundleError, match=r"states 8589934592 bytes of files; expected at most 4294967296"):
+        Bundle(folder)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_other_compression_is_refused(tmp_path: Path, method: int) -> None:
+    with pytest.raises(BundleError, match=r"manifest\.json is neither stored nor deflated"):
+        Bundle(pack(write(tmp_path / "bundle"), tmp_path / "other.zip", method))
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle")
+    (folder / "\u00e4").write_bytes(b"")
+    path = pack(folder, tmp_path / "b.zip")
+    path.write_bytes(path.read_bytes().replace("\u00e4".encode(), b"\xff\xfe"))
+    with pytest.raises(BundleError, match=r"manifest\.json cannot be read: .*utf-8"):
+        Bundle(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+def test_no_damage_to_a_zip_raises_anything_else(tmp_path: Path, method: int) -> None:
+    content = pack(write(tmp_path / "bundle"), tmp_path / "b.zip", method).read_bytes()
+    chance, refused = random.Random(0), 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(chance.randint(1, 4)):
+            damaged[chance.randrange(len(damaged))] = chance.choice((0, 1, 0xFF, chance.randrange(256)))
+        (tmp_path / "b.zip").write_bytes(damaged)
+        try:
+            Bundle(tmp_path / "b.zip").verify()
+        except BundleError:
+            refused += 1
+    assert refused > 200
+
+
+def test_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(InputError, match="this is a pipe or a device"):
+            Bundle(path)
+    folder = write(tmp_path / "bundle")
+    (folder / "query.onnx").unlink()
+    os.mkfifo(folder / "query.onnx")
+    with pytest.raises(BundleError, match=r"query\.onnx is missing or not a plain file"):
+        Bundle(folder).verify()
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999], ids=["empty", "10 bytes", "half", "no end"])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from exported import CHANNELS, CLASSES, model_file, seeded_model
@@ -33,7 +33,7 @@ def rewrite(bundle: Path, stage: str, change: Callable[[ModelProto], None], **ma
     model = load_model_from_string(files[f"{stage}.onnx"])
     change(model)
     files[f"{stage}.onnx"] = model.SerializeToString()
-    return write_bundle(bundle, dataclasses.replace(opened.manifest, **manifest), files)
+    return write_bundle(bundle, msgspec.structs.replace(opened.manifest, **manifest), files)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -164,7 +164,7 @@ def test_a_graph_that_is_not_as_it_should_be(
 
 
 def test_a_stage_of_another_configuration(make_bundle: MakeBundle) -> None:
-    other = dataclasses.replace(CLASSES, feature_channels=8)
+    other = msgspec.structs.replace(CLASSES, feature_channels=8)
     bundle = rewrite(make_bundle(CLASSES), "query", lambda model: None, config=other)
     assert failures(verify(bundle, sizes=SIZES[:1])) == ["stages are those of the configuration"]
 

@@ -15,3 +15,18 @@ def device() -> str:
 
     assert triton_warp.INTERPRETED, "triton was imported before tests/conftest.py could set TRITON_INTERPRET"
     return "cpu"
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The forward kernels that were launched since the test began, by name."""
+    triton_warp = pytest.importorskip("flashcocos.kernels.gpu.triton_warp")
+    names: list[str] = []
+
+    def spy(name: str, launch: str) -> None:
+        spied = getattr(triton_warp, launch)
+        monkeypatch.setattr(triton_warp, launch, lambda *arguments: (names.append(name), spied(*arguments)))
+
+    spy("nine_tap", "_launch_nine_tap")
+    spy("straightforward", "_launch_forward")
+    return names

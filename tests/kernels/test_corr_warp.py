@@ -14,7 +14,7 @@ import torch
 
 import flashcocos.kernels
 from flashcocos.errors import BackendError, InputError
-from flashcocos.kernels import corr_match, corr_row, corr_warp, last_backend
+from flashcocos.kernels import corr_match, corr_row, corr_warp
 from flashcocos.kernels.corr_warp import warp_arrays
 
 
@@ -94,24 +94,32 @@ def test_numba_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     with pytest.raises(BackendError, match=r"pip install 'flashcocos\[cpu\]'"):
         corr_warp(*arrays(), backend="numba")
-    corr_warp(*arrays())
-    assert last_backend() == "numpy"
+    assert warp_arrays(*arrays()).backend == "numpy"
 
 
-def test_what_ran_is_known_per_thread():
-    corr_warp(*arrays())
-    assert last_backend() == "numba"
-    corr_warp(*tensors())
-    assert last_backend() == "cpu"
-    corr_warp(*tensors(), backend="reference")
-    assert last_backend() == "reference"
+def test_the_backend_that_runs(monkeypatch):
+    ran = []
+    for path, function in (
+        ("cpu.numba_warp", "warp_forward"),
+        ("cpu.numpy_warp", "warp_forward"),
+        ("cpu.numpy_warp", "softmax_row"),
+        ("cpu.torch_warp", "warp_forward"),
+        ("reference", "warp"),
+    ):
+        module = importlib.import_module(f"flashcocos.kernels.{path}")
+        spied = getattr(module, function)
+        monkeypatch.setattr(
+            module, function, lambda *args, spied=spied, path=path, **options: (ran.append(path), spied(*args, **options))[1]
+        )
+    assert warp_arrays(*arrays()).backend == "numba"
+    assert warp_arrays(*arrays(), backend="numpy").backend == "numpy"
+    corr_match(*tensors()[:2])
     corr_match(*arrays()[:2], backend="numpy")
-    assert last_backend() == "numpy"
-    elsewhere = []
-    thread = threading.Thread(target=lambda: elsewhere.append(last_backend()))
-    thread.start()
-    thread.join()
-    assert elsewhere == [None]
+    corr_row(*arrays()[:2], (0, 0))
+    corr_warp(*tensors())
+    corr_warp(*tensors(), backend="reference")
+    kinds = ["cpu.numba_warp", "cpu.numpy_warp", "cpu.numba_warp", "cpu.numpy_warp", *["cpu.numpy_warp"] * 2]
+    assert ran == [*kinds, "cpu.torch_warp", "reference"]
 
 
 def test_results_have_the_kind_of_the_inputs():
@@ -144,7 +152,7 @@ def test_threads_do_not_disturb_each_other():
 
 
 def test_public_names():
-    assert flashcocos.kernels.__all__ == ["corr_match", "corr_row", "corr_warp", "last_backend"]
+    assert flashcocos.kernels.__all__ == ["corr_match", "corr_row", "corr_warp"]
     importlib.import_module("flashcocos.kernels.corr_warp")  # the module must not take the function's place
     assert flashcocos.kernels.corr_warp is corr_warp
 
@@ -175,11 +183,11 @@ def test_numba_without_a_cache_folder():
         "import json, numpy as np\n"
         "from numba.core import caching\n"
         "caching.CompileResultCacheImpl._locator_classes = []  # as where no folder can be written\n"
-        "from flashcocos.kernels import corr_warp, last_backend\n"
+        "from flashcocos.kernels.corr_warp import warp_arrays\n"
         "x = np.arange(18, dtype='float32').reshape(1, 2, 3, 3)\n"
-        "out = corr_warp(x, x, x, patch=1, backend='numba')\n"
+        "warp = warp_arrays(x, x, x, patch=1, backend='numba')\n"
         "from flashcocos.kernels.cpu.numba_warp import sweep\n"
-        "print(json.dumps([last_backend(), bool(np.isfinite(out).all()), type(sweep._cache).__name__]))"
+        "print(json.dumps([warp.backend, bool(np.isfinite(warp.out).all()), type(sweep._cache).__name__]))"
     )
     assert found == ["numba", True, "NullCache"]
 
@@ -214,8 +222,9 @@ def test_memory_of_the_forward(backend, side):
 def test_memory_of_the_backward():
     side = 64
     setup = (
-        "import torch\nfrom flashcocos.kernels import corr_warp, cpu_torch\n"
-        "cpu_torch.BUDGET = 8 << 20\n"
+        "import torch\nfrom flashcocos.kernels import corr_warp\n"
+        "from flashcocos.kernels.cpu import torch_warp\n"
+        "torch_warp.BUDGET = 8 << 20\n"
         "torch.set_num_threads(1)\n"  # small tiles, and perhaps a busy machine: threads would wait for each other
         "def run(*x):\n"
         "    leaves = [torch.from_numpy(y).requires_grad_() for y in x]\n"

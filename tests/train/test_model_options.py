@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 import torch
 
@@ -35,7 +34,7 @@ def paint(image: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kept", [30.0, -30.0])
 def test_the_mask_of_the_skip_chooses_between_warp_and_class_means(kept: float) -> None:
-    model = CoCosNet(dataclasses.replace(PLAIN, warp_residual=True)).eval()
+    model = CoCosNet(msgspec.structs.replace(PLAIN, warp_residual=True)).eval()
     label, exemplar, exemplar_label = inputs()
     with torch.no_grad():
         model.generator.last.weight.zero_()
@@ -71,7 +70,7 @@ def test_position_frequencies_tell_positions_apart_at_any_size() -> None:
 
 
 def test_position_frequencies_let_equal_positions_attract() -> None:
-    model = CoCosNet(dataclasses.replace(PLAIN, position_frequencies=4)).eval()
+    model = CoCosNet(msgspec.structs.replace(PLAIN, position_frequencies=4)).eval()
     with torch.no_grad():
         for branch in (model.correspondence.theta, model.correspondence.phi):
             branch.weight.zero_()

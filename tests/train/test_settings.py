@@ -99,7 +99,7 @@ def test_the_rate_falls_over_the_last_part() -> None:
     [
         (["run.bach=8"], r"unknown key run\.bach; known: batch, "),
         (["runs.batch=8"], r"unknown key 'runs'; known: model, loss"),
-        (["model.width=8"], r"unknown field 'width'"),
+        (["model.width=8"], r"unknown field `width`"),
         (["loss.style=8"], r"unknown key loss\.style; known: domain"),
         (["run.batch=8.0"], r"run\.batch: expected int, got 8\.0"),
         (["run.batch=true"], r"run\.batch: expected int, got True"),

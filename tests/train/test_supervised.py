@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 import torch
 from flat_pairs import SUPERVISED, settings
@@ -29,7 +28,7 @@ def test_a_perfect_warp_and_image_cost_nothing() -> None:
         image = torch.full((1, 3, 64, 64), 0.25)
         batch = {"label": plane, "exemplar_label": plane, "exemplar": image, "image": image}
         batch |= {"has_target": torch.ones(1, dtype=torch.bool), "self_reference": torch.zeros(1)}
-        step = GeneratorStep(model, None, None, settings(model=dataclasses.asdict(TINY)))
+        step = GeneratorStep(model, None, None, settings(model=msgspec.structs.asdict(TINY)))
         terms = step(batch).terms
         assert list(terms) == list(SUPERVISED)
         assert all(abs(float(term)) < 1e-4 for term in terms.values()), terms

@@ -66,7 +66,7 @@ class CoCosNet(nn.Module):
         return phi, self.warp_values(image)
 
     def warp_values(self, image: Tensor) -> Tensor:
-        """Image (B, 3, H, W) -> (B, V, H/4, W/4): the mean color of each 4x4 patch, or for "patch" its 48 values."""
+        """Image (B, 3, H, W) -> (B, V, H/4, W/4): the mean color of each 4x4 patch, or for "pixel_shuffle" its 48 values."""
         step = self.config.down_scale
         if self.config.warp_upsampling == "pixel_shuffle":
             return F.pixel_unshuffle(image, step)
@@ -75,7 +75,7 @@ class CoCosNet(nn.Module):
     def upsample_warp(self, warped: Tensor) -> Tensor:
         """Warped values (B, V, h, w) -> warped_image (B, 3, 4 h, 4 w)."""
         step, mode = self.config.down_scale, self.config.warp_upsampling
-        if mode == "patch":
+        if mode == "pixel_shuffle":
             return F.pixel_shuffle(warped, step)
         if mode == "bilinear":
             return F.interpolate(warped, scale_factor=float(step), mode="bilinear", align_corners=False)

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from tiny_bundle import CHANNELS, CLASSES, write_tiny_bundle
 
-from flashcocos.benchmarks.quality.contact_sheet import Sheet
+from flashcocos.benchmarks.quality.contact_sheet import ContactSheet
 from flashcocos.benchmarks.quality.evaluate import evaluate_exact, evaluate_model, evaluate_photos
-from flashcocos.benchmarks.quality.photo_metrics import PhotoMeasures, open_measures
-from flashcocos.benchmarks.quality.predictors import BundleSource, ModelSource, open_source
+from flashcocos.benchmarks.quality.photo_metrics import PhotoMetrics, open_metrics
+from flashcocos.benchmarks.quality.predictors import BundlePredictor, ModelPredictor, open_predictor
 from flashcocos.bundle.default_model import default_model_path
 from flashcocos.cli import main
 from flashcocos.config import ModelConfig
@@ -52,7 +52,7 @@ class FlatPairs:
 
 
 @pytest.fixture(scope="module")
-def copier() -> ModelSource:
+def copier() -> ModelPredictor:
     """A model that copies the exemplar, as equal positions alone attract each other, and is too bright by 12 of 255."""
     model = CoCosNet(
         ModelConfig.preset("tiny", position_frequencies=4, warp_residual=True, warp_upsampling="pixel_shuffle")
@@ -64,16 +64,16 @@ def copier() -> ModelSource:
             branch.weight[:, -16:] = torch.eye(16)[..., None, None]
         model.generator.last.weight.zero_()
         model.generator.last.bias.copy_(torch.tensor([BRIGHT, BRIGHT, BRIGHT, 30.0]))
-    return ModelSource(model, backend="reference")
+    return ModelPredictor(model, backend="reference")
 
 
-def test_scores_of_a_copy_that_is_too_bright_by_a_known_amount(copier: ModelSource, tmp_path: Path) -> None:
-    sheet = Sheet(copier.config, 3)
+def test_scores_of_a_copy_that_is_too_bright_by_a_known_amount(copier: ModelPredictor, tmp_path: Path) -> None:
+    sheet = ContactSheet(copier.config, 3)
     scores = evaluate_exact(copier, FlatPairs(), NAMES, sheet=sheet)
     assert scores.pairs == 9
     assert scores.psnr == pytest.approx(-20 * np.log10(12 / 255), abs=0.05)
     assert scores.psnr_warped > 35
-    assert scores.psnr_trivial == pytest.approx(100)
+    assert scores.psnr_baseline == pytest.approx(100)
     assert scores.ssim > 0.95
     assert scores.l1 == pytest.approx(12 / 255, abs=1e-3)
     assert scores.correspondence == pytest.approx(1, abs=0.01)
@@ -88,15 +88,15 @@ def test_scores_of_a_copy_that_is_too_bright_by_a_known_amount(copier: ModelSour
     assert (picture[:16] < 128).any()  # captions
 
 
-def test_a_sheet_has_no_empty_column(copier: ModelSource, tmp_path: Path) -> None:
-    sheet = Sheet(copier.config)
+def test_a_sheet_has_no_empty_column(copier: ModelPredictor, tmp_path: Path) -> None:
+    sheet = ContactSheet(copier.config)
     for index in range(4):
-        sheet.add(FlatPairs()[index], copier.draw(FlatPairs()[index]))
+        sheet.add(FlatPairs()[index], copier.predict(FlatPairs()[index]))
     sheet.write(tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size == (2 * 5 * 64, 16 + 2 * 64)
 
 
-def test_what_cannot_be_scored_exactly(copier: ModelSource, tmp_path: Path) -> None:
+def test_what_cannot_be_scored_exactly(copier: ModelPredictor, tmp_path: Path) -> None:
     assert evaluate_exact(copier, FlatPairs(), NAMES, count=2).pairs == 2
     for count in (0, 10):
         with pytest.raises(InputError, match=f"1 to 9 pairs, got {count}"):
@@ -105,7 +105,7 @@ def test_what_cannot_be_scored_exactly(copier: ModelSource, tmp_path: Path) -> N
         evaluate_exact(copier, FlatPairs(has_target=False), NAMES)
     with pytest.raises(InputError, match="takes labels of 12 classes; the pairs have 11 classes"):
         evaluate_exact(copier, FlatPairs(), NAMES[1:])
-    planes = BundleSource(Translator(write_tiny_bundle(tmp_path / "planes", CHANNELS)))
+    planes = BundlePredictor(Translator(write_tiny_bundle(tmp_path / "planes", CHANNELS)))
     with pytest.raises(InputError, match="takes labels of 5 channels"):
         evaluate_exact(planes, FlatPairs(), NAMES)
 
@@ -114,7 +114,7 @@ def test_a_bundle_is_drawn_by_the_runtime(tmp_path: Path) -> None:
     item = FlatPairs()[0]
     wide = {**item, "exemplar_label": item["label"][:, ::-1].copy(), "exemplar": item["exemplar"][:, :, ::-1].copy()}
     with Translator(write_tiny_bundle(tmp_path / "bundle", CLASSES)) as translator:
-        drawing = BundleSource(translator).draw(wide)  # type: ignore[arg-type]
+        drawing = BundlePredictor(translator).predict(wide)  # type: ignore[arg-type]
         exemplar = translator.encode_exemplar(to_uint8(wide["exemplar"]), wide["exemplar_label"])
         result = translator.translate(wide["label"], exemplar)
     assert np.array_equal(drawing.image, result.image)
@@ -129,51 +129,51 @@ def test_a_bundle_of_planes_without_condition_on_label(tmp_path: Path) -> None:
     planes = np.random.default_rng(0).random((5, 64, 64), np.float32)
     item = {**FlatPairs()[0], "label": planes, "exemplar_label": planes}
     with Translator(write_tiny_bundle(tmp_path / "bundle", CHANNELS)) as translator:
-        drawing = BundleSource(translator).draw(item)  # type: ignore[arg-type]
+        drawing = BundlePredictor(translator).predict(item)  # type: ignore[arg-type]
     assert drawing.image.shape == (64, 64, 3)
 
 
-def test_which_source_a_path_is(copier: ModelSource, tmp_path: Path) -> None:
+def test_which_source_a_path_is(copier: ModelPredictor, tmp_path: Path) -> None:
     save_model(tmp_path / "model.safetensors", copier.model)
-    opened = open_source(tmp_path / "model.safetensors", device="cpu")
-    assert isinstance(opened, ModelSource)
+    opened = open_predictor(tmp_path / "model.safetensors", device="cpu")
+    assert isinstance(opened, ModelPredictor)
     item = FlatPairs()[3]
-    assert np.array_equal(opened.draw(item).matches, copier.draw(item).matches)
+    assert np.array_equal(opened.predict(item).matches, copier.predict(item).matches)
     with pytest.raises(InputError, match="PyTorch runs a model file; backend 'openvino' and float32 need a bundle"):
-        open_source(tmp_path / "model.safetensors", backend="openvino")
-    assert isinstance(open_source(write_tiny_bundle(tmp_path / "bundle")), BundleSource)
+        open_predictor(tmp_path / "model.safetensors", backend="openvino")
+    assert isinstance(open_predictor(write_tiny_bundle(tmp_path / "bundle")), BundlePredictor)
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match="sees no GPU"):
-            open_source(tmp_path / "model.safetensors", device="cuda")
+            open_predictor(tmp_path / "model.safetensors", device="cuda")
 
 
-def test_measures_on_photographs(copier: ModelSource, tmp_path: Path) -> None:
+def test_measures_on_photographs(copier: ModelPredictor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vgg = Vgg19().eval()
-    measures = PhotoMeasures(("semantic", "style", "swd"), vgg=vgg)
+    measures = PhotoMetrics(("semantic", "style", "swd"), vgg=vgg)
     scores = evaluate_photos(copier, FlatPairs(), measures, count=2)
     assert scores["pairs"] == 2
     assert set(scores) == {"pairs", "swd", "semantic_consistency", "style_color", "style_texture"}
     for name in ("semantic_consistency", "style_color", "style_texture"):
         assert 0.9 < scores[name] <= 1
-    assert set(evaluate_photos(copier, FlatPairs(), PhotoMeasures(("semantic",), vgg=vgg), count=1)) == {
+    assert set(evaluate_photos(copier, FlatPairs(), PhotoMetrics(("semantic",), vgg=vgg), count=1)) == {
         "pairs", "semantic_consistency",
     }  # fmt: skip
 
 
 def test_measures_without_their_networks_name_the_options(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"fid: needs .*--inception-weights PATH.*--metrics swd,semantic,style"):
-        PhotoMeasures(vgg=Vgg19())
+        PhotoMetrics(vgg=Vgg19())
     with pytest.raises(InputError, match=r"semantic and style: needs .*--vgg PATH.*--metrics fid,swd"):
-        PhotoMeasures(inception=torch.nn.Identity())
+        PhotoMetrics(inception=torch.nn.Identity())
     with pytest.raises(InputError, match=r"style: needs .*--metrics swd"):
-        open_measures(["style"], None, None, "cpu")
+        open_metrics(["style"], None, None, "cpu")
     with pytest.raises(InputError, match=r"\['ssim'\]: expected some of fid, swd, semantic, style"):
-        PhotoMeasures(("ssim", "swd"))
+        PhotoMetrics(("ssim", "swd"))
     with pytest.raises(InputError, match="expected some of"):
-        PhotoMeasures(())
+        PhotoMetrics(())
     torch.save(Vgg19().state_dict(), tmp_path / "vgg19_conv.pth")
-    assert open_measures(["style"], tmp_path / "vgg19_conv.pth", None, "cpu").vgg is not None
+    assert open_metrics(["style"], tmp_path / "vgg19_conv.pth", None, "cpu").vgg is not None
 
 
 def test_the_command_scores_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,12 +201,12 @@ def test_the_command_scores_photographs(tmp_path: Path, capsys: pytest.CaptureFi
     assert "scored as a test" in capsys.readouterr().err
 
 
-def test_the_shipped_model_beats_the_trivial_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_model_beats_the_class_mean_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("dicebear", reason="needs the extra `avatars`")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     scores = evaluate_model(default_model_path(), "avatars", count=8, device="cpu", sheet=tmp_path / "sheet.png")
     assert scores["pairs"] == 8
-    assert scores["psnr"] > scores["psnr_trivial"] > 15
+    assert scores["psnr"] > scores["psnr_baseline"] > 15
     assert scores["correspondence"] > 0.9
     assert {"background", "skin", "hair"} <= set(scores["psnr_by_class"])
     assert Image.open(tmp_path / "sheet.png").size == (3 * 5 * 128, 16 + 3 * 128)

@@ -46,12 +46,12 @@ def test_psnr_and_ssim_of_equal_and_of_flat_pictures() -> None:
         metrics.ssim(flat(0, 10), flat(0, 10))
 
 
-def test_the_trivial_answer() -> None:
+def test_the_class_mean_baseline() -> None:
     label = np.array([[2] * 4] * 2 + [[1] * 4] * 2)
     exemplar_label = np.array([[0] * 4] + [[1] * 4] * 3)
     exemplar = np.zeros((4, 4, 3), np.uint8)
     exemplar[1:3], exemplar[3] = 60, 120
-    answer = metrics.trivial_answer(label, exemplar, exemplar_label, 3)
+    answer = metrics.class_mean_baseline(label, exemplar, exemplar_label, 3)
     assert (answer[2:] == 80).all()
     assert (answer[:2] == 60).all()  # the exemplar lacks class 2
 
@@ -82,7 +82,7 @@ def test_scores_by_class() -> None:
     assert sums.color_error_by_class(names) == {"left": 0, "right": pytest.approx(0.3, abs=1e-4)}
     means = sums.means()
     assert means["l1"] == pytest.approx(0.15, abs=1e-4)
-    assert means["psnr_warped"] == means["psnr_trivial"] == 100
+    assert means["psnr_warped"] == means["psnr_baseline"] == 100
     assert means["correspondence"] == 0.75
 
 

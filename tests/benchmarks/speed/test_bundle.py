@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_bundle import write_tiny_bundle
 
-from flashcocos.benchmarks.registry import Case, Material
+from flashcocos.benchmarks.registry import Case, Assets
 from flashcocos.benchmarks.runner import References
 from flashcocos.benchmarks.speed import bundle as module
 from flashcocos.benchmarks.speed import profiling
@@ -31,7 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """The cases that were timed; a row is made up for each instead."""
     found: list[Case] = []
 
-    def isolated(case: Case, material: Material, *, timed: bool = True) -> dict[str, Any]:
+    def isolated(case: Case, assets: Assets, *, timed: bool = True) -> dict[str, Any]:
         found.append(case)
         return {"status": "outside", "quality": {"psnr_db": 9.0}}
 
@@ -64,17 +64,17 @@ def test_a_case_in_a_process_of_its_own(
 
 def test_a_picture_too_far_off_is_not_timed(bundle: Path, tmp_path: Path) -> None:
     reference, other = module._case("onnxruntime", "float32", 64), module._case("onnxruntime", "float32", 64, batch=2)
-    material = Material(bundles={"model": str(bundle)}, references=str(tmp_path), threads=1)
-    assert measure(reference, material, timed=False)["status"] == "checked"
+    assets = Assets(bundles={"model": str(bundle)}, references=str(tmp_path), threads=1)
+    assert measure(reference, assets, timed=False)["status"] == "checked"
     file = tmp_path / f"{reference.name}.npy"
     picture = np.load(file)
     assert picture.std() > 10
     np.save(file, picture ^ 4)
-    row = measure(other, material)
+    row = measure(other, assets)
     assert row["status"] == "outside"
     line = table([{**row, "parameters": other.parameters}]).splitlines()[2]
     assert "| too far off (psnr_db 36.09, max_abs 4), not timed |" in line
-    assert References({}, material).missing(reference.name) == ""
+    assert References({}, assets).missing(reference.name) == ""
 
 
 @pytest.mark.usefixtures("asked")

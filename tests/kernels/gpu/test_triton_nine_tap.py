@@ -42,7 +42,6 @@ def make(query, key, values, dtype, device, batch=1, channels=9, seed=0):
 def check(theta, phi, values, temperature=0.01):
     with triton_warp.choose_forward("nine_tap"):
         out, lse = triton_warp.warp_forward(theta, phi, values, 3, temperature)
-    assert triton_warp.last_forward() == "nine_tap"
     expected, expected_lse = reference.warp(theta.double(), phi.double(), values.double(), 3, temperature)
     assert out.dtype == values.dtype
     assert_close("out", out, expected, TRITON["out", values.dtype])
@@ -112,7 +111,6 @@ def test_match_finds_the_first_of_equals(device):
     phi[..., 3:, 2:5] = theta
     with triton_warp.choose_forward("nine_tap"):
         found = corr_match(theta, phi, backend="triton")
-    assert triton_warp.last_forward() == "nine_tap"
     logits = reference.logits(theta.double(), phi.double(), 3, 0.01)
     weights = logits.softmax(-1)
     assert weights[0, 4, [1 * 70 + 65, 4 * 70 + 3]].tolist() == pytest.approx([0.5, 0.5])
@@ -140,7 +138,6 @@ def test_gradients_are_those_of_its_results(device):
     grad = make((3, 4), (3, 4), 3, HALF, device, seed=1)[2]
     with triton_warp.choose_forward("nine_tap"):
         out = corr_warp(*tensors, backend="triton")
-        assert triton_warp.last_forward() == "nine_tap"
         grads = torch.autograd.grad(out, tensors, grad)
     leaves = [x.detach().double().requires_grad_() for x in tensors]
     expected = torch.autograd.grad(reference.warp(*leaves, 3, 0.01)[0], leaves, grad.double())
@@ -148,18 +145,19 @@ def test_gradients_are_those_of_its_results(device):
         assert_close(f"gradient of {name}", got, want, TRITON["grad", HALF])
 
 
-def test_both_forwards_agree_and_say_who_ran(device):
+def test_both_forwards_run_by_name_and_agree(device, forwards):
     tensors = make((3, 5), (4, 6), 3, HALF, device, channels=20)
     results = []
     for name in ("nine_tap", "straightforward"):
         with triton_warp.choose_forward(name):
             results.append(triton_warp.warp_forward(*tensors, 3, 0.01))
-        assert triton_warp.last_forward() == name
+            triton_warp.match_forward(*tensors[:2], 3, 0.01)
+    assert forwards == ["nine_tap", "nine_tap", "straightforward", "straightforward"]
     for a, b, kind in zip(*results, ("out", "lse"), strict=True):
         assert_close(kind, a, b.double(), TRITON[kind, a.dtype])
 
 
-def test_the_rule_and_its_override(device):
+def test_the_rule_and_its_override(device, forwards):
     assert configs.nine_tap_tile(80, 2, 3, 256, 1) is configs.ARCHITECTURES[80].nine_tap
     for refused in (
         (75, 2, 3, 256, 1),
@@ -180,7 +178,7 @@ def test_the_rule_and_its_override(device):
         (128, SINGLE, "straightforward"),
     ):
         triton_warp.warp_forward(*make((1, 1), (1, 2), 1, dtype, device, channels=channels), 3, 0.01)
-        assert triton_warp.last_forward() == name
+        assert forwards.pop() == name
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 24), (64, 64)])
