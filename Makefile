@@ -1,20 +1,27 @@
-# make demo   translate a real input with the shipped model (no torch needed)
-# make test   everything CI runs: lint, types, tests
-# Both set up their own virtual environment; PYTHON chooses the interpreter (3.10 to 3.13).
+# make demo       translate a real input with the shipped model (no torch needed)
+# make test       everything CI runs: lint, types, tests
+# make test-fast  the tests of the edit loop: without the slow files that tests/conftest.py lists
+# Each sets up its own virtual environment; PYTHON chooses the interpreter (3.10 to 3.13).
 
 PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
 PIP := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# one single-threaded process a core beats one with many threads; a file's tests stay together and share fixtures, and
+# the files start in the order of tests/conftest.py
+PYTEST := OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest \
+	--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint typecheck clean
+.PHONY: demo test test-fast lint typecheck clean
 
 demo: $(DEMO)/.ready
 	$(DEMO)/bin/flashcocos demo -o demo_output
 
-# one single-threaded process a core beats one with many threads; a file's tests stay together and share fixtures
 test: lint typecheck
-	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+test-fast: $(DEV)/.ready
+	$(PYTEST) -m "not slow"
 
 lint: $(DEV)/.ready
 	$(DEV)/bin/ruff check .

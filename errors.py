@@ -22,3 +22,11 @@ class BundleError(FlashcocosError, ValueError):
 
 class CheckpointError(FlashcocosError, ValueError):
     """A checkpoint is not what it should be: unreadable, or with missing, extra or misshapen keys."""
+
+
+def printable(text: object) -> str:
+    """`text` on one line that a terminal shows as it is: control characters, invisible ones and line ends escaped.
+
+    Names of files and strings of bundles come from anyone, and may carry a terminal's commands.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

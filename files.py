@@ -1,32 +1,58 @@
-"""Files written whole or not at all, and their hashes."""
+"""Files written whole or not at all, checks of what a path is before it is opened, and hashes."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
+import re
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
+
+from .errors import InputError
+
+_TEMPORARY = ".flashcocos-"  # and eight random characters and the target's suffix
+_STALE = 24 * 3600  # seconds after which a temporary file has no writer any more
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_TEXTS = (".txt", ".csv", ".json", ".jsonl")  # may lie in a folder of pictures, labels or engines
 
 
 @contextlib.contextmanager
 def atomic_path(target: str | os.PathLike[str], *, directory: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `target`; rename it to `target` on success, remove it on any error.
 
-    The suffix of `target` is kept, so that writers that choose a format by suffix (Pillow, numpy) work.
-    With `directory=True` the temporary path is an existing empty folder, and an existing `target` folder is replaced.
-    Missing parent folders are made.
+    Missing parent folders are made, and what killed runs left in the folder more than a day ago is removed.
+
+    Args:
+        target: The file or folder to write. Its suffix is kept, so that writers that choose a format by suffix
+            (Pillow, numpy) work.
+        directory: Yield an existing empty folder, and replace an existing folder `target`.
+
+    Raises:
+        InputError: `target` is a folder where a file is expected or the reverse, a FIFO, a socket or a device.
     """
     target = Path(target)
+    if target.exists() and not (target.is_dir() if directory else target.is_file()):
+        raise InputError(f"{target} is {_kind(target)}; expected {'a folder' if directory else 'a file'} to write")
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(target.parent.resolve())
     if directory:
-        temporary, mode = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)), 0o777
+        temporary, mode = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=target.parent)), 0o777
     else:
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=target.suffix, dir=target.parent)
         os.close(handle)
         temporary, mode = Path(name), 0o666
     try:
@@ -41,11 +67,42 @@ def atomic_path(target: str | os.PathLike[str], *, directory: bool = False) -> I
         else:
             os.replace(temporary, target)
     except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+def require_file(path: str | os.PathLike[str]) -> None:
+    """Refuse what is not a plain file, without opening it: to open a FIFO would wait for its writer.
+
+    Args:
+        path: What is about to be read; links are followed.
+
+    Raises:
+        InputError: There is nothing at `path`, or it is a folder, a FIFO, a socket or a device.
+    """
+    if (kind := _kind(path)) != "a file":
+        raise InputError(f"{path} is {kind}; expected a file" if kind else f"{path} does not exist")
+
+
+def require_distinct(output: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
+    """Refuse to write onto an input.
+
+    Args:
+        output: The file or folder to write.
+        inputs: What is read: files, folders whose files are read (lists in them may be written), or None.
+
+    Raises:
+        InputError: `output` is one of the inputs, or a file in one of them.
+    """
+    target = Path(output).resolve()
+    for path in inputs:
+        if path is None:
+            continue
+        source = Path(path).resolve()
+        same = target == source or (target.exists() and source.exists() and target.samefile(source))
+        inside = target.is_file() and source.is_dir() and target.is_relative_to(source)
+        if same or (inside and target.suffix.lower() not in _TEXTS):
+            raise InputError(f"output {output} would overwrite the input {path}; choose another output")
 
 
 def cache_folder() -> Path:
@@ -60,6 +117,31 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _kind(path: str | os.PathLike[str]) -> str | None:
+    """What lies at `path`, in words: "a file", "a folder", ...; None for nothing."""
+    try:
+        return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "a file")
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the path
+        return None
+
+
+@functools.lru_cache(maxsize=256)  # once a folder: looking through a large one for each of its files would be slow
+def _remove_stale(folder: Path) -> None:
+    """Remove the temporary files and folders in `folder` that are older than a day."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        if re.fullmatch(rf"{_TEMPORARY}\w{{8}}(\..*)?", path.name):
+            with contextlib.suppress(OSError):  # another run may remove it at the same time
+                if time.time() - path.lstat().st_mtime > _STALE:
+                    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

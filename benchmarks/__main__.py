@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..errors import FlashcocosError, InputError
 from . import __doc__ as scheme
-from .provenance import RESULTS
 from .cases import all_cases
+from .provenance import RESULTS
 from .registry import GROUPS, select
 
 
@@ -34,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.add_argument("--all", action="store_true", help="also the cases that are not published")
         sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         sub.add_argument(
-            "--bundle", action="append", default=[], metavar="NAME=PATH", help="a further bundle, as a step of the ablation"
+            "--bundle",
+            action="append",
+            default=[],
+            metavar="NAME=PATH",
+            help="a further bundle, as a step of the ablation",
         )
     run = commands.choices["run"]
     run.add_argument("--model", metavar="FOLDER", help="what `model` has filled")

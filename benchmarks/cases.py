@@ -319,9 +319,7 @@ CASE_FACTORIES = (
 )
 
 
-def all_cases(
-    device: str = "cpu", extra_bundles: Sequence[str] = (), config: ModelConfig | None = None
-) -> list[Case]:
+def all_cases(device: str = "cpu", extra_bundles: Sequence[str] = (), config: ModelConfig | None = None) -> list[Case]:
     """Every case of every group.
 
     Args:

@@ -17,7 +17,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vPX"
 
 
-def draw(results: Path, folder: Path) -> list[Path]:
+def draw_plots(results: Path, folder: Path) -> list[Path]:
     """Draw every plot of the CPU's results that there are rows for.
 
     Args:
@@ -34,7 +34,7 @@ def draw(results: Path, folder: Path) -> list[Path]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise BackendError("plots need matplotlib: pip install 'flashcocos[bench]'") from error
-    drawn = []
+    paths = []
     for name, groups, plot in PLOTS:
         rows = [row for group in groups for row in read_rows(results / f"{group}.jsonl")]
         if not rows:
@@ -45,8 +45,8 @@ def draw(results: Path, folder: Path) -> list[Path]:
         axes.spines[["top", "right"]].set_visible(False)
         with atomic_path(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, metadata={"Software": None})
-        drawn.append(folder / f"{name}.png")
-    return drawn
+        paths.append(folder / f"{name}.png")
+    return paths
 
 
 def ablation(axes: Any, rows: Sequence[Row]) -> None:
@@ -73,7 +73,9 @@ def memory(axes: Any, rows: Sequence[Row]) -> None:
     def key(row: Row) -> str:
         parameters = {"dtype": "float32", "backend": "onnxruntime", **row["parameters"]}
         shown = parameters["method"] in methods
-        return label(row) if shown and (parameters["dtype"], parameters["backend"]) == ("float32", "onnxruntime") else ""
+        return (
+            label(row) if shown and (parameters["dtype"], parameters["backend"]) == ("float32", "onnxruntime") else ""
+        )
 
     for style, series in _series(rows, key):
         points = sorted(

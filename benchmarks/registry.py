@@ -22,7 +22,7 @@ GROUPS = {
     "resolution": "one translation at 512, 768 and 1024 px: time and memory",
     "warp": "the correspondence warp alone",
     "training": "one training step",
-    "estimate": "the estimated memory of a training step, and the largest batch in 8, 12 and 24 GiB; nothing is trained",
+    "estimate": "the estimated memory of a training step, and the largest batch in 8, 12 and 24 GiB",
     "throughput": "translations in batches of 1, 4 and 16",
     "startup": "process start to first picture, and what has to be installed",
 }

@@ -10,13 +10,26 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import atomic_path
-from .plots import draw
+from .plots import draw_plots
 from .provenance import RESULTS
 from .registry import GROUPS
 from .runner import Row, read_rows
 from .tables import (
-    WARPS, agreement, cell, duration, error, grouped, hardware, is_plain, label, memory, origin, seconds, spread,
-    table, unmeasured,
+    WARPS,
+    agreement,
+    cell,
+    duration,
+    error,
+    grouped,
+    hardware,
+    is_plain,
+    label,
+    memory,
+    origin,
+    seconds,
+    spread,
+    table,
+    unmeasured,
 )  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +51,8 @@ CAVEATS = """## What these numbers do not show
 - The published form is flashcocos's own code of the published computation, not the authors' program.
 - torch.compile found code of an earlier run in its cache; without it, its first run had taken 97 s.
 - The largest batches are estimated and have not been tried, and no row has run on a GPU unless it names one.
-- Commands use today's names of groups. At the revisions named here, `ablation` was `ladder` and `estimate` was `plan`."""
+- Commands use today's names of groups. At the revisions given here, `ablation` was `ladder` and `estimate` was
+  `plan`."""
 
 
 def write_report(page: Path = PAGE, readme: Path = README, results: Path = RESULTS) -> list[Path]:
@@ -57,7 +71,7 @@ def write_report(page: Path = PAGE, readme: Path = README, results: Path = RESUL
         BackendError: matplotlib is missing.
     """
     texts = {page: full_page(results), readme: insert(readme.read_text(encoding="utf-8"), readme_table(results))}
-    plots = draw(results, results)
+    plots = draw_plots(results, results)
     for path, text in texts.items():
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -73,24 +87,19 @@ def insert(readme: str, text: str) -> str:
 
 
 def readme_table(results: Path = RESULTS) -> str:
-    """The README's table of five rows, its hardware line and the link to the page."""
+    """The README's table of five rows and its hardware line."""
     rows = {row["case"]: row for row in read_rows(results / "ablation.jsonl")}
-    chosen = [rows[f"ablation/{name}"] for name in README_CASES if f"ablation/{name}" in rows]
-    if len(chosen) < len(README_CASES):
+    steps = [rows[f"ablation/{name}"] for name in README_CASES if f"ablation/{name}" in rows]
+    if len(steps) < len(README_CASES):
         raise InputError(f"{results / 'ablation.jsonl'}: expected the cases {', '.join(README_CASES)}; run them first")
-    base = chosen[0]["ms"]["median"] if chosen[0]["status"] == "timed" else None
+    base = steps[0]["ms"]["median"] if steps[0]["status"] == "timed" else None
     lines = [
         [label(row), duration(row), _speedup(row, base), memory(row), agreement(row)[1]]
         if row["status"] == "timed"
         else [label(row), unmeasured(row)]
-        for row in chosen
+        for row in steps
     ]
-    size = chosen[0]["parameters"]["size"]
-    return (
-        f"{table(['', 'median', 'times as fast', 'peak memory', 'PSNR'], lines)}\n\n"
-        f"One translation at {size} x {size} by a full-size ade20k network, PSNR against the first row, on\n"
-        f"{hardware(chosen[0]['setup'])}. All results: [docs/benchmarks.md](docs/benchmarks.md)."
-    )
+    return f"{table(['', 'median', 'times as fast', 'peak memory', 'PSNR'], lines)}\n\n{hardware(steps[0]['setup'])}"
 
 
 def full_page(results: Path = RESULTS) -> str:
@@ -212,7 +221,9 @@ def shares(rows: Sequence[Row], machine: Sequence[Row]) -> str:
 def training(rows: Sequence[Row]) -> str:
     """A training step."""
     lines = [
-        [row["measures"], duration(row), memory(row)] if row["status"] == "timed" else [row["measures"], unmeasured(row)]
+        [row["measures"], duration(row), memory(row)]
+        if row["status"] == "timed"
+        else [row["measures"], unmeasured(row)]
         for row in rows
     ]
     return f"## A training step\n\n{table(['', 'time', 'peak memory'], lines)}"
@@ -264,7 +275,10 @@ def startup(rows: Sequence[Row]) -> str:
     parts = ["## Start-up and installation"]
     parts += [table(["", "ready", "first picture", "peak memory"], starts)] if starts else []
     if sizes:
-        parts += ["Sizes without flashcocos itself; the largest in MiB.", table(["", "size", "packages", "largest"], sizes)]
+        parts += [
+            "Sizes without flashcocos itself; the largest in MiB.",
+            table(["", "size", "packages", "largest"], sizes),
+        ]
     return "\n\n".join(parts)
 
 

@@ -26,7 +26,7 @@ from ..bundle import Bundle
 from ..errors import InputError
 from ..files import sha256
 from .provenance import CHANGED, conditions, free_memory, provenance
-from .registry import Case, Assets
+from .registry import Assets, Case
 
 Row = dict[str, Any]
 GIB = 2**30

@@ -90,17 +90,17 @@ def unmeasured(row: Row) -> str:
 
 
 def hardware(setup: Mapping[str, Any]) -> str:
-    """The processor, its cores, and the GPU if there is one."""
-    return f"{setup['processor']}, {setup['cores']} cores" + (f", {setup['gpu']}" if "gpu" in setup else "")
+    """One line: processor, cores, the GPU if there is one, and versions."""
+    gpu = f", {setup['gpu']}" if "gpu" in setup else ""
+    versions = ", ".join(f"{name} {version}" for name, version in setup["versions"].items())
+    return f"{setup['processor']}, {setup['cores']} cores{gpu}; Python {setup['python']}, {versions}"
 
 
 def origin(rows: Sequence[Row]) -> str:
-    """Hardware, versions and commands of one results file."""
+    """Hardware, revision and commands of one results file."""
     setup = rows[0]["setup"]
-    versions = ", ".join(f"{name} {version}" for name, version in setup["versions"].items())
     commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
-    where = f"{hardware(setup)}; Python {setup['python']}, {versions}; revision {setup['revision']}:"
-    return f"{where}\n\n```sh\n{commands}\n```"
+    return f"{hardware(setup)}; revision {setup['revision']}:\n\n```sh\n{commands}\n```"
 
 
 def is_plain(row: Row) -> bool:

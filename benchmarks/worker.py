@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .provenance import peak_rss, percentiles, resident_memory
-from .registry import Case, Assets, Benchmark
+from .registry import Assets, Benchmark, Case
 
 MIB = 2**20
 PAUSE = 0.08  # seconds between run and baseline: threads of BLAS spin for a while on the cores that the other needs

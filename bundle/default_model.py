@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..errors import InputError
@@ -16,3 +17,8 @@ def default_model_path() -> Path:
     if not MODEL.is_file():
         raise InputError(f"this installation holds no model at {MODEL}; name a bundle, or install flashcocos again")
     return MODEL
+
+
+def resolve_model(model: str | os.PathLike[str] | None) -> Path:
+    """The path that `model` means: None and "avatars-128" are the model that ships, anything else is a path."""
+    return default_model_path() if model in (None, MODEL.stem) else Path(model)

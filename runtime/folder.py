@@ -1,7 +1,8 @@
-"""Folders of translations, behind `flashcocos translate`: resumable, atomic, and no bad file stops the rest."""
+"""Translation of folders, behind `flashcocos translate`: resumable, atomic, and no bad file stops the rest."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -15,12 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..config import ModelConfig
-from ..errors import FlashcocosError, InputError
-from ..files import atomic_path
+from ..errors import FlashcocosError, InputError, printable
+from ..files import atomic_path, require_distinct
 from ..preprocess.images import PathLike, UInt8Array, load_rgb
 from ..preprocess.labels import load_label, resize_nearest
-from .jobs import EXTRAS, Job, plan_jobs
-from .translator import Exemplar, Size, Translation, Translator, resolve_size
+from .jobs import EXTRAS, Job, match_files
+from .pipeline import Exemplar
+from .translator import Size, Translation, Translator, resolve_size
 
 CACHED_EXEMPLARS = 16  # encoded exemplars kept in memory; 5 MB each at 256 x 256, C = 256
 JPEG_QUALITY = 95
@@ -28,7 +30,13 @@ JPEG_QUALITY = 95
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What became of a batch: results written, results that were there already, and (input, reason) of failures."""
+    """What became of a folder.
+
+    Attributes:
+        done: Number of results written.
+        skipped: Number of results that were there already.
+        failed: (label file, reason) of each translation that failed.
+    """
 
     done: int
     skipped: int
@@ -49,17 +57,32 @@ def translate_folder(
     resume: bool = False,
     progress: bool = False,
 ) -> Summary:
-    """Translate every input and write the pictures; which files belong together: `jobs.plan_jobs`.
+    """Translate every input and write the pictures, each file whole or not at all.
 
-    save: extra outputs beside each picture: "warped" and "confidence" (PNG), "matches" (.npz of the arrays `matches`,
-        `confidence` and `exemplar_size`), "grid" (label, exemplar, warped and result side by side, PNG).
-    suffix: ".png", or ".jpg" (quality 95), of results in a folder; resume: leave alone what has all its outputs.
-    progress: show a progress bar on standard error, where it is a terminal, and a line for each job that failed.
-    Every file is written whole or not at all. Raises `InputError` before any work where the arguments make no sense.
+    Args:
+        translator: The model.
+        inputs: Label file or folder. It, `exemplars`, `exemplar_labels`, `output` and `pairs` are as for
+            `jobs.match_files`, which decides which files belong together.
+        exemplars: Picture or folder.
+        exemplar_labels: Label file or folder, for models that need the exemplars' labels.
+        output: Picture or folder to write.
+        pairs: CSV list to use instead.
+        size: As for `Translator.translate`.
+        save: Extra outputs beside each picture: "warped" and "confidence" (PNG), "matches" (.npz of the arrays
+            `matches`, `confidence` and `exemplar_size`), "grid" (label, exemplar, warped and result side by side, PNG).
+        suffix: ".png", or ".jpg" (quality 95), of results in a folder.
+        resume: Leave alone what has all its outputs.
+        progress: Show a progress bar on standard error, where it is a terminal, and a line for each job that failed.
+
+    Returns:
+        What was written, and what failed: a bad file does not stop the rest.
+
+    Raises:
+        InputError: The arguments make no sense; nothing has been written then.
     """
     if unknown := sorted(set(save) - set(EXTRAS)):
         raise InputError(f"unknown output to save {unknown[0]!r}; available: {', '.join(EXTRAS)}")
-    jobs = plan_jobs(
+    jobs = match_files(
         _path(inputs),
         _path(exemplars),
         _path(exemplar_labels),
@@ -68,25 +91,38 @@ def translate_folder(
         suffix=suffix,
         extras=save,
     )
+    for job in jobs:
+        for path in (job.output, *(job.extra(kind) for kind in save)):
+            require_distinct(path, translator.bundle.path)
     resolve_size(translator.config, size, (256, 256))  # a size that is wrong for all is an error at once
     _check_exemplar_labels(translator.config, jobs)
-    encode = functools.lru_cache(CACHED_EXEMPLARS)(functools.partial(_encode, translator, size))
+    # the last picture only: several large ones would take much memory, and the grid follows the encoding at once
+    picture = functools.lru_cache(1)(load_rgb)
+
+    @functools.lru_cache(CACHED_EXEMPLARS)
+    def encode(exemplar: Path, label: Path | None) -> Exemplar:
+        return translator.encode_exemplar(picture(exemplar), label, size)
+
     done, skipped = 0, 0
     failed: list[tuple[Path, str]] = []
     for job in tqdm(jobs, desc="translate", unit="image", disable=None if progress else True):
         if resume and all(path.is_file() for path in (job.output, *(job.extra(kind) for kind in save))):
             skipped += 1
-        else:
-            try:
-                result = translator.translate(job.label, encode(job.exemplar, job.exemplar_label), size)
-                _write(translator.config, job, result, save)
-                done += 1
-            except (FlashcocosError, OSError, MemoryError) as error:
-                reason = (str(error) or type(error).__name__).replace("\n", " ")
-                failed.append((job.label, reason))
-                if progress:
-                    line = reason if reason.startswith(str(job.label)) else f"{job.label}: {reason}"
-                    tqdm.write(line, file=sys.stderr)
+            continue
+        try:
+            job.check()
+            exemplar = encode(job.exemplar, job.exemplar_label)
+            label = load_label(translator.config, job.label)
+            result = translator.translate(label, exemplar, size)
+            _write(job, result, functools.partial(_grid, translator.config, label, job.exemplar, picture, result), save)
+            done += 1
+        except (FlashcocosError, OSError, MemoryError) as error:
+            reason = (str(error) or type(error).__name__).replace("\n", " ")
+            failed.append((job.label, reason))
+            if progress:
+                line = reason if reason.startswith(str(job.label)) else f"{job.label}: {reason}"
+                with contextlib.suppress(OSError):  # standard error may be full or closed
+                    tqdm.write(printable(line), file=sys.stderr)
     return Summary(done, skipped, tuple(failed))
 
 
@@ -111,11 +147,11 @@ def _check_exemplar_labels(config: ModelConfig, jobs: list[Job]) -> None:
     for job in jobs:
         if config.condition_on_label and job.exemplar_label is None:
             raise InputError(
-                f"{job.exemplar}: a model for {config.task} needs the exemplars' labels; give their folder too"
+                f"{job.exemplar}: a model for {config.task} needs the exemplars' labels; give --exemplar-label"
             )
         if not config.condition_on_label and job.exemplar_label is not None:
             raise InputError(
-                f"{job.exemplar_label}: a model for {config.task} takes no labels for exemplars; leave them out"
+                f"{job.exemplar_label}: a model for {config.task} takes no exemplar labels; leave --exemplar-label out"
             )
 
 
@@ -123,36 +159,38 @@ def _path(path: PathLike | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _encode(translator: Translator, size: Size, exemplar: Path, label: Path | None) -> Exemplar:
-    return translator.encode_exemplar(exemplar, label, size)
-
-
-def _write(config: ModelConfig, job: Job, result: Translation, save: Collection[str]) -> None:
-    writers: dict[str, Callable[[Path], None]] = {
-        "warped": lambda path: _save(path, result.warped),
-        "matches": lambda path: np.savez_compressed(
-            path, matches=result.matches, confidence=result.confidence, exemplar_size=result.exemplar_size
-        ),
-        "confidence": lambda path: _save(path, np.rint(result.confidence * 255).astype(np.uint8)),
-        "grid": lambda path: _save(path, _grid(config, job, result)),
-    }
+def _write(job: Job, result: Translation, grid: Callable[[], UInt8Array], save: Collection[str]) -> None:
     for kind in sorted(save):
-        with atomic_path(job.extra(kind)) as temporary:
-            writers[kind](temporary)
-    with atomic_path(job.output) as temporary:  # last, for it tells that the job is done
-        _save(temporary, result.image)
+        with atomic_path(job.extra(kind)) as path:
+            if kind == "warped":
+                _save(path, result.warped)
+            elif kind == "confidence":
+                _save(path, np.rint(result.confidence * 255).astype(np.uint8))
+            elif kind == "grid":
+                _save(path, grid())
+            else:
+                arrays = {name: getattr(result, name) for name in ("matches", "confidence", "exemplar_size")}
+                np.savez_compressed(path, **arrays)
+    with atomic_path(job.output) as path:  # last, for `resume` takes it to mean that the job is done
+        _save(path, result.image)
 
 
 def _save(path: Path, pixels: UInt8Array) -> None:
     Image.fromarray(pixels).save(path, quality=JPEG_QUALITY)
 
 
-def _grid(config: ModelConfig, job: Job, result: Translation) -> UInt8Array:
-    """Label, exemplar, warped exemplar and result side by side."""
+def _grid(
+    config: ModelConfig,
+    label: npt.NDArray[Any],
+    exemplar: Path,
+    picture: Callable[[Path], Image.Image],
+    result: Translation,
+) -> UInt8Array:
+    """Label, exemplar, warped exemplar and result side by side; `picture` opens the exemplar."""
     size = result.image.shape[:2]
-    label = resize_nearest(load_label(config, job.label), size)
-    exemplar = np.asarray(load_rgb(job.exemplar, size))
-    return np.concatenate([label_colors(config, label), exemplar, result.warped, result.image], axis=1)
+    colors = label_colors(config, resize_nearest(label, size))
+    shown = np.asarray(load_rgb(picture(exemplar), size))
+    return np.concatenate([colors, shown, result.warped, result.image], axis=1)
 
 
 def _palette(count: int) -> UInt8Array:

@@ -17,7 +17,7 @@ from .cpu.onnxruntime import available_providers
 from .cpu.openvino import cpu_precisions
 from .gpu.cubins import FOLDER, BundleKernels, KernelFolder, available_kernels
 from .gpu.device import mebibytes
-from .gpu.memory_estimate import plan_memory
+from .gpu.memory_estimate import estimate_memory
 from .gpu.pycuda import PycudaDevice
 from .gpu.store import EngineRecord, default_folder, list_engines
 from .options import check_tile
@@ -135,7 +135,7 @@ def _memory_lines(bundle: Bundle, folder: Path, size: tuple[int, int], tile: int
     for (variant, version, _, precision), records in sorted(sets.items()):
         records.sort(key=lambda record: not record.key.profile.static)
         try:
-            plan = str(plan_memory(manifest.config, records, *size, tile=tile))
+            plan = str(estimate_memory(manifest.config, records, *size, tile=tile))
         except BackendError as error:
             plan = str(error)
         lines.append(f"memory      {variant} {version} in {precision}: {plan}")

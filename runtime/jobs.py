@@ -13,18 +13,29 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import require_file
 from ..preprocess.images import SUFFIXES
 
+_ANY = ".*"  # the suffix of a file that is looked for by its name alone
 LABEL_SUFFIXES = (".png", ".npz", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")  # without JPEG, which alters ids
 # a picture may lie beside its label, and then it is the JPEG
 PICTURE_SUFFIXES = tuple(sorted(SUFFIXES, key=lambda suffix: suffix not in (".jpg", ".jpeg")))
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg")
+# endings of pictures that no result is written with: an output of such a name is a mistake and no folder
+_OTHER_SUFFIXES = {*SUFFIXES, ".avif", ".heic", ".jxl", ".jp2", ".svg", ".pdf"} - set(OUTPUT_SUFFIXES)
 EXTRAS = {"warped": ".png", "matches": ".npz", "confidence": ".png", "grid": ".png"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One translation: the label `label` in the manner of `exemplar`, written to `output`, extras beside it."""
+    """One translation.
+
+    Attributes:
+        label: The label file to translate.
+        exemplar: The picture whose look it takes.
+        exemplar_label: The exemplar's label file; None where the model needs none.
+        output: The picture to write; extra outputs lie beside it.
+    """
 
     label: Path
     exemplar: Path
@@ -35,8 +46,16 @@ class Job:
         """Where the extra output `kind`, a key of `EXTRAS`, goes: out.png -> out.warped.png."""
         return self.output.with_name(f"{self.output.stem}.{kind}{EXTRAS[kind]}")
 
+    def check(self) -> None:
+        """Raise `InputError` where one of the files is missing or is no file."""
+        for what, path in (("label", self.label), ("picture", self.exemplar), ("label", self.exemplar_label)):
+            if path is not None and path.suffix == _ANY and not path.exists():
+                raise InputError(f"no {what} named {path.stem} in {path.parent}")
+            if path is not None:
+                require_file(path)
 
-def plan_jobs(
+
+def match_files(
     inputs: Path | None,
     exemplars: Path | None,
     exemplar_labels: Path | None,
@@ -48,18 +67,27 @@ def plan_jobs(
 ) -> list[Job]:
     """All translations that the arguments of `flashcocos translate` ask for, in a stable order.
 
-    inputs: label file or folder (searched through). exemplars: one picture for all, or a folder in which each input
-    finds its own by its relative path without suffix. exemplar_labels: likewise, for the exemplars.
-    pairs: a CSV list to use instead; its names are relative to the folders given, or else to the list's own folder.
-    output: a file for a single input where it has an image suffix, else a folder.
-    Files named but missing are left to the translation to report. Raises `InputError` where the arguments make no
-    sense: nothing to do, an unreadable list, two jobs with one output, an output that would overwrite an input.
+    A file that is named but missing is no error here: `Job.check` finds it.
+
+    Args:
+        inputs: Label file, or folder that is searched through.
+        exemplars: One picture for all, or a folder in which each input finds its own by its relative path without
+            suffix.
+        exemplar_labels: Likewise, for the exemplars.
+        output: A file for a single input where it has the suffix of a picture, else a folder.
+        pairs: A CSV list to use instead; its names are relative to the folders given, or else to the list's own folder.
+        suffix: Of the results in a folder.
+        extras: Extra outputs, keys of `EXTRAS`.
+
+    Raises:
+        InputError: The arguments make no sense: nothing to do, an unreadable list, two jobs with one output, an output
+            that would overwrite an input.
     """
     if suffix not in OUTPUT_SUFFIXES:
         raise InputError(f"output suffix {suffix!r}: expected one of {', '.join(OUTPUT_SUFFIXES)}")
-    for given in (inputs, exemplars, exemplar_labels, pairs):
-        if given is not None and not given.exists():
-            raise InputError(f"{given} does not exist")
+    for path in (inputs, exemplars, exemplar_labels, pairs):
+        if path is not None and (path is pairs or not path.is_dir()):
+            require_file(path)
     if pairs is not None:
         triples = _listed(pairs, inputs, exemplars, exemplar_labels)
     elif inputs is None or exemplars is None:
@@ -70,11 +98,9 @@ def plan_jobs(
             raise InputError(
                 f"output {output} lies in the input folder {inputs}, whose files are all labels: choose another"
             )
-    single = inputs is not None and inputs.is_file() and pairs is None
-    if single and output.suffix.lower() in OUTPUT_SUFFIXES and not output.is_dir():
+    several = pairs or (inputs if inputs and inputs.is_dir() else None)  # also where it has one input today
+    if _is_picture(output, several):
         jobs = [Job(label, exemplar, exemplar_label, output) for _, label, exemplar, exemplar_label in triples]
-    elif output.is_file() or output.suffix.lower() in OUTPUT_SUFFIXES:
-        raise InputError(f"output {output}: expected a folder for the results of several inputs")
     else:
         repeated = Counter(label for _, label, *_ in triples)
         jobs = []
@@ -82,8 +108,23 @@ def plan_jobs(
             # one input with several exemplars: each result carries the exemplar's name too
             stem = f"{relative.name}_{exemplar.stem}" if repeated[label] > 1 else relative.name
             jobs.append(Job(label, exemplar, exemplar_label, output / relative.parent / f"{stem}{suffix}"))
-    _check_outputs(jobs, extras)
+    _check_outputs(jobs, extras, pairs)
     return jobs
+
+
+def _is_picture(output: Path, several: Path | None) -> bool:
+    """Whether `output` is one picture, and no folder; `several`: the folder or list of inputs, if there is one."""
+    if output.is_dir():
+        return False
+    ending = output.suffix.lower()
+    if several is not None and (output.exists() or ending in (*OUTPUT_SUFFIXES, *_OTHER_SUFFIXES)):
+        kind = "folder" if several.is_dir() else "list"
+        raise InputError(f"output {output}: expected a folder, because the input {several} is a {kind}")
+    if ending in OUTPUT_SUFFIXES:
+        return True
+    if output.exists() or ending in _OTHER_SUFFIXES:
+        raise InputError(f"output {output}: expected a folder, or a picture ending in {', '.join(OUTPUT_SUFFIXES)}")
+    return False
 
 
 def _matched(inputs: Path, exemplars: Path, exemplar_labels: Path | None) -> list[tuple[Path, Path, Path, Path | None]]:
@@ -152,21 +193,26 @@ def _named(folder: Path, name: str, suffixes: Iterable[str]) -> Path:
 
 
 def _find(path: Path, suffixes: Iterable[str], missing: Path | None = None) -> Path:
-    """`path` with the first suffix that exists, in lower or upper case; else `missing`, by default `path` with ".*"."""
+    """`path` with the first suffix that exists, in lower or upper case; else `missing`, by default with `_ANY`."""
     for suffix in suffixes:
         for spelling in (suffix, suffix.upper()):
             candidate = path.with_name(path.name + spelling)
             if candidate.is_file():
                 return candidate
-    return path.with_name(f"{path.name}.*") if missing is None else missing
+    return path.with_name(f"{path.name}{_ANY}") if missing is None else missing
 
 
 def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    # hidden files are others' bookkeeping: macOS leaves ._copies beside files
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith(".")
+    )
 
 
-def _check_outputs(jobs: list[Job], extras: Collection[str]) -> None:
-    sources = {path.resolve() for job in jobs for path in (job.label, job.exemplar, job.exemplar_label) if path}
+def _check_outputs(jobs: list[Job], extras: Collection[str], pairs: Path | None) -> None:
+    sources = {path.resolve() for job in jobs for path in (job.label, job.exemplar, job.exemplar_label, pairs) if path}
     seen: dict[Path, Path] = {}
     for job in jobs:
         for target in (job.output, *(job.extra(kind) for kind in extras)):

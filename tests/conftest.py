@@ -11,6 +11,26 @@ import numpy as np
 import pytest
 import torch
 
+# what `make test-fast` leaves out; these files start first, longest first, so that no process is left alone at the end
+SLOW = (
+    "train/test_loss_parity.py",
+    "kernels/gpu/test_triton.py",
+    "kernels/gpu/test_aot.py",
+    "kernels/gpu/test_triton_nine_tap.py",
+    "train/test_trainer.py",
+    "benchmarks/test_cases.py",
+    "train/test_parity.py",
+    "export/test_graphs.py",
+    "train/test_distributed.py",
+    "train/test_memory_estimate.py",
+    "export/test_verify.py",
+    "export/test_bundle_kernels.py",
+    "export/test_quantize.py",
+    "export/tensorrt/test_graphs.py",
+    "export/test_single.py",
+    "runtime/test_end_to_end.py",
+)
+
 if not torch.cuda.is_available():
     # Triton reads it as it is imported, and any module of any test folder may import it
     os.environ["TRITON_INTERPRET"] = "1"
@@ -21,6 +41,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         folder = os.environ["FLASHCOCOS_TEST_FOLDER"] = tempfile.mkdtemp(prefix="flashcocos-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the files of `SLOW` and put them first."""
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(SLOW)}
+    if missing := [str(path) for path in places if not path.is_file()]:
+        raise pytest.UsageError(f"SLOW in tests/conftest.py names files that are not there: {', '.join(missing)}")
+    for item in items:
+        if item.path in places:
+            item.add_marker("slow")
+    items.sort(key=lambda item: places.get(item.path, len(SLOW)))
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,14 @@ the code's formula is the one here, since it made the published models. Every te
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
+import msgspec
 import torch
 import torch.nn.functional as F
+from msgspec import Meta
+from msgspec.structs import replace
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -24,42 +27,48 @@ CONTEXTUAL_EPS = 1e-3
 ROW_ENTRIES = 1 << 20  # of the similarity matrix that the contextual loss holds at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class LossWeights:
-    """Weight of each term; a term of weight 0 is not computed. The defaults are those of most published tasks.
+Weight = Annotated[float, Meta(ge=0, le=1e9)]
 
-    perceptual_layer: the VGG19 map that the perceptual term compares, "r42" or "r52".
-    upstream_batch_scale: the terms over pseudo pairs divide by the number of pairs and then, as the public code does,
-        once more by the samples in the pass; False leaves the second division out. With it these terms weigh as they
-        did for the published models, which had 4 samples on each GPU, only at 4 samples a pass.
+
+class LossWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Weight of each term; a term of weight 0, the default, is not computed.
+
+    Attributes:
+        perceptual_layer: the VGG19 map that the perceptual term compares.
+        upstream_batch_scale: the terms over pseudo pairs divide by the number of pairs and then, as the public code
+            does, once more by the samples in the pass; False leaves the second division out. With it these terms weigh
+            as they did for the published models, which had 4 samples on each GPU, only at 4 samples a pass.
     """
 
-    domain: float = 10.0
-    adversarial: float = 10.0
-    discriminator_features: float = 10.0
-    pseudo_features: float = 10.0
-    perceptual: float = 0.001
-    perceptual_layer: str = "r42"
-    contextual: float = 10.0
-    warp_cycle: float = 0.0
-    warp_two_cycle: float = 0.0
-    warp_self: float = 0.0
-    warp_mask: float = 0.0
+    domain: Weight = 0.0
+    adversarial: Weight = 0.0
+    discriminator_features: Weight = 0.0
+    pseudo_features: Weight = 0.0
+    perceptual: Weight = 0.0
+    perceptual_layer: Literal["r42", "r52"] = "r42"
+    contextual: Weight = 0.0
+    warp_cycle: Weight = 0.0
+    warp_two_cycle: Weight = 0.0
+    warp_self: Weight = 0.0
+    warp_mask: Weight = 0.0
     upstream_batch_scale: bool = True
 
     @classmethod
     def preset(cls, task: str) -> LossWeights:
-        """The weights of a published task."""
+        """The weights of a published task; `InputError` for another."""
         if task not in WEIGHTS:
             raise InputError(f"no loss weights for task {task!r}; available: {', '.join(WEIGHTS)}")
         return WEIGHTS[task]
 
 
+_PUBLISHED = LossWeights(
+    domain=10.0, adversarial=10.0, discriminator_features=10.0, pseudo_features=10.0, perceptual=0.001, contextual=10.0
+)
 WEIGHTS = {
-    "ade20k": LossWeights(pseudo_features=1.0, perceptual=0.01, perceptual_layer="r52", warp_mask=100.0),
-    "celebahq": LossWeights(warp_cycle=0.1, warp_mask=100.0),
-    "celebahqedge": LossWeights(warp_cycle=1.0),
-    "deepfashion": LossWeights(warp_self=100.0),
+    "ade20k": replace(_PUBLISHED, pseudo_features=1.0, perceptual=0.01, perceptual_layer="r52", warp_mask=100.0),
+    "celebahq": replace(_PUBLISHED, warp_cycle=0.1, warp_mask=100.0),
+    "celebahqedge": replace(_PUBLISHED, warp_cycle=1.0),
+    "deepfashion": replace(_PUBLISHED, warp_self=100.0),
 }
 
 

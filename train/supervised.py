@@ -7,21 +7,21 @@ supervising the warp). They are a fast start for the published objective, and en
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .losses import Weight
 
-@dataclasses.dataclass(frozen=True)
-class SupervisedWeights:
+
+class SupervisedWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Weight of each term; a term of weight 0 is not computed. Only `label` counts samples that have no target."""
 
-    image: float = 0.0
-    class_color: float = 0.0
-    warp: float = 0.0
-    label: float = 0.0
+    image: Weight = 0.0
+    class_color: Weight = 0.0
+    warp: Weight = 0.0
+    label: Weight = 0.0
 
 
 def supervised_terms(

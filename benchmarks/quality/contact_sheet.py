@@ -1,4 +1,4 @@
-"""A sheet of pictures to look at: label, exemplar, warped exemplar, result and true picture of the first pairs."""
+"""A contact sheet: label, exemplar, warped exemplar, result and true picture of the first pairs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class ContactSheet:
         self.config, self.count = config, count
         self.rows: list[UInt8Array] = []
 
-    def add(self, item: Item, drawing: Prediction) -> None:
+    def add(self, item: Item, prediction: Prediction) -> None:
         """Take one pair, unless the sheet is full."""
         from ...runtime.folder import label_colors
 
         if len(self.rows) < self.count:
             label = label_colors(self.config, item["label"])
             exemplar, image = to_uint8(item["exemplar"]), to_uint8(item["image"])
-            self.rows.append(np.concatenate([label, exemplar, drawing.warped, drawing.image, image], axis=1))
+            self.rows.append(np.concatenate([label, exemplar, prediction.warped, prediction.image, image], axis=1))
 
     def write(self, path: PathLike) -> None:
         """Write the sheet as a picture, atomically."""
@@ -39,8 +39,8 @@ class ContactSheet:
         sheet = Image.new("RGB", (columns * width, _HEADER + per_column * height), "white")
         draw = ImageDraw.Draw(sheet)
         for index, row in enumerate(self.rows):
-            column, place = divmod(index, per_column)
-            sheet.paste(Image.fromarray(row), (column * width, _HEADER + place * height))
+            column, line = divmod(index, per_column)
+            sheet.paste(Image.fromarray(row), (column * width, _HEADER + line * height))
         for column in range(columns):
             for place, caption in enumerate(CAPTIONS):
                 draw.text((column * width + place * width // len(CAPTIONS) + 4, 2), caption, fill="black")

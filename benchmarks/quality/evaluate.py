@@ -1,7 +1,7 @@
 """How good a model is: behind `flashcocos evaluate`.
 
-On pairs with an exact target, as the avatars are, the measure to beat is the class-mean baseline
-(`metrics.class_mean_baseline`). Photographs have no target: see `photo_metrics`.
+Pairs of avatars have an exact target, and the picture to beat there is `metrics.class_mean_baseline`. Photographs have
+no target: see `photo_metrics`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from ...errors import InputError
 from ...preprocess.images import PathLike, to_uint8
 from ...train.data import Item, PairData
 from .contact_sheet import ContactSheet
-from .metrics import ExactSums, correspondence_accuracy, class_mean_baseline
+from .metrics import ExactSums, class_mean_baseline, correspondence_accuracy
 from .photo_metrics import METRICS, PhotoMetrics, check_networks, open_metrics
 from .predictors import Predictor, open_predictor, torch_device
 
 
 @dataclasses.dataclass(frozen=True)
 class ExactScores:
-    """Means over the pairs, pictures as 8 bits a color. PSNR in dB; l1 and color errors for colors in [0, 1].
+    """Means over the pairs. PSNR is in dB; l1 and color errors are of colors in [0, 1].
 
-    psnr, psnr_warped, psnr_baseline: of the image, of the warped exemplar, of the class-mean baseline. ssim: of the image.
-    correspondence: share of positions whose best match in the exemplar is of the same class.
-    psnr_by_class: over all pixels of the class; color_error_by_class: L1 of its mean color. Only classes that occur.
+    Attributes:
+        psnr: Of the image; psnr_warped of the warped exemplar, psnr_baseline of the class-mean baseline.
+        ssim: Of the image.
+        l1: Of the image.
+        correspondence: Share of positions whose best match in the exemplar is of the same class.
+        psnr_by_class: Over all pixels of each class that occurs.
+        color_error_by_class: L1 of the mean color of each class that occurs.
     """
 
     pairs: int
@@ -43,13 +47,29 @@ class ExactScores:
 
 
 def evaluate_exact(
-    predictor: Predictor, pairs: PairData, class_names: Sequence[str], *, count: int | None = None, sheet: ContactSheet | None = None
+    predictor: Predictor,
+    pairs: PairData,
+    class_names: Sequence[str],
+    *,
+    count: int | None = None,
+    sheet: ContactSheet | None = None,
 ) -> ExactScores:
-    """Score the first `count` pairs (all by default) against their targets; `sheet` gets the pictures.
+    """Score pairs against their exact targets.
 
-    Raises `InputError` for a pair without target, for labels that are planes, and for a count out of range.
+    Args:
+        predictor: What makes the pictures.
+        pairs: Pairs whose labels are ids of classes.
+        class_names: The classes, by id.
+        count: Score the first so many; all by default.
+        sheet: Collects the pictures.
+
+    Returns:
+        The scores.
+
+    Raises:
+        InputError: A pair has no target, the model's labels are others, or `count` is out of range.
     """
-    config, classes = source.config, len(class_names)
+    config, classes = predictor.config, len(class_names)
     if (config.label_kind, config.label_channels) != ("classes", classes):
         raise InputError(
             f"a model for {config.task} takes labels of {config.label_channels} {config.label_kind}; "
@@ -59,27 +79,36 @@ def evaluate_exact(
     for index, item in _items(pairs, count):
         if not item["has_target"]:
             raise InputError(f"pair {index} has no exact target to be scored against")
-        drawing, target, exemplar = source.predict(item), to_uint8(item["image"]), to_uint8(item["exemplar"])
+        prediction, target, exemplar = predictor.predict(item), to_uint8(item["image"]), to_uint8(item["exemplar"])
         label, exemplar_label = item["label"], item["exemplar_label"]
         baseline = class_mean_baseline(label, exemplar, exemplar_label, classes)
-        found = correspondence_accuracy(label, exemplar_label, drawing.matches, classes)
-        sums.add(label, target, drawing.image, drawing.warped, baseline, found)
+        correspondence = correspondence_accuracy(label, exemplar_label, prediction.matches, classes)
+        sums.add(label, target, prediction.image, prediction.warped, baseline, correspondence)
         if sheet is not None:
-            sheet.add(item, drawing)
-    by_class = sums.psnr_by_class(class_names), sums.color_error_by_class(class_names)
-    return ExactScores(len(sums.rows), **sums.means(), psnr_by_class=by_class[0], color_error_by_class=by_class[1])
+            sheet.add(item, prediction)
+    return ExactScores(
+        len(sums.rows),
+        **sums.means(),
+        psnr_by_class=sums.psnr_by_class(class_names),
+        color_error_by_class=sums.color_error_by_class(class_names),
+    )
 
 
 def evaluate_photos(
-    predictor: Predictor, pairs: PairData, measures: PhotoMetrics, *, count: int | None = None, sheet: ContactSheet | None = None
+    predictor: Predictor,
+    pairs: PairData,
+    metrics: PhotoMetrics,
+    *,
+    count: int | None = None,
+    sheet: ContactSheet | None = None,
 ) -> dict[str, Any]:
-    """Score the first `count` pairs of photographs (all by default); `sheet` gets the pictures."""
+    """Score pairs of photographs by `metrics`; the other arguments and errors are those of `evaluate_exact`."""
     for _, item in _items(pairs, count):
-        drawing = source.predict(item)
-        measures.add(item, drawing)
+        prediction = predictor.predict(item)
+        metrics.add(item, prediction)
         if sheet is not None:
-            sheet.add(item, drawing)
-    return measures.scores()
+            sheet.add(item, prediction)
+    return metrics.scores()
 
 
 def evaluate_model(
@@ -101,36 +130,53 @@ def evaluate_model(
     warp: str = "auto",
     num_threads: int | None = None,
 ) -> dict[str, Any]:
-    """Score the bundle or model file `model`; a JSON object of what was scored and the scores.
+    """Score a bundle or model file.
 
-    data: "avatars", rendered where the cache lacks them, or the folder of a photo data set with its retrieval list
-    `pairs` and, if they are prepared, its `labels`; task: whose layout that folder has, by default the model's own.
-    metrics, vgg, inception: for photographs, see `photo_metrics`. sheet: where to write a picture of the first pairs.
-    backend, device, precision, warp, num_threads: as for the runtime's `Translator`.
+    Args:
+        model: A bundle, or a model file to score through PyTorch.
+        data: "avatars", rendered where the cache lacks them, or the folder of a photo data set.
+        split: "train", "validation" or "test" of the avatars.
+        count: Score the first so many pairs; all by default.
+        task: Whose layout the folder of photographs has; the model's own by default.
+        pairs: The retrieval list of the photographs.
+        labels: The folder of their prepared labels.
+        metrics: For photographs, some of `photo_metrics.METRICS`.
+        vgg: For photographs, a file with the weights of VGG19.
+        inception: For photographs, a file with an Inception network as TorchScript.
+        sheet: Where to write a contact sheet of the first pairs.
+        backend: As for the runtime's `Translator`, and so are device, precision, warp and num_threads.
+
+    Returns:
+        What was scored and the scores, JSON.
+
+    Raises:
+        FlashcocosError: An option, a file or a package is missing or cannot be used.
     """
     exact = str(data) == "avatars"
     if not exact:
         check_networks(metrics, vgg, inception)
         if split != "test":
             raise InputError(f"split {split!r}: a folder of photographs is scored as a test; its list says which")
-    source = open_predictor(model, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads)
-    drawn = None if sheet is None else ContactSheet(source.config)
+    predictor = open_predictor(
+        model, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads
+    )
+    contact_sheet = None if sheet is None else ContactSheet(predictor.config)
     if exact:
         from ...train.data.avatars import AvatarOptions, AvatarPairs
         from ...train.data.avatars_paint import CLASSES
 
-        options = AvatarOptions(size=source.config.image_size, retrieved=1.0, pseudo=0.0)
+        options = AvatarOptions(size=predictor.config.image_size, retrieved=1.0, pseudo=0.0)
         exact_pairs = AvatarPairs(split, options, count=count)
-        scores = dataclasses.asdict(evaluate_exact(source, exact_pairs, CLASSES, sheet=drawn))
+        scores = dataclasses.asdict(evaluate_exact(predictor, exact_pairs, CLASSES, sheet=contact_sheet))
     else:
         from ...train.data.photos import PhotoPairs
 
-        config = msgspec.structs.replace(source.config, task=task or source.config.task)
+        config = msgspec.structs.replace(predictor.config, task=task or predictor.config.task)
         photos = PhotoPairs(config, data, pairs, split="test", labels=labels)
-        measures = open_metrics(metrics, vgg, inception, torch_device(device) if vgg or inception else "cpu")
-        scores = evaluate_photos(source, photos, measures, count=count, sheet=drawn)
-    if sheet is not None and drawn is not None:
-        drawn.write(sheet)
+        photo_metrics = open_metrics(metrics, vgg, inception, torch_device(device) if vgg or inception else "cpu")
+        scores = evaluate_photos(predictor, photos, photo_metrics, count=count, sheet=contact_sheet)
+    if sheet is not None and contact_sheet is not None:
+        contact_sheet.write(sheet)
     return {"model": str(model), "data": str(data), "split": split, **scores}
 
 

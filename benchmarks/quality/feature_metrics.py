@@ -1,9 +1,9 @@
-"""Measures that compare pictures by the features of a pretrained network, whose weights the user brings.
+"""Metrics that compare pictures by the features of a pretrained network; the user supplies its weights.
 
-Semantic consistency and style relevance are the measures of arXiv 2004.05571, section 4, which names VGG19's layers and
-the cosine similarity, but neither how the positions of a map are averaged nor how patches of output and exemplar are
-brought together. Both are settled here, so the numbers compare models with each other, not with the paper's tables.
-The Frechet distance is torchmetrics' (arXiv 1706.08500), on an Inception network as a TorchScript file.
+Semantic consistency and style relevance are from arXiv 2004.05571, section 4. It names VGG19's layers and the cosine
+similarity, but neither how the positions of a map are averaged nor how patches of output and exemplar are matched. Both
+are decided here, so the numbers compare models with each other, not with the paper's tables. The Frechet distance is
+torchmetrics' (arXiv 1706.08500), on an Inception network as a TorchScript file.
 """
 
 from __future__ import annotations
@@ -24,27 +24,43 @@ MATCHING = "r42"  # the layer whose positions are the patches, 8 pixels a side
 
 
 def semantic_consistency(vgg: Vgg19, image: Tensor, photo: Tensor) -> Tensor:
-    """How far an output means what its label's photograph means, (B,), at most 1; pictures (B, 3, H, W) in [-1, 1].
+    """Whether an output means what its label's photograph means.
 
-    The cosine similarity of the features at equal positions, averaged over the positions and the layers `SEMANTIC`.
+    Args:
+        vgg: The network.
+        image: Outputs (B, 3, H, W) in [-1, 1].
+        photo: Photographs (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        (B,), at most 1: the cosine similarity of the features at equal positions, averaged over the positions and the
+        layers `SEMANTIC`.
     """
-    own, true = vgg(image, SEMANTIC), vgg(photo, SEMANTIC)
-    return torch.stack([F.cosine_similarity(own[name], true[name]).mean((1, 2)) for name in SEMANTIC]).mean(0)
+    image_maps, photo_maps = vgg(image, SEMANTIC), vgg(photo, SEMANTIC)
+    scores = [F.cosine_similarity(image_maps[name], photo_maps[name]).mean((1, 2)) for name in SEMANTIC]
+    return torch.stack(scores).mean(0)
 
 
 def style_relevance(vgg: Vgg19, image: Tensor, exemplar: Tensor) -> tuple[Tensor, Tensor]:
-    """How far an output looks as the exemplar does where they mean the same: color (B,) and texture (B,), at most 1.
+    """Whether an output looks like the exemplar where they mean the same.
 
-    Each patch of the output is held against the exemplar's patch that is most alike in `MATCHING`: the cosine
-    similarity of their mean features of the layers `COLOR` and `TEXTURE`, averaged over the patches.
+    Args:
+        vgg: The network.
+        image: Outputs (B, 3, H, W) in [-1, 1].
+        exemplar: Exemplars (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        Color and texture, (B,) each, at most 1. Each patch of the output is compared with the exemplar's patch that is
+        most similar in the layer `MATCHING`: the cosine similarity of their mean features of the layers `COLOR` and
+        `TEXTURE`, averaged over the patches.
     """
     names = (COLOR, TEXTURE, MATCHING)
-    own, other = vgg(image, names), vgg(exemplar, names)
-    alike = F.normalize(own[MATCHING].flatten(2), dim=1).mT @ F.normalize(other[MATCHING].flatten(2), dim=1)
-    match = alike.argmax(2)  # (B, patches): the exemplar's patch of each of the output's
+    image_maps, exemplar_maps = vgg(image, names), vgg(exemplar, names)
+    query, key = (F.normalize(maps[MATCHING].flatten(2), dim=1) for maps in (image_maps, exemplar_maps))
+    match = (query.mT @ key).argmax(2)  # (B, patches): the exemplar's patch of each of the output's
     color, texture = (
         F.cosine_similarity(
-            _patches(own, name), _patches(other, name).gather(2, match[:, None].expand(-1, own[name].shape[1], -1))
+            _patches(image_maps, name),
+            _patches(exemplar_maps, name).gather(2, match[:, None].expand(-1, image_maps[name].shape[1], -1)),
         ).mean(1)
         for name in (COLOR, TEXTURE)
     )
@@ -60,8 +76,8 @@ def _patches(features: dict[str, Tensor], name: str) -> Tensor:
 class Inception(nn.Module):
     """An Inception network from a TorchScript file: pictures (B, 3, H, W) uint8 to features (B, n).
 
-    NVIDIA's `inception-2015-12-05.pt` is one: it resizes by itself, as the original FID does, and gives its 2048 pooled
-    features when asked to. Any other file must give (B, n) at once. `InputError` for what does not.
+    NVIDIA's `inception-2015-12-05.pt` is one: it resizes by itself, as the original FID does, and returns its 2048
+    pooled features with an argument. Any other file must return (B, n) without; `InputError` for what does not.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -83,7 +99,7 @@ class Inception(nn.Module):
 
 
 class FrechetDistance:
-    """The Frechet distance between the features of real and of drawn pictures, added one by one; device: PyTorch's."""
+    """The Frechet distance between the features of real pictures and of outputs; device: PyTorch's."""
 
     def __init__(self, inception: nn.Module, device: str = "cpu") -> None:
         try:
@@ -99,5 +115,5 @@ class FrechetDistance:
             self._metric.update(torch.as_tensor(picture).permute(2, 0, 1)[None].to(self._device), real=real)
 
     def compute(self) -> float:
-        """The distance; needs two pictures of each kind at least, and means little with fewer than thousands."""
+        """The distance of at least two pictures of each kind; it means little with fewer than thousands."""
         return float(self._metric.compute())

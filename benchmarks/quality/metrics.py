@@ -1,7 +1,7 @@
-"""How alike pictures are: measures on uint8 pictures (H, W, 3), whatever drew them. Numpy; no torch.
+"""Metrics of uint8 pictures (H, W, 3), in numpy.
 
-With an exact target: PSNR, SSIM, L1, per class, and where the exemplar's colors were fetched from (`ExactSums`).
-Between two sets of pictures: the sliced Wasserstein distance. Measures that need a pretrained network are in
+With an exact target: PSNR, SSIM, L1, also by class, and where the exemplar's colors were fetched from (`ExactSums`).
+Between two sets of pictures: the sliced Wasserstein distance. Metrics that need a pretrained network are in
 `feature_metrics`.
 """
 
@@ -15,25 +15,36 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import BackendError, InputError
+from ...preprocess import images
 from ...preprocess.images import FloatArray, UInt8Array
 
 STEP = 4  # pixels per correspondence position, along each axis
-PATCH, PATCHES = 7, 128  # side of a patch, and how many an image gives at each level
+PATCH, PATCHES = 7, 128  # side of a patch, and patches of an image at each level
 DIRECTIONS = 512
 SMALLEST_LEVEL = 16
+MAX_PSNR = 100.0  # of equal pictures, so that means stay finite
 
 Ids = npt.NDArray[Any]
 
 
 def psnr(image: UInt8Array, target: UInt8Array) -> float:
-    """Peak signal-to-noise ratio in dB; 100 for equal pictures."""
-    return _decibel(float(np.square(_unit(image) - _unit(target)).mean()))
+    """`preprocess.images.psnr`, at most `MAX_PSNR`."""
+    return min(MAX_PSNR, images.psnr(image, target))
 
 
 def ssim(image: UInt8Array, target: UInt8Array) -> float:
-    """Structural similarity, -1 to 1, in the Gaussian window of its authors (doi 10.1109/TIP.2003.819861), by channel.
+    """Structural similarity in the Gaussian window of its authors (doi 10.1109/TIP.2003.819861), by channel.
 
-    Raises `InputError` for pictures under 11 pixels a side, `BackendError` without scikit-image.
+    Args:
+        image: uint8 (H, W, 3).
+        target: The same.
+
+    Returns:
+        -1 to 1; 1 for equal pictures.
+
+    Raises:
+        InputError: A side is under 11 pixels.
+        BackendError: scikit-image is missing.
     """
     if min(image.shape[:2]) < 11:
         raise InputError(f"SSIM: a picture of {image.shape[1]} x {image.shape[0]}; its window needs 11 x 11 pixels")
@@ -44,9 +55,16 @@ def ssim(image: UInt8Array, target: UInt8Array) -> float:
 
 
 def class_mean_baseline(label: Ids, exemplar: UInt8Array, exemplar_label: Ids, classes: int) -> UInt8Array:
-    """The answer to beat: each class of `label` in the mean color that the exemplar gives it by its true label.
+    """The picture to beat: each class of `label` in the exemplar's mean color of that class.
 
-    A class that the exemplar lacks gets the exemplar's mean color. Labels are ids (H, W) below `classes`.
+    Args:
+        label: Ids (H, W) below `classes`.
+        exemplar: uint8 (H, W, 3).
+        exemplar_label: Its ids (H, W).
+        classes: Number of classes.
+
+    Returns:
+        uint8 (H, W, 3). A class that the exemplar lacks gets the exemplar's mean color.
     """
     area = np.bincount(exemplar_label.ravel(), minlength=classes)[:, None]
     means = class_sums(exemplar_label, exemplar, classes) / np.maximum(area, 1)
@@ -64,15 +82,21 @@ def class_sums(label: Ids, values: npt.NDArray[Any], classes: int) -> npt.NDArra
 def correspondence_accuracy(label: Ids, exemplar_label: Ids, matches: npt.NDArray[np.int64], classes: int) -> float:
     """Share of positions that fetched their color from their own class of the exemplar.
 
-    matches: for each position (H / 4, W / 4) the flat index of the exemplar's position it matches best. A position's
-    class is the commonest of its 4 x 4 pixels, the lowest among equals.
+    Args:
+        label: Ids (H, W).
+        exemplar_label: Ids (H, W).
+        matches: For each position (H / 4, W / 4) the flat index of the exemplar's position that it matches best.
+        classes: Number of classes.
+
+    Returns:
+        0 to 1. A position's class is the most frequent of its 4 x 4 pixels, the lowest among equals.
     """
-    own, fetched = coarse_label(label, classes), coarse_label(exemplar_label, classes).ravel()[matches]
-    return float((own == fetched).mean())
+    fetched = coarse_label(exemplar_label, classes).ravel()[matches]
+    return float((coarse_label(label, classes) == fetched).mean())
 
 
 def coarse_label(label: Ids, classes: int) -> npt.NDArray[np.int64]:
-    """The commonest class (H / 4, W / 4) of each 4 x 4 pixels."""
+    """The most frequent class (H / 4, W / 4) of each 4 x 4 pixels."""
     height, width = label.shape
     blocks = label.reshape(height // STEP, STEP, width // STEP, STEP)
     return (blocks[..., None] == np.arange(classes)).sum((1, 3)).argmax(-1)
@@ -87,9 +111,15 @@ class ExactSums:
         self.area, self.error, self.color, self.present = np.zeros((4, classes))
 
     def add(
-        self, label: Ids, target: UInt8Array, image: UInt8Array, warped: UInt8Array, baseline: UInt8Array, found: float
+        self,
+        label: Ids,
+        target: UInt8Array,
+        image: UInt8Array,
+        warped: UInt8Array,
+        baseline: UInt8Array,
+        correspondence: float,
     ) -> None:
-        """Count one pair; found: its correspondence accuracy."""
+        """Count one pair: ids (H, W), four pictures (H, W, 3) and the accuracy of its correspondence."""
         difference = _unit(image) - _unit(target)
         self.rows.append(
             {
@@ -98,7 +128,7 @@ class ExactSums:
                 "psnr_baseline": psnr(baseline, target),
                 "ssim": ssim(image, target),
                 "l1": float(np.abs(difference).mean()),
-                "correspondence": found,
+                "correspondence": correspondence,
             }
         )
         area = np.bincount(label.ravel(), minlength=self.classes)
@@ -114,13 +144,13 @@ class ExactSums:
 
     def psnr_by_class(self, names: Sequence[str]) -> dict[str, float]:
         """PSNR over all pixels of each class that occurs."""
-        found = np.flatnonzero(self.area).tolist()
-        return {names[place]: round(_decibel(self.error[place] / self.area[place]), 2) for place in found}
+        present = np.flatnonzero(self.area).tolist()
+        return {names[place]: round(_decibel(self.error[place] / self.area[place]), 2) for place in present}
 
     def color_error_by_class(self, names: Sequence[str]) -> dict[str, float]:
         """L1 of the mean color of each class that occurs, colors in [0, 1], averaged over the pictures it is in."""
-        found = np.flatnonzero(self.present).tolist()
-        return {names[place]: round(float(self.color[place] / self.present[place]), 4) for place in found}
+        present = np.flatnonzero(self.present).tolist()
+        return {names[place]: round(float(self.color[place] / self.present[place]), 4) for place in present}
 
 
 class PatchSet:
@@ -141,13 +171,13 @@ class PatchSet:
 
     def descriptors(self) -> dict[int, FloatArray]:
         """For every level, by its smaller side: patches (n, 147), each channel of mean 0 and deviation 1 over all."""
-        found = {}
+        descriptors = {}
         for side, patches in self._levels.items():
             stacked = np.concatenate(patches).reshape(-1, PATCH * PATCH, 3)
             deviation = stacked.std((0, 1))
             stacked = (stacked - stacked.mean((0, 1))) / np.where(deviation > 0, deviation, 1)
-            found[side] = stacked.reshape(len(stacked), -1)
-        return found
+            descriptors[side] = stacked.reshape(len(stacked), -1)
+        return descriptors
 
     def _patches(self, level: FloatArray) -> FloatArray:
         height, width = level.shape[:2]
@@ -169,7 +199,16 @@ def laplacian_pyramid(image: UInt8Array) -> list[FloatArray]:
 
 
 def sliced_wasserstein(one: FloatArray, other: FloatArray, seed: int = 0) -> float:
-    """Mean distance of the sorted projections of two sets of descriptors (n, D) onto 512 random directions."""
+    """Mean distance of the sorted projections of two sets of descriptors onto 512 random directions.
+
+    Args:
+        one: float32 (n, D).
+        other: float32 (n, D).
+        seed: Of the directions.
+
+    Returns:
+        The distance, 0 for equal sets.
+    """
     directions = np.random.default_rng(seed).standard_normal((DIRECTIONS, one.shape[1]))
     directions = (directions / np.linalg.norm(directions, axis=1, keepdims=True)).astype(np.float32)
     distances = [
@@ -180,10 +219,17 @@ def sliced_wasserstein(one: FloatArray, other: FloatArray, seed: int = 0) -> flo
 
 
 def sliced_wasserstein_levels(one: PatchSet, other: PatchSet) -> dict[str, float]:
-    """The sliced Wasserstein distance times 1000 of each level, by its side in pixels, and their "mean".
+    """The sliced Wasserstein distance times 1000 of each level.
 
-    Patches are drawn apart for each set, so equal sets keep a distance of sampling, smaller the more pictures there
-    are: 11 for 200 pictures.
+    Each set has random patches of its own, so the distance of equal sets is not 0; it falls with their number, to 11
+    for 200 pictures.
+
+    Args:
+        one: A set of pictures.
+        other: Another set, of the same size in pixels.
+
+    Returns:
+        The distances by the level's side in pixels, and their "mean".
     """
     first, second = one.descriptors(), other.descriptors()
     levels = {str(side): 1e3 * sliced_wasserstein(first[side], second[side]) for side in first}
@@ -194,7 +240,7 @@ def _require(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise BackendError(f"this measure needs {package}: pip install 'flashcocos[eval]' ({error})") from error
+        raise BackendError(f"this metric needs {package}: pip install 'flashcocos[eval]' ({error})") from error
 
 
 def _unit(image: UInt8Array) -> FloatArray:
@@ -202,4 +248,5 @@ def _unit(image: UInt8Array) -> FloatArray:
 
 
 def _decibel(error: float) -> float:
-    return float(-10 * np.log10(max(error, 1e-10)))
+    """PSNR of a mean square error of colors in [0, 1]."""
+    return float(min(MAX_PSNR, -10 * np.log10(error))) if error else MAX_PSNR

@@ -1,4 +1,4 @@
-"""The measures on photographs, which have no exact target, taken picture by picture and given as one set of scores."""
+"""The metrics of photographs, which have no exact target, collected picture by picture into one set of scores."""
 
 from __future__ import annotations
 
@@ -30,13 +30,21 @@ _INCEPTION = (
 
 
 class PhotoMetrics:
-    """The measures `names`, some of `METRICS`, over the pictures that `add` is given.
+    """Some of `METRICS` over the pictures that `add` gets.
 
-    "fid": Frechet distance between the outputs and the data set's own photographs; needs `inception`, as
-        `feature_metrics.Inception`. "swd": sliced Wasserstein distance of the same.
-    "semantic": semantic consistency of output and photograph, "style": style relevance of output and exemplar, color
-        and texture; both need `vgg`.
-    device: PyTorch's, where the networks run. Raises `InputError` for an unknown name and for missing networks.
+    "fid" is the Frechet distance between the outputs and the data set's photographs, "swd" their sliced Wasserstein
+    distance. "semantic" is the semantic consistency of output and photograph, "style" the style relevance of output and
+    exemplar, color and texture.
+
+    Args:
+        names: Some of `METRICS`.
+        vgg: For "semantic" and "style".
+        inception: For "fid", as `feature_metrics.Inception`.
+        device: PyTorch's, where the networks run.
+
+    Raises:
+        InputError: A name is unknown, or a network is missing.
+        BackendError: torchmetrics is missing.
     """
 
     def __init__(
@@ -57,19 +65,19 @@ class PhotoMetrics:
 
             self.frechet = FrechetDistance(inception, device)
 
-    def add(self, item: Item, drawing: Prediction) -> None:
+    def add(self, item: Item, prediction: Prediction) -> None:
         """Count one pair."""
         photo = to_uint8(item["image"])
         if "swd" in self.names:
             self.patches[0].add(photo)
-            self.patches[1].add(drawing.image)
+            self.patches[1].add(prediction.image)
         if "fid" in self.names:
             self.frechet.add(photo, real=True)
-            self.frechet.add(drawing.image, real=False)
-        self.rows.append(self._features(item, drawing) if self.names & {"semantic", "style"} else {})
+            self.frechet.add(prediction.image, real=False)
+        self.rows.append(self._features(item, prediction) if self.names & {"semantic", "style"} else {})
 
     def scores(self) -> dict[str, Any]:
-        """Each measure by its name in the results; means over the pairs for those of single pairs."""
+        """Each metric by its name in the results; those of single pairs are means over the pairs."""
         scores: dict[str, Any] = {"pairs": len(self.rows)}
         if "fid" in self.names:
             scores["fid"] = round(self.frechet.compute(), 3)
@@ -79,39 +87,50 @@ class PhotoMetrics:
             scores[name] = round(float(np.mean([row[name] for row in self.rows])), 4)
         return scores
 
-    def _features(self, item: Item, drawing: Prediction) -> dict[str, float]:
+    def _features(self, item: Item, prediction: Prediction) -> dict[str, float]:
         import torch
 
         from .feature_metrics import semantic_consistency, style_relevance
 
         assert self.vgg is not None  # checked on construction
-        image = torch.as_tensor(drawing.image).permute(2, 0, 1).float() / 127.5 - 1
+        image = torch.as_tensor(prediction.image).permute(2, 0, 1).float() / 127.5 - 1
         pictures = (image, torch.as_tensor(item["image"]), torch.as_tensor(item["exemplar"]))
-        own, photo, exemplar = (picture[None].to(self.device) for picture in pictures)
+        output, photo, exemplar = (picture[None].to(self.device) for picture in pictures)
         row = {}
         with torch.inference_mode():
             if "semantic" in self.names:
-                row["semantic_consistency"] = float(semantic_consistency(self.vgg, own, photo))
+                row["semantic_consistency"] = float(semantic_consistency(self.vgg, output, photo))
             if "style" in self.names:
-                color, texture = style_relevance(self.vgg, own, exemplar)
+                color, texture = style_relevance(self.vgg, output, exemplar)
                 row.update(style_color=float(color), style_texture=float(texture))
         return row
 
 
 def check_networks(names: Collection[str], vgg: object, inception: object) -> None:
-    """Raise `InputError` for an unknown measure, for none, and for one whose network is None."""
+    """Raise `InputError` for an unknown metric, for none, and for one whose network is None."""
     if unknown := sorted(set(names) - set(METRICS)) or not names:
-        raise InputError(f"measures {unknown or ''}: expected some of {', '.join(METRICS)}")
-    for needed, network, what in (({"fid"}, inception, _INCEPTION), ({"semantic", "style"}, vgg, VGG_FILES)):
-        if network is None and (lacking := sorted(needed & set(names))):
-            left = ",".join(name for name in METRICS if name in names and name not in needed) or "swd"
-            raise InputError(f"{' and '.join(lacking)}: needs {what}; or leave it out: --metrics {left}")
+        raise InputError(f"metrics {unknown or ''}: expected some of {', '.join(METRICS)}")
+    for users, network, what in (({"fid"}, inception, _INCEPTION), ({"semantic", "style"}, vgg, VGG_FILES)):
+        if network is None and (unusable := sorted(users & set(names))):
+            others = ",".join(name for name in METRICS if name in names and name not in users) or "swd"
+            raise InputError(f"{' and '.join(unusable)}: needs {what}; or leave it out: --metrics {others}")
 
 
-def open_metrics(
-    names: Collection[str], vgg: PathLike | None, inception: PathLike | None, device: str
-) -> PhotoMetrics:
-    """`PhotoMetrics` with the networks in these files; also raises their loaders' errors."""
+def open_metrics(names: Collection[str], vgg: PathLike | None, inception: PathLike | None, device: str) -> PhotoMetrics:
+    """Open `PhotoMetrics` with the networks in these files.
+
+    Args:
+        names: Some of `METRICS`.
+        vgg: File with the weights of VGG19.
+        inception: File with an Inception network as TorchScript.
+        device: PyTorch's.
+
+    Returns:
+        The metrics, without any picture.
+
+    Raises:
+        InputError: A name is unknown, or a file is missing or damaged.
+    """
     check_networks(names, vgg, inception)
     networks: dict[str, Any] = {}
     if "fid" in names and inception is not None:

@@ -1,4 +1,4 @@
-"""Where the pictures to score come from: a bundle, as the runtime draws them, or a model file, through PyTorch."""
+"""What makes the pictures to score: a bundle through the runtime, or a model file through PyTorch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
-    """One translation. image, warped: uint8 (H, W, 3). matches: for each position (H / 4, W / 4) the flat index of the
-    exemplar's position that it matches best."""
+    """One translation.
+
+    Attributes:
+        image: uint8 (H, W, 3).
+        warped: The warped exemplar, uint8 (H, W, 3).
+        matches: For each position (H / 4, W / 4) the flat index of the exemplar's position that it matches best.
+    """
 
     image: UInt8Array
     warped: UInt8Array
@@ -31,7 +36,7 @@ class Prediction:
 
 
 class Predictor(Protocol):
-    """Draws the answer to an item of a data set."""
+    """Translates the items of a data set."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -40,7 +45,7 @@ class Predictor(Protocol):
 
 
 class BundlePredictor:
-    """Draws with the runtime; needs no torch."""
+    """Predicts with the runtime, without torch."""
 
     def __init__(self, translator: Translator) -> None:
         self.translator, self.config = translator, translator.config
@@ -56,7 +61,7 @@ class BundlePredictor:
 
 
 class ModelPredictor:
-    """Draws with the network; `backend` is the warp's (`flashcocos.kernels.corr_warp`). The caller sets the mode."""
+    """Predicts with the network in the mode that it is in; `backend` is that of `flashcocos.kernels.corr_warp`."""
 
     def __init__(self, model: CoCosNet, *, backend: str = "auto") -> None:
         self.model, self.config, self.backend = model, model.config, backend
@@ -87,11 +92,19 @@ def open_predictor(
     precision: str = "float32",
     warp: str = "auto",
     num_threads: int | None = None,
-) -> Source:
-    """The model file (.safetensors) or bundle in `path`, ready to draw; all options as for `Translator`.
+) -> Predictor:
+    """Open a model file (.safetensors) or a bundle.
 
-    Raises the errors of `checkpoint.load_model` and of `Translator`, and `InputError` for a backend or precision that
-    a model file has no use for; it leaves `warp` to its own kernels.
+    Args:
+        path: The file, or the bundle's folder or .zip.
+        backend: As for the runtime's `Translator`, and so are the others. A model file has its own kernels for `warp`.
+
+    Returns:
+        The predictor.
+
+    Raises:
+        InputError: A model file has no such backend or precision.
+        FlashcocosError: Any error of `checkpoint.load_model` and of `Translator`.
     """
     if Path(path).suffix == ".safetensors":
         if (backend, precision) != ("onnxruntime", "float32"):

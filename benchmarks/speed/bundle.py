@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...bundle import Bundle
-from ...errors import InputError
+from ...errors import BackendError, InputError
 from ...runtime.translator import resolve_size
-from ..registry import Case, Gate, Assets
+from ..cases import TRANSLATION, runtime_parameters
+from ..registry import Assets, Case, Gate
 from ..runner import Row, run_cases
 from ..tables import table as markdown
 from ..tables import unmeasured
@@ -37,40 +38,56 @@ def bench(
     output: str | os.PathLike[str] | None = None,
     fresh: bool = False,
 ) -> list[Row]:
-    """The rows of `bundle`, with those that the JSON lines `output` holds; each is kept there as it is done.
+    """Time a bundle on this machine's CPU.
 
-    sizes: sides in pixels (the model's own). backends: those of `Translator` (all that are installed).
-    quick: two minutes a size, for which cases may be cut off, and a batch of 4 once. fresh: begin `output` anew.
-    Raises `InputError` for a bad option or where `output` was measured otherwise.
+    Args:
+        bundle: A folder or a .zip.
+        sizes: Sides in pixels; the model's own by default.
+        backends: Some of `BACKENDS`; all that are installed by default.
+        repeats: Timed translations a case.
+        threads: CPU threads, 1 to 256; one a core by default.
+        quick: Take two minutes a size at the most, for which cases may be cut off, and add a batch of 4.
+        output: JSON lines; a row is written there as soon as it is measured, and rows that are there are not measured
+            again.
+        fresh: Begin `output` anew.
+
+    Returns:
+        The rows, as in `output`.
+
+    Raises:
+        InputError: An option is out of range, or `output` was measured under other conditions.
+        BackendError: ONNX Runtime, which all others are compared with, or psutil is missing.
     """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BackendError("bench compares with ONNX Runtime, which is missing; pip install 'flashcocos[cpu,bench]'")
     config = Bundle(bundle).manifest.config
     if repeats < 1:
         raise InputError(f"repeats: expected at least 1, got {repeats}")
     if output is not None and not os.fspath(output).endswith(".jsonl"):
         raise InputError(f"{output}: the rows are JSON lines; name the file *.jsonl")
     sides = [resolve_size(config, size, ())[0] for size in sizes] or [config.image_size]
-    chosen = [case for size in sides for case in cases(size, backends, repeats=repeats, quick=quick)]
+    wanted = [case for size in sides for case in cases(size, backends, repeats=repeats, quick=quick)]
     known = [_case("onnxruntime", "float32", size) for size in sides]
     with tempfile.TemporaryDirectory() as folder:
         assets = Assets(bundles={"model": os.fspath(bundle)}, references=folder, threads=threads)
-        return run_cases(chosen, assets, output, known=known, fresh=fresh)
+        return run_cases(wanted, assets, output, known=known, fresh=fresh)
 
 
 def cases(size: int, backends: Sequence[str] = (), *, repeats: int = 5, quick: bool = False) -> Iterator[Case]:
-    """What is measured at `size`: every backend (those installed) in every precision that it has on this CPU."""
+    """Every backend at `size` pixels in every precision that it has on this CPU; arguments as for `bench`."""
     for backend in backends:
         if backend not in BACKENDS:
             raise InputError(f"unknown backend {backend!r}; expected some of {', '.join(BACKENDS)}")
-    found = backends or [name for name in BACKENDS if importlib.util.find_spec(name)]
+    backends = backends or [name for name in BACKENDS if importlib.util.find_spec(name)]
     pairs = []
-    for backend in found:
+    for backend in backends:
         precisions: tuple[str, ...] = ("float32",)
         if backend == "openvino":
             from ...runtime.cpu.openvino import cpu_precisions
 
             precisions = cpu_precisions()
         pairs += [(backend, precision) for precision in precisions]
-    batch = quick and "onnxruntime" in found
+    batch = quick and "onnxruntime" in backends
     limits: dict[str, Any] = {"repeats": repeats, "seconds": SECONDS}
     if quick:
         limits |= {"seconds": QUICK_SECONDS, "limit": QUICK_TOTAL / (len(pairs) + batch)}
@@ -81,35 +98,36 @@ def cases(size: int, backends: Sequence[str] = (), *, repeats: int = 5, quick: b
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as Markdown: medians in milliseconds, the stages' of a translation with the exemplar encoded before."""
-    columns = ["backend", "precision", "size", "batch", "load", "exemplar", "translation", "p5 to p95", *STAGES]
+    """The rows as a Markdown table: medians, the stages' of a translation with the exemplar encoded before."""
+    times = [f"{name}, ms" for name in ("load", "exemplar", "translation", "p5 to p95", *STAGES)]
+    columns = ["backend", "precision", "size, px", "batch", *times, "peak memory, MiB", "PSNR"]
     lines = []
     for row in rows:
-        chosen = row["parameters"]
-        start = [chosen["backend"], chosen["precision"], str(chosen["size"]), str(chosen["batch"])]
+        parameters = row["parameters"]
+        start = [str(parameters[name]) for name in ("backend", "precision", "size", "batch")]
         if row["status"] != "timed":
-            lines.append([*start, *["-"] * (len(columns) - 3), unmeasured(row)])
+            lines.append([*start, *["-"] * (len(columns) - 5), unmeasured(row)])
             continue
-        times = [row["facts"]["load_ms"], row["facts"]["exemplar_ms"], row["ms"]["median"]]
-        lines.append([*start, *(f"{value:.0f}" for value in times), f"{row['ms']['p5']:.0f} to {row['ms']['p95']:.0f}"])
-        lines[-1] += [f"{row['parts_ms'][stage]:.0f}" for stage in STAGES]
+        medians = [row["facts"]["load_ms"], row["facts"]["exemplar_ms"], row["ms"]["median"]]
+        spread = f"{row['ms']['p5']:.0f} to {row['ms']['p95']:.0f}"
+        parts = [row["parts_ms"][stage] for stage in STAGES]
+        lines.append([*start, *(f"{ms:.0f}" for ms in medians), spread, *(f"{ms:.0f}" for ms in parts)])
         quality = row["quality"].get("psnr_db")
-        lines[-1] += [f"{row['peak_mib']:.0f}", "the measure" if quality is None else f"{quality:.1f} dB"]
-    return markdown([*columns, "peak MiB", "agreement"], lines)
+        lines[-1] += [f"{row['peak_mib']:.0f}", "reference" if quality is None else f"{quality:.1f} dB"]
+    return markdown(columns, lines)
 
 
 def _case(backend: str, precision: str, size: int, *, batch: int = 1, **options: Any) -> Case:
     reference = f"bundle/onnxruntime-float32-{size}"
     name = f"bundle/{backend}-{precision}-{size}" + (f"-batch{batch}" if batch > 1 else "")
-    parameters = {"method": "runtime", "size": size, "bundle": "model", "backend": backend, "precision": precision}
-    own = name == reference
+    is_reference = name == reference
     return Case(
         name,
-        ".speed.translation:prepare",
+        TRANSLATION,
         f"{backend} in {precision}, {size} px, batch {batch}",
-        {**parameters, "cached": True, "batch": batch, "tile": None},
-        None if own else Gate("psnr_db", MIN_PSNR[precision]),
-        "" if own else reference,
+        runtime_parameters(size, backend=backend, precision=precision, batch=batch),
+        None if is_reference else Gate("psnr_db", MIN_PSNR[precision]),
+        "" if is_reference else reference,
         requires=(backend, "bundle"),
         **options,
     )

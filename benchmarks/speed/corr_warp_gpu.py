@@ -5,15 +5,13 @@
 
     triton    flashcocos.kernels.corr_warp(backend="triton"), a row for each of --kernels that can run: "nine_tap" and
               "straightforward" are its forward kernels, "auto" the one its rule takes
-    eager     the published form: unfold, center, normalize, N x N matrix, softmax, product
-    compiled  torch.compile of the same
-    sdpa      torch's scaled_dot_product_attention on the unfolded and normalized features
+    reference, compiled, sdpa: as in `warp`
 
 All in the same dtype, batch 1, features of a fixed seed. A row has milliseconds (median, 20th and 80th percentile of at
 least 100 ms of runs after warm-up, CUDA events), TFLOP/s counted at 2 N^2 9C and at 2 N^2 C (products with the features
 of the forward, three times that with the backward), peak memory beside the inputs, and the error of 64 queries against
 float64, relative to its root mean square. An implementation that does not fit is a row that says so. Triton rows above
-1 % are an error: a wrong kernel is not timed. Never run on a GPU yet; the smoke mode has run on the CPU.
+1 % are an error: a wrong kernel is not timed.
 """
 
 from __future__ import annotations
@@ -27,14 +25,15 @@ from collections.abc import Callable
 from typing import Any
 
 from ..provenance import write_results
+from .warp import TEMPERATURE, implementation
 
-IMPLEMENTATIONS = ("triton", "eager", "compiled", "sdpa")
+IMPLEMENTATIONS = ("triton", "reference", "compiled", "sdpa")
 KERNELS = ("auto", "nine_tap", "straightforward")
-TEMPERATURE = 0.01
 MAX_ERROR = 0.01
 
 
 def main() -> None:
+    """Measure what the command line names and write benchmarks/results/NAME.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 128, 256], help="sides of the square maps")
     parser.add_argument("--values", type=int, nargs="+", default=[3, 48], help="value channels")
@@ -51,7 +50,7 @@ def main() -> None:
     if options.smoke:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         options.sides, options.values, options.channels = [4], [3], 16
-        options.implementations = ["triton", "eager", "sdpa"]
+        options.implementations = ["triton", "reference", "sdpa"]
     import torch
 
     if not options.smoke and not torch.cuda.is_available():
@@ -74,28 +73,36 @@ def main() -> None:
 def measure(
     name: str, kernel: str, side: int, values: int, backward: bool, options: argparse.Namespace, device: str
 ) -> dict[str, Any]:
-    """One row; kernel: which of `KERNELS`, for triton."""
+    """One row of results.
+
+    Args:
+        name: One of `IMPLEMENTATIONS`.
+        kernel: One of `KERNELS` for triton, else empty.
+        side: Of the square maps.
+        values: Value channels.
+        backward: Whether to run the backward pass too.
+        options: channels, dtype and patch.
+        device: "cuda", or "cpu" for the smoke test.
+
+    Returns:
+        The row, JSON.
+    """
     import torch
 
     from ...errors import InputError
+    from ...kernels.gpu.triton_warp import choose_forward
 
     dtype, channels = getattr(torch, options.dtype), options.channels
-    row = {
-        "implementation": name,
-        **({"kernel": kernel} if kernel else {}),
-        "side": side,
-        "values": values,
-        "backward": backward,
-        "dtype": options.dtype,
-    }
-    row |= {"channels": channels, "patch": options.patch, "device": device}
+    row = {"implementation": name, **({"kernel": kernel} if kernel else {}), "side": side, "values": values}
+    row |= {"backward": backward, "dtype": options.dtype, "channels": channels, "patch": options.patch}
+    row |= {"device": device}
     if device == "cuda":
         row |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, channels, side, side), (1, channels, side, side), (1, values, side, side), (1, values, side, side))
     tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     leaves, grad = [x.requires_grad_() for x in tensors[:3]], tensors[3]
-    function = implementation(name, kernel, options.patch)
+    function = implementation(name, options.patch)
 
     def run() -> torch.Tensor:
         if backward:
@@ -107,12 +114,13 @@ def measure(
 
     used = torch.cuda.memory_allocated() if device == "cuda" else 0
     try:
-        error = error_of(run(), leaves, options.patch)
-        if name == "triton" and error > MAX_ERROR:
-            raise SystemExit(f"the Triton warp is off by {error:.2e} at side {side}, V {values}: not timed")
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        times = timed(run, device)
+        with choose_forward(kernel or "auto"):
+            error = error_of(run(), leaves, options.patch)
+            if name == "triton" and error > MAX_ERROR:
+                raise SystemExit(f"the Triton warp is off by {error:.2e} at side {side}, V {values}: not timed")
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            times = timed(run, device)
     except InputError as refused:
         return row | {"result": str(refused)}
     except torch.cuda.OutOfMemoryError:
@@ -131,31 +139,6 @@ def measure(
     return row
 
 
-def implementation(name: str, kernel: str, patch: int) -> Callable[..., Any]:
-    """A function of theta, phi and values."""
-    import torch
-    import torch.nn.functional as F
-
-    from ...kernels import corr_warp, reference
-
-    def published(theta: Any, phi: Any, values: Any) -> Any:
-        return reference.warp(theta, phi, values, patch, TEMPERATURE)[0]
-
-    def attention(theta: Any, phi: Any, values: Any) -> Any:
-        query, key = (reference.patch_vectors(x, patch).transpose(1, 2) for x in (theta, phi))
-        out = F.scaled_dot_product_attention(query, key, values.flatten(2).transpose(1, 2), scale=1 / TEMPERATURE)
-        return out.transpose(1, 2).unflatten(2, theta.shape[2:])
-
-    def ours(theta: Any, phi: Any, values: Any) -> Any:
-        from ...kernels.gpu.triton_warp import choose_forward
-
-        with choose_forward(kernel):
-            return corr_warp(theta, phi, values, patch=patch, temperature=TEMPERATURE, backend="triton")
-
-    compiled = torch.compile(published) if name == "compiled" else published
-    return {"triton": ours, "eager": published, "compiled": compiled, "sdpa": attention}[name]
-
-
 def error_of(out: Any, leaves: list[Any], patch: int) -> float:
     """Root mean square error of 64 queries, spread over the map, against float64, over that of the reference."""
     import torch
@@ -164,11 +147,11 @@ def error_of(out: Any, leaves: list[Any], patch: int) -> float:
 
     with torch.no_grad():
         theta, phi, values = (x.detach().double() for x in leaves)
-        chosen = torch.linspace(0, out[0, 0].numel() - 1, 64, device=out.device).long()
-        query = reference.patch_vectors(theta, patch)[0, :, chosen]
+        places = torch.linspace(0, out[0, 0].numel() - 1, 64, device=out.device).long()
+        query = reference.patch_vectors(theta, patch)[0, :, places]
         weights = (query.T @ reference.patch_vectors(phi, patch)[0] / TEMPERATURE).softmax(-1)
         expected = values[0].flatten(1) @ weights.T
-        error = out[0].flatten(1)[:, chosen].double() - expected
+        error = out[0].flatten(1)[:, places].double() - expected
         return float(error.square().mean().sqrt() / expected.square().mean().sqrt())
 
 

@@ -1,21 +1,31 @@
-"""What the cases of a translation run on, and how alike two of their pictures are."""
+"""What the benchmarks run on, and how similar two of their pictures are."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...config import ModelConfig
+from ..quality.metrics import psnr, ssim
 
 UInt8Array = npt.NDArray[np.uint8]
-CLASSES = 16  # that a label holds, on which the runtime's time depends: 4 to 21, 11 on average, in 12 of ADE20K's
-MOST_DB = 99.0
+CLASSES = 16  # of a label; the runtime's time depends on it: 4 to 21, 11 on average, in 12 labels of ADE20K
 
 
 def inputs(config: ModelConfig, size: int) -> tuple[UInt8Array, UInt8Array, UInt8Array]:
-    """A label, an exemplar (size, size, 3) and its label: blocks of 32 pixels with noise, from a fixed seed."""
+    """A label, an exemplar and its label from a fixed seed, in blocks of 32 pixels.
+
+    Args:
+        config: Of the model, whose kind of labels is made.
+        size: Side in pixels, a multiple of 32.
+
+    Returns:
+        Label, exemplar (size, size, 3) and the exemplar's label, uint8; a label is ids (size, size) or planes
+        (channels, size, size).
+    """
     rng = np.random.default_rng(0)
 
     def label() -> UInt8Array:
@@ -33,28 +43,29 @@ def inputs(config: ModelConfig, size: int) -> tuple[UInt8Array, UInt8Array, UInt
 
 
 def differences(actual: UInt8Array, expected: UInt8Array) -> dict[str, float]:
-    """psnr_db (at most 99) and max_abs (0 to 255) of two uint8 pictures."""
-    error = actual.astype(np.float32) - expected.astype(np.float32)
-    square = float(np.mean(np.square(error), dtype=np.float64))
-    psnr = min(MOST_DB, 10 * float(np.log10(255**2 / square))) if square else MOST_DB
-    return {"psnr_db": round(psnr, 2), "max_abs": float(np.abs(error).max())}
+    """psnr_db and max_abs (0 to 255) of two uint8 pictures."""
+    error = np.abs(actual.astype(np.int16) - expected)
+    return {"psnr_db": round(psnr(actual, expected), 2), "max_abs": float(error.max())}
 
 
 def similarity(actual: UInt8Array, expected: UInt8Array) -> dict[str, float]:
-    """ssim of two pictures where scikit-image is installed, else nothing: it is no requirement of the runtime."""
-    import importlib.util
-
+    """ssim of two pictures where scikit-image is installed, else nothing, for the runtime does not need it."""
     if importlib.util.find_spec("skimage") is None:
         return {}
-    from ..quality.metrics import ssim
-
     return {"ssim": round(ssim(actual, expected), 5)}
 
 
 def warp_inputs(size: int, values: int, kind: str, channels: int) -> tuple[npt.NDArray[Any], ...]:
-    """theta, phi (1, channels, size, size) and values (1, values, size, size) float32, from a fixed seed.
+    """Inputs of the warp from a fixed seed.
 
-    kind: "noise" has no match, so that no key can be left out; in "shifted" phi is theta moved by (5, 5) plus noise.
+    Args:
+        size: Side of the maps.
+        values: Channels of the values.
+        kind: "noise" has no match, so no key can be left out; in "shifted" phi is theta moved by (5, 5) plus noise.
+        channels: Of theta and phi.
+
+    Returns:
+        theta, phi (1, channels, size, size) and values (1, values, size, size), float32.
     """
     rng = np.random.default_rng(0)
     theta, phi = (0.3 * rng.standard_normal((2, 1, channels, size, size), dtype=np.float32) + 0.1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What surrounds the translations: the machine's own rates, the time to a first picture, and what must be installed."""
+"""The machine's own rates, the time to a first picture, and the size of an installation."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ MIB = 2**20
 
 
 def roofline(case: Case, assets: Assets) -> Benchmark:
-    """Facts copy_gb_s (read and written bytes) and gflop_s of square products, the best of `TRIALS`, by dtype.
+    """Measure copy_gb_s (bytes read and written) and gflop_s of square products by dtype, the best of `TRIALS`.
 
-    parameters: side of the product. On a GPU, which has not been done yet, by torch in all dtypes, with TF32 apart.
+    Args:
+        case: Its parameter is the side of the product.
+        assets: The device: numpy's rates on the CPU, torch's in all dtypes, TF32 apart, on a GPU.
+
+    Returns:
+        A benchmark of facts alone.
     """
     side = case.parameters["side"]
     if assets.device == "cuda":
@@ -43,9 +48,14 @@ def roofline(case: Case, assets: Assets) -> Benchmark:
 
 
 def startup(case: Case, assets: Assets) -> Benchmark:
-    """A fresh process, timed from its start to its first picture; parts_ms: until Python runs, is ready, and has it.
+    """A fresh process, from its start to its first picture.
 
-    parameters: of `translation`, one of whose methods the process runs; "model" or "bundle" as there.
+    Args:
+        case: Parameters of `translation`, one of whose methods the process runs.
+        assets: As there.
+
+    Returns:
+        The benchmark; its parts are the times until Python runs, is ready, and has the picture.
     """
     task = json.dumps([dataclasses.asdict(case), dataclasses.asdict(assets)])
     command = [sys.executable, "-m", __spec__.name, task]
@@ -58,18 +68,24 @@ def startup(case: Case, assets: Assets) -> Benchmark:
             raise BackendError(done.stderr.strip().splitlines()[-1])
         marks = json.loads(done.stdout.strip().splitlines()[-1])
         facts["peak_mib"] = round(marks["peak"] / MIB, 1)
-        return Sample(
-            marks["mean"], {name: round(1e3 * (marks[name] - start), 1) for name in ("python", "ready", "picture")}
-        )
+        parts = {name: round(1e3 * (marks[name] - start), 1) for name in ("python", "ready", "picture")}
+        return Sample(marks["mean"], parts)
 
     return Benchmark(run, lambda mean: {"mean": mean}, facts=facts)
 
 
 def install_size(case: Case, assets: Assets) -> Benchmark:
-    """Facts mib of the distributions that pip installs for an extra of flashcocos, itself left out, and the largest.
+    """The size of the distributions that pip installs for an extra of flashcocos, itself left out.
 
-    parameters: extra. Counted from the files that the installed distributions list; raises `BackendError` where one is
-    not installed.
+    Args:
+        case: Its parameter is the extra.
+        assets: Not used.
+
+    Returns:
+        A benchmark of facts alone, from the files that the installed distributions list.
+
+    Raises:
+        BackendError: A distribution is not installed.
     """
     sizes = {name: _bytes_of(name) for name in requirements("flashcocos", (case.parameters["extra"],))}
     largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:4]
@@ -78,11 +94,11 @@ def install_size(case: Case, assets: Assets) -> Benchmark:
 
 
 def requirements(distribution: str, extras: Iterable[str]) -> list[str]:
-    """Names of all distributions that `distribution` with `extras` brings on this machine, sorted, without itself."""
+    """Names of all distributions that `distribution` with `extras` needs on this machine, sorted, without itself."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    found: set[str] = set()
+    names: set[str] = set()
     todo, done = [(distribution, extra) for extra in ("", *extras)], set()
     while todo:
         name, extra = todo.pop()
@@ -91,14 +107,14 @@ def requirements(distribution: str, extras: Iterable[str]) -> list[str]:
             lines = metadata.requires(name) or []
         except metadata.PackageNotFoundError as error:
             raise BackendError(f"{name} is not installed; pip install 'flashcocos[{','.join(extras)}]'") from error
-        found.add(name)
+        names.add(name)
         for requirement in map(Requirement, lines):
             # without an extra only what needs none, with one only what needs it
             if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
                 continue
             wanted = canonicalize_name(requirement.name)
             todo += [pair for part in ("", *requirement.extras) if (pair := (wanted, part)) not in done]
-    return sorted(found - {distribution})
+    return sorted(names - {distribution})
 
 
 def _bytes_of(name: str) -> int:
@@ -137,7 +153,7 @@ def _gpu_rates(side: int) -> dict[str, float]:
 
 
 def _first_picture() -> None:
-    """The process of `startup`: monotonic times at which Python ran, the case was ready, and the picture there."""
+    """The process of `startup`: prints the times when Python ran, the case was ready, and the picture was there."""
     marks = {"python": time.monotonic()}
     from .translation import prepare
 

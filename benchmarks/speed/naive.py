@@ -28,12 +28,21 @@ OPSET = 20
 
 
 def matrix_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query key^T) value as published: (B, N, D), (B, M, D), (B, M, V) -> (B, N, V), by its N x M matrix."""
+    """softmax(query key^T) value as published, by its N x M matrix.
+
+    Args:
+        query: (B, N, D).
+        key: (B, M, D).
+        value: (B, M, V).
+
+    Returns:
+        (B, N, V).
+    """
     return torch.softmax(query @ key.mT, -1) @ value
 
 
 class Published(nn.Module):
-    """`model` in the published form, sharing its weights; `attention`: also the self-attention's matrix."""
+    """`model` in the published form, sharing its weights; with `attention` also the self-attention's matrix."""
 
     def __init__(self, model: CoCosNet, *, attention: bool = True) -> None:
         super().__init__()
@@ -53,7 +62,15 @@ class Published(nn.Module):
 
 
 def export_naive(model_path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
-    """`Published` of the model file as one ONNX graph of any height and width at `output`; returns it."""
+    """Write the published form of a model file as one ONNX graph of any height and width.
+
+    Args:
+        model_path: The model file.
+        output: The .onnx file to write.
+
+    Returns:
+        `output`.
+    """
     model = load_model(model_path)
     names = ["label", "exemplar", *(["exemplar_label"] if model.config.condition_on_label else [])]
     rows, columns = torch.export.Dim("rows", min=2, max=256), torch.export.Dim("columns", min=2, max=256)
@@ -82,9 +99,17 @@ def export_naive(model_path: str | os.PathLike[str], output: str | os.PathLike[s
 
 
 def seeded_model(config: ModelConfig, path: str | os.PathLike[str], seed: int = 0) -> Path:
-    """A model file of `config` with random weights that keep the maps' scale from layer to layer; returns `path`.
+    """Write a model file with random weights that keep the maps' scale from layer to layer.
 
     Times do not depend on weights, errors do: with the attention at one half every branch of the network counts.
+
+    Args:
+        config: Of the model.
+        path: The model file to write.
+        seed: Of the weights.
+
+    Returns:
+        `path`.
     """
     generator = torch.Generator().manual_seed(seed)
     model = CoCosNet(config).eval()

@@ -1,7 +1,7 @@
 """Where the time of a translation goes, behind `flashcocos bench --profile`: by stage, and by kind of operator.
 
-ONNX Runtime's own profiler tells the operators' times. A Loop's time is its own alone, without that of the operators in
-it, which count under their own kinds; what a stage takes beyond its operators is the row "between operators".
+ONNX Runtime's own profiler measures the operators. The time of a Loop excludes that of the operators in it, which count
+under their own kinds; what a stage takes beyond its operators is the row "between operators".
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ...bundle import STAGES, Bundle
 from ...bundle.stages import stage_inputs
 from ...errors import InputError
 from ...runtime.translator import resolve_size
+from ..registry import check_threads
 from ..tables import table
 from .inputs import inputs
 
@@ -42,9 +43,19 @@ class StageProfile:
 def profile(
     bundle: str | os.PathLike[str], *, size: int | None = None, repeats: int = 3, threads: int | None = None
 ) -> list[StageProfile]:
-    """Each stage of `bundle` in ONNX Runtime on the CPU, and the warp, at `size` pixels (the model's own).
+    """Time each stage of a bundle in ONNX Runtime on the CPU, and the warp.
 
-    Raises `InputError` for a bad size or number of repeats.
+    Args:
+        bundle: A folder or a .zip.
+        size: Side in pixels; the model's own by default.
+        repeats: Timed runs of each stage, after a warm-up.
+        threads: CPU threads, 1 to 256; one a core by default.
+
+    Returns:
+        A profile of each stage, in their order.
+
+    Raises:
+        InputError: An option is out of range.
     """
     from ...kernels.corr_warp import warp_arrays
     from ...preprocess import load_image, load_label
@@ -54,6 +65,7 @@ def profile(
     side = resolve_size(config, size, ())[0]
     if repeats < 1:
         raise InputError(f"repeats: expected at least 1, got {repeats}")
+    check_threads(threads)
     label, image, image_label = inputs(config, side)
     arrays: Arrays = {"label": load_label(config, label)[None], "image": load_image(image)[None]}
     if config.condition_on_label:
@@ -79,22 +91,21 @@ def profile(
 
 def report(profiles: Sequence[StageProfile]) -> str:
     """The stages, then the `TOP` kinds of operators of each, as Markdown."""
-    lines = [[one.stage, f"{one.milliseconds:.1f}"] for one in profiles]
-    parts = [table(["stage", "ms"], lines)]
-    for one in profiles:
-        if not one.operators:
+    parts = [table(["stage", "ms"], [[stage.stage, f"{stage.milliseconds:.1f}"] for stage in profiles])]
+    for stage in profiles:
+        if not stage.operators:
             continue
-        found = list(one.operators.items())
-        shown, others = found[:TOP], [times for _, times in found[TOP:]]
+        operators = list(stage.operators.items())
+        lines, others = operators[:TOP], [times for _, times in operators[TOP:]]
         if others:
             calls, took = map(sum, zip(*others, strict=True))
-            shown.append((f"{len(others)} other kinds", (calls, took)))
-        between = one.milliseconds - sum(took for _, took in one.operators.values())
-        rows = [
-            [kind, f"{calls:.0f}", f"{took:.1f}", f"{took / one.milliseconds:.0%}"]
-            for kind, (calls, took) in [*shown, ("between operators", (0.0, between))]
+            lines.append((f"{len(others)} other kinds", (calls, took)))
+        between = stage.milliseconds - sum(took for _, (_, took) in operators)
+        cells = [
+            [kind, f"{calls:.0f}", f"{took:.1f}", f"{took / stage.milliseconds:.0%}"]
+            for kind, (calls, took) in [*lines, ("between operators", (0.0, between))]
         ]
-        parts.append(f"{one.stage}:\n\n{table(['operator', 'calls', 'ms', 'share'], rows)}")
+        parts.append(f"{stage.stage}:\n\n{table(['operator', 'calls', 'ms', 'share'], cells)}")
     return "\n\n".join(parts)
 
 
@@ -136,7 +147,7 @@ def operator_times(events: Sequence[Mapping[str, Any]], runs: int) -> dict[str, 
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= starts[-runs]
     )
     totals: dict[str, tuple[float, float]] = {}
-    open_ends: list[tuple[float, str]] = []  # of the operators that hold the one at hand, outermost first
+    open_ends: list[tuple[float, str]] = []  # of the operators around the current one, outermost first
     for start, negative, kind in kernels:
         while open_ends and open_ends[-1][0] <= start:
             open_ends.pop()

@@ -3,8 +3,8 @@
     tiled     as `flashcocos train` runs it: no matrix in the warp nor in the self-attention
     matrix    the same step with both matrices formed and kept for the backward pass, as published
 
-Samples are seeded noise, VGG19 has random weights: neither changes the time. Data loading is not in it. `plan` tells
-the memory of a step, and the largest batch, without running it.
+Samples are seeded noise, VGG19 has random weights: neither changes the time. Data loading is not in it. `estimate`
+reports the memory of a step, and the largest batch, without running it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from .inputs import inputs
 
 
 def prepare(case: Case, assets: Assets) -> Benchmark:
-    """parameters: method, preset (of `flashcocos train`), size, batch, changes (settings, as --set takes them)."""
+    """Prepare a training step.
+
+    Args:
+        case: Its parameters are method, preset (of `flashcocos train`), size, batch and changes (of settings, as for
+            --set).
+        assets: The device.
+
+    Returns:
+        The benchmark; results are the terms of the loss.
+    """
     import torch
 
     from ...train.networks import Vgg19
@@ -28,17 +37,17 @@ def prepare(case: Case, assets: Assets) -> Benchmark:
     from ...train.settings import read_settings
     from ...train.trainer import Process, Trainer
 
-    chosen = case.parameters
-    changes = [f"model.image_size={chosen['size']}", f"run.batch={chosen['batch']}", "schedule.steps=1000000"]
-    changes += [f"run.micro_batch={chosen['batch']}", "run.workers=0", *chosen["changes"]]
-    settings = read_settings(chosen["preset"], changes)
-    samples = _Samples(settings.model, chosen["size"], chosen["batch"])
+    parameters = case.parameters
+    changes = [f"model.image_size={parameters['size']}", f"run.batch={parameters['batch']}", "schedule.steps=1000000"]
+    changes += [f"run.micro_batch={parameters['batch']}", "run.workers=0", *parameters["changes"]]
+    settings = read_settings(parameters["preset"], changes)
+    samples = _Samples(settings.model, parameters["size"], parameters["batch"])
     process = Process(device=torch.device(assets.device))
     vgg = Vgg19().eval().requires_grad_(False)
-    whole = chosen["method"] == "matrix"
+    form_matrix = parameters["method"] == "matrix"
     with tempfile.TemporaryDirectory() as folder:  # where there is nothing to resume
-        trainer = Trainer(settings, samples, folder, process, vgg=vgg, warp="reference" if whole else "auto")
-    if whole and isinstance(block := trainer.model.generator.attention, SelfAttention):
+        trainer = Trainer(settings, samples, folder, process, vgg=vgg, warp="reference" if form_matrix else "auto")
+    if form_matrix and isinstance(block := trainer.model.generator.attention, SelfAttention):
         from .naive import matrix_attention
 
         block.attend = matrix_attention
@@ -50,20 +59,28 @@ def prepare(case: Case, assets: Assets) -> Benchmark:
     return Benchmark(run, lambda terms: {"largest_term": max(map(abs, terms.values()))})
 
 
-def plan(case: Case, assets: Assets) -> Benchmark:
-    """parameters: preset, size, checkpointing, budgets_gib, changes. Facts: MiB of one sample, and the largest batches.
+def estimate(case: Case, assets: Assets) -> Benchmark:
+    """Estimate the memory of a training step from its tensors alone; no step runs, and any machine gives the same.
 
-    Of the tensors alone, by `train.memory_plan`: nothing runs, and it is the same whatever the machine.
+    Args:
+        case: Its parameters are preset, size, checkpointing, budgets_gib and changes.
+        assets: Not used.
+
+    Returns:
+        A benchmark of facts alone: MiB of one sample, and the largest batches.
     """
     from ...train.memory_estimate import GIB, Planner
     from ...train.settings import read_settings
 
-    chosen = case.parameters
-    changes = [f"model.image_size={chosen['size']}", f"run.checkpointing={str(chosen['checkpointing']).lower()}"]
-    planner = Planner(read_settings(chosen["preset"], [*changes, *chosen["changes"]]))
+    parameters = case.parameters
+    changes = [
+        f"model.image_size={parameters['size']}",
+        f"run.checkpointing={str(parameters['checkpointing']).lower()}",
+    ]
+    planner = Planner(read_settings(parameters["preset"], [*changes, *parameters["changes"]]))
     one = planner.peak(1)
     largest = {}
-    for budget in chosen["budgets_gib"]:
+    for budget in parameters["budgets_gib"]:
         batch, peak = planner.largest_batch(budget * GIB)
         largest[f"{budget:g}"] = {"batch": batch, "mib": _mib(peak.total)}
     parts = {name: _mib(size) for name, size in one._asdict().items()}
@@ -75,7 +92,7 @@ def _mib(size: int) -> float:
 
 
 class _Samples:
-    """`PairData` of `count` samples, all alike."""
+    """`PairData` of `count` equal samples."""
 
     def __init__(self, config: Any, size: int, count: int) -> None:
         label, exemplar, exemplar_label = inputs(config, size)
@@ -98,4 +115,4 @@ class _Samples:
         return self._item
 
     def set_epoch(self, epoch: int) -> None:
-        """Every epoch is alike."""
+        """Every epoch is the same."""

@@ -9,7 +9,7 @@
     runtime          Translator on a bundle
 
 Inputs are seeded noise of the right kind; files are neither read nor decoded in the timed part. Pictures are compared
-as uint8. On a GPU, PyTorch and ONNX Runtime's CUDA provider run the same cases; that has not been done yet.
+as uint8. On a GPU, PyTorch and ONNX Runtime's CUDA provider run the same cases.
 """
 
 from __future__ import annotations
@@ -28,15 +28,23 @@ from .inputs import UInt8Array, differences, inputs, similarity
 
 
 def prepare(case: Case, assets: Assets) -> Benchmark:
-    """parameters: method, size; of the runtime bundle, backend, precision, cached, batch and tile; of eager, dtype."""
-    chosen = case.parameters
-    makers: dict[str, Callable[..., tuple[Callable[[], Sample], dict[str, Any]]]] = {
+    """Prepare a translation.
+
+    Args:
+        case: Its parameters are method and size; for the runtime also bundle, backend, precision, cached, batch and
+            tile; for PyTorch dtype and batch.
+        assets: The model, its naive graph or the bundle.
+
+    Returns:
+        The benchmark; results are uint8 pictures (H, W, 3).
+    """
+    methods: dict[str, Callable[[Mapping[str, Any], Assets], tuple[Callable[[], Sample], dict[str, Any]]]] = {
         **dict.fromkeys(("eager", "eager-fused", "eager-tiled", "compiled"), _eager),
         "runtime": _runtime,
         "naive": _naive,
         "naive-openvino": _naive_openvino,
     }
-    run, facts = makers[chosen["method"]](chosen, assets)
+    run, facts = methods[case.parameters["method"]](case.parameters, assets)
     path = Path(assets.references) / f"{case.reference or case.name}.npy"
 
     def check(picture: UInt8Array) -> dict[str, float]:
@@ -53,16 +61,16 @@ def prepare(case: Case, assets: Assets) -> Benchmark:
     return Benchmark(run, check, score, facts=facts)
 
 
-def _eager(chosen: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sample], dict[str, Any]]:
+def _eager(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sample], dict[str, Any]]:
     import torch
 
     from ...preprocess import to_uint8
     from ...train.checkpoint import load_model
     from .naive import Published
 
-    method, dtype, batch = chosen["method"], getattr(torch, chosen["dtype"]), chosen["batch"]
+    method, dtype, batch = parameters["method"], getattr(torch, parameters["dtype"]), parameters["batch"]
     model = load_model(assets.model).to(assets.device, dtype).eval()
-    tensors = [torch.from_numpy(array).to(assets.device) for array in _arrays(model.config, chosen["size"])]
+    tensors = [torch.from_numpy(array).to(assets.device) for array in _arrays(model.config, parameters["size"])]
     tensors = [x.repeat(batch, *[1] * (x.ndim - 1)).to(dtype if x.is_floating_point() else x.dtype) for x in tensors]
     network: Callable[..., Any] = Published(model, attention=method != "eager-fused")
     if method == "compiled":
@@ -77,7 +85,7 @@ def _eager(chosen: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Samp
     return run, {}
 
 
-def _naive(chosen: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sample], dict[str, Any]]:
+def _naive(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sample], dict[str, Any]]:
     import onnxruntime
 
     from ...preprocess import to_uint8
@@ -88,12 +96,12 @@ def _naive(chosen: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Samp
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(assets.naive, options, providers=[provider])
     if provider not in session.get_providers():
-        raise BackendError(f"onnxruntime could not start {provider}; pip install flashcocos[gpu]")
-    feeds = _feeds(chosen, assets, [value.name for value in session.get_inputs()])
+        raise BackendError(f"onnxruntime could not start {provider}; pip install 'flashcocos[gpu]'")
+    feeds = _feeds(parameters, assets, [value.name for value in session.get_inputs()])
     return lambda: Sample(to_uint8(session.run(["image"], feeds)[0][0])), {}
 
 
-def _naive_openvino(chosen: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sample], dict[str, Any]]:
+def _naive_openvino(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sample], dict[str, Any]]:
     import openvino
 
     from ...preprocess import to_uint8
@@ -103,55 +111,55 @@ def _naive_openvino(chosen: Mapping[str, Any], assets: Assets) -> tuple[Callable
         options["INFERENCE_NUM_THREADS"] = assets.threads
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(assets.naive), "CPU", options)
-    feeds = _feeds(chosen, assets, [port.get_any_name() for port in compiled.inputs])
+    feeds = _feeds(parameters, assets, [port.get_any_name() for port in compiled.inputs])
     return lambda: Sample(to_uint8(compiled(feeds)[0][0])), {}
 
 
-def _runtime(chosen: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sample], dict[str, Any]]:
+def _runtime(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], Sample], dict[str, Any]]:
     from ...runtime import Translator
 
     start = time.perf_counter()
     translator = Translator(
-        assets.bundles[chosen["bundle"]],
-        backend=chosen["backend"],
-        precision=chosen["precision"],
+        assets.bundles[parameters["bundle"]],
+        backend=parameters["backend"],
+        precision=parameters["precision"],
         device=assets.device,
         num_threads=assets.threads,
-        tile=chosen["tile"],
+        tile=parameters["tile"],
     )
     load = time.perf_counter() - start
-    size, batch = chosen["size"], chosen["batch"]
+    size, batch = parameters["size"], parameters["batch"]
     label, image, image_label = inputs(translator.config, size)
-    mixed = image_label if translator.config.condition_on_label else None
+    exemplar_label = image_label if translator.config.condition_on_label else None
     labels: Any = label if batch == 1 else [np.roll(label, 32 * item, axis=-1) for item in range(batch)]
 
     def encode() -> tuple[Any, float]:
         start = time.perf_counter()
-        exemplar = translator.encode_exemplar(image, mixed, size)
+        exemplar = translator.encode_exemplar(image, exemplar_label, size)
         return exemplar, 1e3 * (time.perf_counter() - start)
 
-    kept, encoding = encode() if chosen["cached"] else (None, 0.0)
+    cached = encode() if parameters["cached"] else None
 
     def run() -> Sample:
-        exemplar, took = (kept, 0.0) if kept is not None else encode()
+        exemplar, encoding = cached or encode()
         if batch == 1:
             result = translator.translate(labels, exemplar, size)
         else:
             result = translator.translate(labels, exemplar, size, batch_size=batch)[0]
         parts = {stage: share * batch for stage, share in result.timings.items()}
-        return Sample(result.image, {**({} if kept is not None else {"exemplar": took}), **parts})
+        return Sample(result.image, parts if cached else {"exemplar": encoding, **parts})
 
     facts = {"load_ms": round(1e3 * load, 1), "warp": translator.describe()["warp"]["backend"]}
-    return run, facts | ({"exemplar_ms": round(encoding, 1)} if kept is not None else {})
+    return run, facts | ({"exemplar_ms": round(cached[1], 1)} if cached else {})
 
 
-def _feeds(chosen: Mapping[str, Any], assets: Assets, names: list[str]) -> dict[str, np.ndarray]:
+def _feeds(parameters: Mapping[str, Any], assets: Assets, names: list[str]) -> dict[str, np.ndarray]:
     """Inputs of the single graph, by their names."""
-    return dict(zip(names, _arrays(ModelConfig.from_json(assets.config), chosen["size"]), strict=True))
+    return dict(zip(names, _arrays(ModelConfig.from_json(assets.config), parameters["size"]), strict=True))
 
 
 def _arrays(config: ModelConfig, size: int) -> list[np.ndarray]:
-    """label, exemplar and, for models that mix it in, the exemplar's label, batched, as the networks take them."""
+    """label, exemplar and, for models conditioned on it, the exemplar's label, batched, as the networks take them."""
     from ...preprocess import load_image, load_label
 
     label, image, image_label = inputs(config, size)

@@ -1,4 +1,4 @@
-"""The correspondence warp alone: flashcocos's implementations against the published form and torch's own attention.
+"""The correspondence warp alone: flashcocos's implementations against the published form and torch's attention.
 
     numpy, numba    arrays, what the runtime has on a CPU
     cpu, triton     tensors: tiled torch, and the Triton kernels on a GPU
@@ -9,7 +9,6 @@
 A row's max_error is that of 16 queries against the softmax in float64, and with the backward pass also that of all
 three gradients of 16 x 16 maps against float64's, relative to their largest. Array methods are timed turn by turn with
 the bare product theta^T phi in numpy, in blocks into one buffer, so that a busy machine slows both.
-Nothing here has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -30,29 +29,38 @@ TEMPERATURE = 0.01
 
 
 def prepare(case: Case, assets: Assets) -> Benchmark:
-    """parameters: method, size (side of the maps), patch, values, channels, inputs, dtype, backward, product."""
-    chosen = case.parameters
-    arrays = warp_inputs(chosen["size"], chosen["values"], chosen["inputs"], chosen["channels"])
-    small = warp_inputs(SMALL, chosen["values"], "noise", chosen["channels"])
-    baseline = _product(*arrays[:2]) if chosen["product"] else None
-    if chosen["method"] in ARRAYS:
-        backend, patch = chosen["method"], chosen["patch"]
+    """Prepare the warp.
+
+    Args:
+        case: Its parameters are method, size (side of the maps), patch, values, channels, inputs, dtype, backward and
+            product (whether to time the bare product too).
+        assets: The device.
+
+    Returns:
+        The benchmark; results are the warped values (1, values, size, size).
+    """
+    parameters = case.parameters
+    arrays = warp_inputs(parameters["size"], parameters["values"], parameters["inputs"], parameters["channels"])
+    small = warp_inputs(SMALL, parameters["values"], "noise", parameters["channels"])
+    baseline = _product(*arrays[:2]) if parameters["product"] else None
+    if parameters["method"] in ARRAYS:
+        backend, patch = parameters["method"], parameters["patch"]
         corr_warp(*small, patch=patch, backend=backend)  # compiles
 
         def run() -> Sample:
             return Sample(corr_warp(*arrays, patch=patch, backend=backend))
 
         return Benchmark(run, lambda out: {"max_error": _error(arrays, out, patch)}, baseline=baseline)
-    return _tensors(chosen, arrays, small, assets.device)
+    return _tensors(parameters, arrays, small, assets.device)
 
 
 def _tensors(
-    chosen: Mapping[str, Any], arrays: tuple[np.ndarray, ...], small: tuple[np.ndarray, ...], device: str
+    parameters: Mapping[str, Any], arrays: tuple[np.ndarray, ...], small: tuple[np.ndarray, ...], device: str
 ) -> Benchmark:
     import torch
 
-    dtype, patch, backward = getattr(torch, chosen["dtype"]), chosen["patch"], chosen["backward"]
-    warp = _method(chosen["method"], patch)
+    dtype, patch, backward = getattr(torch, parameters["dtype"]), parameters["patch"], parameters["backward"]
+    warp = implementation(parameters["method"], patch)
 
     def pass_of(inputs: tuple[np.ndarray, ...], dtype: torch.dtype, device: str, warp: Any) -> Callable[[], Any]:
         leaves = [torch.from_numpy(array).to(device, dtype).requires_grad_(backward) for array in inputs]
@@ -67,7 +75,7 @@ def _tensors(
 
     wrong = 0.0
     if backward:
-        exact = pass_of(small, torch.float64, device, _method("reference", patch))()[1]
+        exact = pass_of(small, torch.float64, device, implementation("reference", patch))()[1]
         for got, expected in zip(pass_of(small, dtype, device, warp)()[1], exact, strict=True):
             wrong = max(wrong, float((got.double() - expected).abs().max() / expected.abs().max()))
     else:
@@ -80,7 +88,8 @@ def _tensors(
     return Benchmark(lambda: Sample(run()[0]), check)
 
 
-def _method(name: str, patch: int) -> Callable[..., Any]:
+def implementation(name: str, patch: int) -> Callable[..., Any]:
+    """The tensor method `name`: a function of theta, phi (1, C, H, W) and values (1, V, H, W)."""
     import torch
 
     from ...kernels import reference

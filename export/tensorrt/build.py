@@ -176,7 +176,7 @@ def _build_one(
     config.add_optimization_profile(profile)
     if key.variant == "tensorrt-rtx":
         _set_architectures(trt, config, key.architectures)
-    inputs, outputs = device_tensors(bundle.manifest.config, key.stage, packed=True)
+    inputs, outputs = device_tensors(bundle.manifest.config, key.stage, uint8_output=True)
     _check_network(trt, network, what, inputs, outputs)
     with (
         _timing_cache(config, key, folder),

@@ -1,4 +1,4 @@
-"""The compiled kernels of the warp: found for a GPU, and their descriptions validated field by field.
+"""The compiled kernels of the warp: which a GPU can run, and the checks of their descriptions.
 
 `flashcocos export --aot` puts them into a bundle and `flashcocos build` into the folder of engines, under `kernels/`:
 `NAME_smNN.json`, a description as `kernels/gpu/aot.py` writes it, and `NAME_smNN.cubin`. Both may come from anyone, so

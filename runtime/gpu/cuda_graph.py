@@ -1,8 +1,8 @@
 """CUDA graphs through the driver library itself, for pycuda binds none of their functions.
 
-Work that is put on a stream is recorded instead of run and becomes one executable graph. Source of the signatures:
+Work that is put on a stream is captured instead of run and becomes one executable graph. Source of the signatures:
 NVIDIA's CUDA Driver API reference, sections Stream Management and Graph Management. Checked against a library of
-stubs: no graph has been recorded on a GPU.
+stubs.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class CudaGraph:
-    """What `work` puts on the stream of handle `stream`, recorded; see `device.Recording`.
+    """What `work` puts on the stream of handle `stream`, captured; implements `device.CudaGraph`.
 
     The stream's context has to be current in every call. Raises `BackendError` where the driver refuses, and lets
-    through what `work` raises; the stream then records no more.
+    through what `work` raises; the stream then captures no more.
     """
 
     def __init__(self, stream: int, work: Callable[[], None], library: Any = None) -> None:
@@ -43,7 +43,7 @@ class CudaGraph:
         try:
             work()
         except BaseException:
-            # its own result says only that the recording came to nothing
+            # its own result says only that the capture came to nothing
             self._library.cuStreamEndCapture(stream, ctypes.byref(graph))
             self._destroy(graph)
             raise
@@ -54,7 +54,7 @@ class CudaGraph:
             self._destroy(graph)
 
     def replay(self) -> None:
-        """Put the recorded work on the stream."""
+        """Put the captured work on the stream."""
         self._call("cuGraphLaunch", self._executable, self._stream)
 
     def close(self) -> None:

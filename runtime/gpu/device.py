@@ -1,8 +1,8 @@
 """The device layer: what a translation needs of a GPU, as a protocol small enough to be emulated in a test.
 
-One stream, on which everything runs in order; memory that its owner frees; staging that the GPU reads and writes by
-itself; kernels from cubins; and recordings of work (CUDA graphs) that are replayed as a whole. Addresses are plain
-integers, so that TensorRT, ONNX Runtime and our kernels share buffers. pycuda_device.py implements it.
+One stream, on which everything runs in order; memory that its owner frees; pinned host memory that the GPU reads and
+writes by itself; kernels from cubins; and CUDA graphs, captured work that is replayed as a whole. Addresses are plain
+integers, so that TensorRT, ONNX Runtime and our kernels share buffers. pycuda.py implements it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Buffer(Protocol):
         ...
 
 
-class Staging(Protocol):
+class PinnedArray(Protocol):
     """Host memory that copies go through without the CPU waiting for them."""
 
     @property
@@ -60,15 +60,15 @@ class Event(Protocol):
         ...
 
 
-class Recording(Protocol):
-    """Recorded work, which refers to the addresses that it was recorded with."""
+class CudaGraph(Protocol):
+    """Captured work; it refers to the addresses that it was captured with."""
 
     def replay(self) -> None:
         """Put all of it on the stream."""
         ...
 
     def close(self) -> None:
-        """Free the recording."""
+        """Free the graph."""
         ...
 
 
@@ -90,7 +90,7 @@ class Layout(NamedTuple):
 class Device(Protocol):
     """One GPU. All but the attributes, `active` and `close` is to be called within `active`, in one thread at a time.
 
-    name: its maker's. kind: what ONNX Runtime calls it, "cuda". ordinal: its number among the GPUs of this process.
+    name: of the product. kind: "cuda", as ONNX Runtime calls it. ordinal: its number among the GPUs of this process.
     capability: compute capability as 89 for 8.9. driver: the CUDA version that the driver supports, as "12.4".
     stream: the handle of the stream.
     Whatever fails raises `BackendError`: no memory, a cubin that the driver does not take, an error of earlier work.
@@ -115,16 +115,16 @@ class Device(Protocol):
         """Uninitialized memory of `size` bytes."""
         ...
 
-    def staging(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Staging:
+    def pinned_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> PinnedArray:
         """An uninitialized array of page-locked host memory."""
         ...
 
     def upload(self, target: int, source: npt.NDArray[Any]) -> None:
-        """Put a copy of `source`, an array of a `Staging`, to the address `target` on the stream."""
+        """Put a copy of `source`, an array of a `PinnedArray`, to the address `target` on the stream."""
         ...
 
     def download(self, target: npt.NDArray[Any], source: int) -> None:
-        """Put a copy from the address `source` to `target`, an array of a `Staging`, on the stream."""
+        """Put a copy from the address `source` to `target`, an array of a `PinnedArray`, on the stream."""
         ...
 
     def copy(self, target: int, source: int, size: int) -> None:
@@ -146,8 +146,8 @@ class Device(Protocol):
         """A new event; freed with its last reference."""
         ...
 
-    def record(self, work: Callable[[], None]) -> Recording:
-        """Record what `work` puts on the stream instead of running it; it may neither wait nor allocate."""
+    def capture(self, work: Callable[[], None]) -> CudaGraph:
+        """Capture what `work` puts on the stream instead of running it; it may neither wait nor allocate."""
         ...
 
     def synchronize(self) -> None:

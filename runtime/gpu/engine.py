@@ -1,7 +1,7 @@
-"""Engines on device memory: what the GPU pipeline asks of TensorRT and of ONNX Runtime's CUDA provider alike.
+"""Engines on device memory: what the GPU pipeline needs of TensorRT and of ONNX Runtime's CUDA provider.
 
-Like the engines of engine.py they load in their constructor, `describe` themselves and `close`; instead of running
-numpy arrays they are bound to addresses once a shape, and then enqueue their work on the device's stream.
+Like the engines of runtime/engine.py they load in their constructor, `describe` themselves and `close`; instead of
+running numpy arrays they are bound to addresses once for each shape, and then put their work on the device's stream.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..engine import EngineInfo
 Shape = tuple[int, int, int]  # images a batch, height and width in pixels
 
 
-class Need(NamedTuple):
-    """Bytes of device memory for a shape: what loading the graph would take, and working memory that stages share."""
+class EngineMemory(NamedTuple):
+    """Bytes of device memory for a shape: weights that loading the graph adds, and working memory that stages share."""
 
     weights: int
     scratch: int
@@ -30,8 +30,8 @@ class Binding(Protocol):
     scratch: int
 
     @property
-    def capturable(self) -> bool:
-        """Whether `enqueue` may be recorded now, after a first run."""
+    def can_capture(self) -> bool:
+        """Whether `enqueue` may be captured now, after a first run."""
         ...
 
     def use_scratch(self, address: int, size: int) -> None:
@@ -48,20 +48,20 @@ class Binding(Protocol):
 
 
 class DeviceEngine(Protocol):
-    """One stage of a bundle. packed: whether it gives pictures as `packed_tensors` says, instead of float32 planes."""
+    """One stage of a bundle. uint8_output: whether pictures come as `device_tensors` says, not as float32 planes."""
 
-    packed: bool
+    uint8_output: bool
 
-    def holds(self, shape: Shape) -> bool:
+    def supports(self, shape: Shape) -> bool:
         """Whether the stage runs at this shape."""
         ...
 
-    def refusal(self, height: int, width: int) -> str:
-        """Why it does not run at this size, in words: the shapes that it runs at, and how to get others."""
+    def why_unsupported(self, height: int, width: int) -> str:
+        """Why the stage does not run at this size, in words: the shapes that it runs at, and how to get others."""
         ...
 
-    def need(self, shape: Shape) -> Need:
-        """What `bind` and a run at a shape that it holds will take, as far as can be told before."""
+    def memory(self, shape: Shape) -> EngineMemory:
+        """What `bind` and a run at a supported shape will take, as far as is known before."""
         ...
 
     def bind(self, shape: Shape, addresses: Mapping[str, int]) -> Binding:
@@ -78,11 +78,11 @@ class DeviceEngine(Protocol):
 
 
 def device_tensors(
-    config: ModelConfig, stage: str, *, packed: bool
+    config: ModelConfig, stage: str, *, uint8_output: bool
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """(inputs, outputs) of a stage on the device: those of the bundle, but for a fine one that packs its pictures."""
+    """(inputs, outputs) of a stage on the device: as in the bundle, but for pictures in uint8."""
     inputs, outputs = stage_tensors(config)[stage]
-    if stage == "fine" and packed:
+    if stage == "fine" and uint8_output:
         picture = ("batch", "height", "width", 3)
         images = tuple(TensorSpec(name, "uint8", picture) for name in ("image", "warped_image"))
         outputs = (*images, TensorSpec("invalid", "float32", ()))
@@ -98,5 +98,5 @@ def concrete(
 
 
 def axis_names(tensors: Iterable[TensorSpec]) -> dict[str, tuple[str, int]]:
-    """name -> (dtype, number of axes): what must agree whether or not a tensor's sides are fixed."""
+    """name -> (dtype, number of axes): what must be equal whether or not a tensor's sides are fixed."""
     return {tensor.name: (tensor.dtype, len(tensor.shape)) for tensor in tensors}

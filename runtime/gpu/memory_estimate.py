@@ -5,7 +5,7 @@ most that one of them asks for, by TensorRT's own figure at the engine's largest
 buffers of labels, features and pictures, and those of the warp; N = H W / 16 positions, so all grow with the picture
 and nothing with its square. The context of the driver, some 300 to 500 MiB, comes on top and is not counted.
 
-Arithmetic alone: no plan has been compared with a measurement, for no GPU was at hand.
+Arithmetic alone: no estimate has been compared with a measurement.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .workspace import tile_shape, translate_tensors
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryPlan:
+class MemoryEstimate:
     """Bytes of device memory for a batch of pictures of height x width, with an exemplar of the same size.
 
     weights, working: of each stage. stages, warp: of the buffers between them. exemplar: of one encoded exemplar in the
@@ -54,7 +54,7 @@ class MemoryPlan:
         return f"{self.height} x {self.width}, batch {self.batch}: {mebibytes(self.total)} ({', '.join(rows)})"
 
 
-def plan_memory(
+def estimate_memory(
     config: ModelConfig,
     records: Sequence[EngineRecord],
     height: int,
@@ -62,39 +62,41 @@ def plan_memory(
     *,
     batch: int = 1,
     tile: int | None = None,
-) -> MemoryPlan:
-    """The plan for `batch` pictures with the engines of `records`, of one variant and precision, static ones first.
+) -> MemoryEstimate:
+    """The memory for `batch` pictures with the engines of `records`, of one variant and precision, static ones first.
 
     tile: side of the fine stage's tiles, None for whole pictures.
     Raises `BackendError` where a stage has no engine for the shape.
     """
-    chosen: dict[str, EngineRecord] = {}
+    engines: dict[str, EngineRecord] = {}
     for stage in STAGES:
         shape = (1 if stage == "exemplar" else batch, height, width)  # an exemplar is encoded alone
         if stage == "fine":
             shape = tile_shape(shape, tile)
-        held = [record for record in records if record.key.stage == stage and record.key.profile.holds(*shape)]
-        if not held:
-            there = "; ".join(str(record.key.profile) for record in records if record.key.stage == stage) or "none"
+        fitting = [record for record in records if record.key.stage == stage and record.key.profile.supports(*shape)]
+        if not fitting:
+            available = "; ".join(str(record.key.profile) for record in records if record.key.stage == stage) or "none"
             tiled = "" if tile is None else f" --tile {tile}"
             raise BackendError(
-                f"no engine of {stage} for {shape[1]} x {shape[2]}, batch {shape[0]}, only {there}; "
+                f"no engine of {stage} for {shape[1]} x {shape[2]}, batch {shape[0]}, only {available}; "
                 f"flashcocos build BUNDLE --size {height}x{width} --batch {batch}{tiled}"
             )
-        chosen[stage] = held[0]
-    warp = WarpTensors.of(config, chosen["query"].key.precision)
-    shape, map_ = (batch, height, width), (height // config.down_scale, width // config.down_scale)
-    fine = device_tensors(config, "fine", packed=True)
-    stages, keys, results, parts = translate_tensors(config, warp, fine, shape, map_, tile)
-    encoding = [concrete(config, side, (1, height, width)) for side in device_tensors(config, "exemplar", packed=True)]
-    return MemoryPlan(
+        engines[stage] = fitting[0]
+    warp = WarpTensors.of(config, engines["query"].key.precision)
+    shape, feature_map = (batch, height, width), (height // config.down_scale, width // config.down_scale)
+    fine = device_tensors(config, "fine", uint8_output=True)
+    stages, keys, results, parts = translate_tensors(config, warp, fine, shape, feature_map, tile)
+    encoding = [
+        concrete(config, side, (1, height, width)) for side in device_tensors(config, "exemplar", uint8_output=True)
+    ]
+    return MemoryEstimate(
         batch,
         height,
         width,
-        {stage: record.weight_bytes for stage, record in chosen.items()},
-        {stage: record.activation_bytes for stage, record in chosen.items()},
+        {stage: record.weight_bytes for stage, record in engines.items()},
+        {stage: record.activation_bytes for stage, record in engines.items()},
         total_bytes([stages, parts]),
         total_bytes([keys, results]),
-        total_bytes([warp.keys(1, *map_)]),
+        total_bytes([warp.keys(1, *feature_map)]),
         total_bytes(encoding),
     )

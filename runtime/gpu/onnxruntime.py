@@ -1,10 +1,10 @@
 """ONNX Runtime's CUDA provider on device buffers, for the GPU pipeline of users without TensorRT.
 
 Inputs and outputs are bound to addresses (IOBinding) and the session works on the pipeline's stream, so that between
-the stages nothing leaves the GPU. Graphs with loops cannot be recorded, pictures come as float32 planes that the host
+the stages nothing leaves the GPU. Graphs with loops cannot be captured, pictures come as float32 planes that the host
 packs, and the session's own memory is not known before it runs.
 
-Written against the documented API and tested on the CPU provider: it has run on no GPU.
+Written against the documented API and tested on the CPU provider.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...errors import BackendError
 from ..cpu.onnxruntime import onnxruntime_errors, open_session
 from ..engine import EngineInfo, one_line
 from .device import Device
-from .engine import Need, Shape, concrete, device_tensors
+from .engine import EngineMemory, Shape, concrete, device_tensors
 
 TF32_FROM = 80  # compute capability whose tensor cores multiply float32 with 10 bits of mantissa, the provider's choice
 
@@ -31,7 +31,7 @@ class OnnxCudaEngine:
     exact: float32 products, where the provider would choose tf32. Raises as `open_session`.
     """
 
-    packed = False
+    uint8_output = False
 
     def __init__(self, bundle: Bundle, stage: str, device: Device, *, exact: bool = False) -> None:
         options = {
@@ -47,19 +47,19 @@ class OnnxCudaEngine:
         self._session: Any = session
         self._device, self._name = device, f"{bundle.path}: stage {stage}"
         self._config = bundle.manifest.config
-        self._tensors = device_tensors(self._config, stage, packed=False)
+        self._tensors = device_tensors(self._config, stage, uint8_output=False)
 
-    def holds(self, shape: Shape) -> bool:
+    def supports(self, shape: Shape) -> bool:
         """Always: the graphs are dynamic."""
         return True
 
-    def refusal(self, height: int, width: int) -> str:
-        """There is none."""
+    def why_unsupported(self, height: int, width: int) -> str:
+        """The graphs are dynamic, so there is no reason."""
         return f"{self._name} runs at every size"
 
-    def need(self, shape: Shape) -> Need:
-        """Nothing that is known."""
-        return Need(0, 0)
+    def memory(self, shape: Shape) -> EngineMemory:
+        """Unknown before a run, so none is stated."""
+        return EngineMemory(0, 0)
 
     def bind(self, shape: Shape, addresses: Mapping[str, int]) -> OnnxCudaBinding:
         """The session with its inputs and outputs at `addresses`."""
@@ -79,10 +79,10 @@ class OnnxCudaEngine:
 
 
 class OnnxCudaBinding:
-    """A session with bound tensors; see `Binding`."""
+    """A session with bound tensors; implements `Binding`."""
 
     scratch = 0
-    capturable = False
+    can_capture = False
 
     def __init__(self, session: Any, binding: Any, name: str) -> None:
         self._session, self._binding, self._name = session, binding, name
@@ -91,7 +91,7 @@ class OnnxCudaBinding:
         """The session has memory of its own."""
 
     def enqueue(self) -> None:
-        """Run; the session's kernels follow on the stream what is there."""
+        """Run; the session's kernels join the work on the stream."""
         try:
             self._session.run_with_iobinding(self._binding)
         except onnxruntime_errors() as error:

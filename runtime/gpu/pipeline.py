@@ -1,10 +1,10 @@
 """The stages of a translation on a GPU: only labels go in and pictures, matches and confidence come out.
 
-Everything runs in order on one stream, under one lock. Each shape has a plan (device_plan.py), and encoded exemplars
-stay on the device up to a budget, the least recently used making room; what was evicted is uploaded again. Whether a
-request fits is checked before anything of it is launched, by what the engines state and the plan adds up.
+Everything runs in order on one stream, under one lock. Each shape has a workspace, and encoded exemplars stay on the
+device up to a budget, the least recently used making room; what was evicted is uploaded again. Whether a request fits
+is checked before anything of it is launched, by the memory that the engines state and that the workspace adds up.
 
-Tested with a device made of numpy arrays, where its pictures equal the CPU's; it has run on no GPU.
+Tested with a device made of numpy arrays, where its pictures equal the CPU's.
 """
 
 from __future__ import annotations
@@ -32,12 +32,20 @@ from .device import Buffer, Device, mebibytes
 from .engine import DeviceEngine, Shape, device_tensors
 from .store import default_folder
 from .warp import DeviceWarp, total_bytes
-from .workspace import EncodePlan, KeyPlan, Plan, TranslatePlan, UploadPlan, tile_shape, translate_tensors
+from .workspace import (
+    DeviceExemplar,
+    EncodeWorkspace,
+    TranslateWorkspace,
+    UploadWorkspace,
+    Workspace,
+    tile_shape,
+    translate_tensors,
+)
 
-MAX_PLANS = 16  # shapes whose buffers are kept
+MAX_WORKSPACES = 16  # shapes whose buffers are kept
 MAX_BATCH = 256
 _TRANSLATE = ("query", "coarse", "fine")
-AnyPlan = TypeVar("AnyPlan", bound=Plan)
+AnyWorkspace = TypeVar("AnyWorkspace", bound=Workspace)
 
 
 class GpuPipeline:
@@ -57,43 +65,43 @@ class GpuPipeline:
     ) -> None:
         self._name, self._config = bundle.path, bundle.manifest.config
         self._device, self._engines, self._warp, self._budget = device, engines, warp, budget
-        self._tile, self._packed = tile, engines["fine"].packed
+        self._tile, self._uint8_output = tile, engines["fine"].uint8_output
         self._lock = threading.RLock()
         self._closed = False
-        self._plans: collections.OrderedDict[tuple[Any, ...], Plan] = collections.OrderedDict()
-        self._exemplars: collections.OrderedDict[weakref.ref[Exemplar], KeyPlan] = collections.OrderedDict()
+        self._workspaces: collections.OrderedDict[tuple[Any, ...], Workspace] = collections.OrderedDict()
+        self._exemplars: collections.OrderedDict[weakref.ref[Exemplar], DeviceExemplar] = collections.OrderedDict()
         self._forgotten: collections.deque[weakref.ref[Exemplar]] = collections.deque()
         self._scratch: Buffer | None = None
-        self._busy: Plan | None = None  # not to be evicted
+        self._busy: Workspace | None = None  # not to be evicted
 
     def encode(self, inputs: Mapping[str, npt.NDArray[Any]]) -> tuple[FloatArray, FloatArray]:
         """See `Pipeline.encode`."""
         height, width = inputs["image"].shape[2:]
         with self._running():
             shape = (self._batch(("exemplar",), 1, height, width), height, width)
-            tensors = EncodePlan.tensors(self._engines, self._config, shape)
-            plan = self._plan(
+            tensors = EncodeWorkspace.tensors(self._engines, self._config, shape)
+            workspace = self._workspace(
                 ("encode", shape),
-                lambda: EncodePlan(self._device, self._engines, self._config, shape),
+                lambda: EncodeWorkspace(self._device, self._engines, self._config, shape),
                 total_bytes(tensors) + self._stages_need(("exemplar",), shape),
                 shape,
             )
-            plan.run(inputs)
-            outputs = {name: plan.staged[name][:1].copy() for name in ("phi", "values")}
+            workspace.run(inputs)
+            outputs = {name: workspace.pinned[name][:1].copy() for name in ("phi", "values")}
         for name, array in outputs.items():
             self._require_finite("exemplar", name, np.isfinite(array).all())
         return outputs["phi"], outputs["values"]
 
     def render(self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar]) -> list[PipelineOutput]:
-        """See `Pipeline.render`. Items whose exemplars have one size run together, as many as the engines hold."""
+        """See `Pipeline.render`. Items whose exemplars have one size run together, as many as the engines take."""
         height, width = label.shape[-2:]
-        alike: dict[tuple[int, int], list[int]] = {}
+        by_size: dict[tuple[int, int], list[int]] = {}
         for index, exemplar in enumerate(exemplars):
             key_height, key_width = exemplar.phi.shape[2:]
-            alike.setdefault((key_height, key_width), []).append(index)
+            by_size.setdefault((key_height, key_width), []).append(index)
         results: dict[int, PipelineOutput] = {}
         with self._running():
-            for key_map, indices in alike.items():
+            for key_map, indices in by_size.items():
                 while indices:
                     batch = self._batch(_TRANSLATE, len(indices), height, width)
                     part, indices = indices[:batch], indices[batch:]
@@ -119,11 +127,11 @@ class GpuPipeline:
                 stack.enter_context(self._device.active())
                 for engine in self._engines.values():
                     stack.callback(engine.close)
-                for owner in (*self._exemplars.values(), *self._plans.values()):
+                for owner in (*self._exemplars.values(), *self._workspaces.values()):
                     stack.callback(owner.free)
                 if self._scratch is not None:
                     stack.callback(self._scratch.free)
-                self._plans.clear()
+                self._workspaces.clear()
                 self._exemplars.clear()
                 self._settle()
 
@@ -145,92 +153,94 @@ class GpuPipeline:
     def _render(
         self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar], shape: Shape, key_map: tuple[int, int]
     ) -> list[PipelineOutput]:
-        """As `render` for at most a batch, filled up with the last item."""
-        plan = self._busy = self._translate_plan(shape, key_map)
+        """`render` for at most a batch, filled up with the last item."""
+        workspace = self._busy = self._translate_workspace(shape, key_map)
         last = len(label) - 1
         for slot in range(shape[0]):
-            plan.load(slot, self._keys(exemplars[min(slot, last)]))
-            plan.staged["label"][slot] = label[min(slot, last)]
-        timings = {name: value / len(label) for name, value in plan.run().items()}
-        staged = plan.staged
-        if "invalid" in staged:
-            self._require_finite("fine", "image", not staged["invalid"].any())
+            workspace.load(slot, self._keys(exemplars[min(slot, last)]))
+            workspace.pinned["label"][slot] = label[min(slot, last)]
+        timings = {name: value / len(label) for name, value in workspace.run().items()}
+        pinned = workspace.pinned
+        if "invalid" in pinned:
+            self._require_finite("fine", "image", not pinned["invalid"].any())
         query_map = shape[1] // self._config.down_scale, shape[2] // self._config.down_scale
         return [
             PipelineOutput(
-                self._picture("image", staged["image"][item]),
-                self._picture("warped_image", staged["warped_image"][item]),
-                staged["index"][item].reshape(query_map).astype(np.int64),
-                staged["probability"][item].reshape(query_map).astype(np.float32),
+                self._picture("image", pinned["image"][item]),
+                self._picture("warped_image", pinned["warped_image"][item]),
+                pinned["index"][item].reshape(query_map).astype(np.int64),
+                pinned["probability"][item].reshape(query_map).astype(np.float32),
                 timings,
             )
             for item in range(len(label))
         ]
 
-    def _picture(self, name: str, staged: npt.NDArray[Any]) -> UInt8Array:
-        if staged.dtype == np.uint8:
-            return staged.copy()
-        self._require_finite("fine", name, np.isfinite(staged).all())
-        return to_uint8(staged)
+    def _picture(self, name: str, pinned: npt.NDArray[Any]) -> UInt8Array:
+        if pinned.dtype == np.uint8:
+            return pinned.copy()
+        self._require_finite("fine", name, np.isfinite(pinned).all())
+        return to_uint8(pinned)
 
     def _require_finite(self, stage: str, what: str, finite: Any) -> None:
-        remedy = "build it again" if self._packed else "export it again"
+        remedy = "build it again" if self._uint8_output else "export it again"
         require_finite(f"{self._name}: stage {stage} gave", what, finite, remedy)
 
     def _batch(self, stages: Sequence[str], wanted: int, height: int, width: int) -> int:
-        """How many items run together: `wanted` or the next fewer that all stages hold, else the next more."""
+        """How many items run together: `wanted` or the next fewer that all stages support, else the next more."""
 
-        def held(batches: Iterable[int], stages: Sequence[str] = stages) -> int | None:
+        def supported(batches: Iterable[int], stages: Sequence[str] = stages) -> int | None:
             shapes = ((batch, height, width) for batch in batches)
-            return next((one[0] for one in shapes if self._hold(stages, one)), None)
+            return next((shape[0] for shape in shapes if self._supports(stages, shape)), None)
 
-        if batch := held(range(wanted, 0, -1)) or held(range(wanted + 1, MAX_BATCH + 1)):
+        if batch := supported(range(wanted, 0, -1)) or supported(range(wanted + 1, MAX_BATCH + 1)):
             return batch
-        lacking = [stage for stage in stages if held(range(1, MAX_BATCH + 1), [stage]) is None] or stages
+        lacking = [stage for stage in stages if supported(range(1, MAX_BATCH + 1), [stage]) is None] or stages
         reasons = "; ".join(
-            self._engines[stage].refusal(*self._shape(stage, (wanted, height, width))[1:]) for stage in lacking
+            self._engines[stage].why_unsupported(*self._shape(stage, (wanted, height, width))[1:]) for stage in lacking
         )
         raise InputError(f"{height} x {width} pixels (height x width), batch {wanted}: {reasons}")
 
-    def _translate_plan(self, shape: Shape, key_map: tuple[int, int]) -> TranslatePlan:
-        return self._plan(
+    def _translate_workspace(self, shape: Shape, key_map: tuple[int, int]) -> TranslateWorkspace:
+        return self._workspace(
             ("translate", shape, key_map),
-            lambda: TranslatePlan(self._device, self._engines, self._warp, self._config, shape, key_map, self._tile),
+            lambda: TranslateWorkspace(
+                self._device, self._engines, self._warp, self._config, shape, key_map, self._tile
+            ),
             self._need(shape, key_map),
             shape,
             key_map,
         )
 
     def _need(self, shape: Shape, key_map: tuple[int, int]) -> int:
-        """Bytes that a new plan takes, with all that its stages still have to load."""
-        fine = device_tensors(self._config, "fine", packed=self._packed)
+        """Bytes that a new workspace takes, with all that its stages still have to load."""
+        fine = device_tensors(self._config, "fine", uint8_output=self._uint8_output)
         tensors = translate_tensors(self._config, self._warp.tensors, fine, shape, key_map, self._tile)
         return total_bytes(tensors) + self._stages_need(_TRANSLATE, shape)
 
     def _stages_need(self, stages: Sequence[str], shape: Shape) -> int:
-        needs = [self._engines[stage].need(self._shape(stage, shape)) for stage in stages]
+        memory = [self._engines[stage].memory(self._shape(stage, shape)) for stage in stages]
         held = 0 if self._scratch is None else self._scratch.bytes
-        return sum(need.weights for need in needs) + max(max(need.scratch for need in needs) - held, 0)
+        return sum(stage.weights for stage in memory) + max(max(stage.scratch for stage in memory) - held, 0)
 
-    def _plan(
+    def _workspace(
         self,
         key: tuple[Any, ...],
-        make: Callable[[], AnyPlan],
+        make: Callable[[], AnyWorkspace],
         need: int,
         shape: Shape | None = None,
         key_map: tuple[int, int] | None = None,
-    ) -> AnyPlan:
-        """The plan `key`, made where it is not there; then `need` bytes must be free. The rest is for messages."""
-        plan = self._plans.get(key)
-        if plan is None:
+    ) -> AnyWorkspace:
+        """The workspace `key`, made where it is missing; then `need` bytes must be free. The rest is for messages."""
+        workspace = self._workspaces.get(key)
+        if workspace is None:
             self._reserve(need, shape, key_map)
-            plan = self._plans[key] = make()
-            while len(self._plans) > MAX_PLANS:
+            workspace = self._workspaces[key] = make()
+            while len(self._workspaces) > MAX_WORKSPACES:
                 self._evict()
-        self._plans.move_to_end(key)
-        if plan.scratch:
-            plan.use_scratch(self._working_memory(plan.scratch))
-        return plan  # type: ignore[return-value]  # a key's first part tells the kind of plan
+        self._workspaces.move_to_end(key)
+        if workspace.scratch:
+            workspace.use_scratch(self._working_memory(workspace.scratch))
+        return workspace  # type: ignore[return-value]  # a key's first part is the kind of workspace
 
     def _working_memory(self, size: int) -> Buffer:
         if self._scratch is None or self._scratch.bytes < size:
@@ -241,12 +251,12 @@ class GpuPipeline:
             self._scratch = self._device.allocate(size)
         return self._scratch
 
-    def _keys(self, exemplar: Exemplar) -> KeyPlan:
-        """The exemplar's state on the device, uploaded where it is not there."""
-        found = self._exemplars.get(weakref.ref(exemplar))
-        if found is not None:
+    def _keys(self, exemplar: Exemplar) -> DeviceExemplar:
+        """The exemplar's state on the device, uploaded where it is missing."""
+        uploaded = self._exemplars.get(weakref.ref(exemplar))
+        if uploaded is not None:
             self._exemplars.move_to_end(weakref.ref(exemplar))
-            return found
+            return uploaded
         height, width = exemplar.phi.shape[2:]
         size = total_bytes([self._warp.tensors.keys(1, height, width)])
         if size > self._budget:
@@ -256,14 +266,14 @@ class GpuPipeline:
             )
         while sum(keys.bytes for keys in self._exemplars.values()) + size > self._budget:
             self._evict_exemplar()
-        tensors = UploadPlan.tensors(self._config, (height, width))
-        upload = self._plan(
+        tensors = UploadWorkspace.tensors(self._config, (height, width))
+        upload = self._workspace(
             ("upload", height, width),
-            lambda: UploadPlan(self._device, self._warp, self._config, (height, width)),
+            lambda: UploadWorkspace(self._device, self._warp, self._config, (height, width)),
             total_bytes([tensors]),
         )
         self._reserve(size, None)
-        keys = KeyPlan(self._device, self._warp, (height, width))
+        keys = DeviceExemplar(self._device, self._warp, (height, width))
         try:
             upload.run(exemplar.phi, exemplar.values, keys)
         except BaseException:
@@ -294,25 +304,25 @@ class GpuPipeline:
         """The largest square and batch that `free` bytes are enough for, in words."""
         for side in range(max(shape[1:]), SIZE_MULTIPLE, -SIZE_MULTIPLE):
             for batch in range(shape[0], 0, -1):
-                one = (batch, side, side)
-                if self._hold(_TRANSLATE, one) and self._need(one, key_map) <= free:
+                square = (batch, side, side)
+                if self._supports(_TRANSLATE, square) and self._need(square, key_map) <= free:
                     return f"the largest square that fits is {side} x {side}, batch {batch}"
         return "no size fits: lower exemplar_cache_mib"
 
-    def _hold(self, stages: Sequence[str], shape: Shape) -> bool:
-        return all(self._engines[stage].holds(self._shape(stage, shape)) for stage in stages)
+    def _supports(self, stages: Sequence[str], shape: Shape) -> bool:
+        return all(self._engines[stage].supports(self._shape(stage, shape)) for stage in stages)
 
     def _shape(self, stage: str, shape: Shape) -> Shape:
         """The shape that a stage runs at for pictures of `shape`."""
         return tile_shape(shape, self._tile) if stage == "fine" else shape
 
     def _evict(self) -> bool:
-        """Free the plan that was not used for longest, or else such an exemplar; False where there is none."""
-        key = next((key for key, plan in self._plans.items() if plan is not self._busy), None)
+        """Free the workspace that was not used for longest, or else such an exemplar; False where there is none."""
+        key = next((key for key, workspace in self._workspaces.items() if workspace is not self._busy), None)
         if key is None:
             return bool(self._exemplars) and self._evict_exemplar()
         self._device.synchronize()
-        self._plans.pop(key).free()
+        self._workspaces.pop(key).free()
         return True
 
     def _evict_exemplar(self) -> bool:

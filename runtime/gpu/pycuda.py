@@ -4,7 +4,7 @@ pycuda frees what it owns in the context that is current, and warns and leaks wh
 runs within `active`, which pushes the context in whatever thread calls. The context itself is given back when the
 process ends, as every other CUDA library does.
 
-Written against pycuda 2026.1 and run with it over a driver library of stubs; it has run on no GPU.
+Written against pycuda 2026.1 and tested with it over a driver library of stubs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _contexts_lock = threading.Lock()
 
 
 class PycudaDevice:
-    """The GPU of number `ordinal`; see `device.Device`. install: the remedy in the message where pycuda is missing.
+    """The GPU of number `ordinal`; implements `device.Device`. install: the remedy where pycuda is missing.
 
     Raises `BackendError` where pycuda or a GPU is missing, and where the driver is too old.
     """
@@ -64,7 +64,6 @@ class PycudaDevice:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """See `Device.active`."""
         if self._closed:
             raise BackendError(f"{self.name} is closed")
         with self._errors("the GPU cannot be used"):
@@ -75,38 +74,31 @@ class PycudaDevice:
             self._driver.Context.pop()
 
     def memory(self) -> tuple[int, int]:
-        """See `Device.memory`."""
-        with self._errors("the free memory cannot be told"):
+        with self._errors("the free memory is unknown"):
             free, total = self._driver.mem_get_info()
         return int(free), int(total)
 
     def allocate(self, size: int) -> PycudaBuffer:
-        """See `Device.allocate`."""
         with self._errors(f"no {mebibytes(size)} of device memory; lower size, batch_size or exemplar_cache_mib"):
             return PycudaBuffer(self._driver.mem_alloc(size), size)
 
-    def staging(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> PycudaStaging:
-        """See `Device.staging`."""
+    def pinned_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> PycudaPinnedArray:
         with self._errors(f"no page-locked host memory for {shape}; lower size or batch_size"):
-            return PycudaStaging(self._driver.pagelocked_empty(shape, np.dtype(dtype)))
+            return PycudaPinnedArray(self._driver.pagelocked_empty(shape, np.dtype(dtype)))
 
     def upload(self, target: int, source: npt.NDArray[Any]) -> None:
-        """See `Device.upload`."""
         with self._errors("a copy to the GPU failed"):
             self._driver.memcpy_htod_async(target, source, self._stream)
 
     def download(self, target: npt.NDArray[Any], source: int) -> None:
-        """See `Device.download`."""
         with self._errors("a copy from the GPU failed"):
             self._driver.memcpy_dtoh_async(target, source, self._stream)
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """See `Device.copy`."""
         with self._errors("a copy on the GPU failed"):
             self._driver.memcpy_dtod_async(target, source, size, self._stream)
 
     def copy_box(self, target: int, target_layout: Layout, source: int, source_layout: Layout, box: Box) -> None:
-        """See `Device.copy_box`."""
         with self._errors("a copy on the GPU failed"):
             copy = self._driver.Memcpy3D()
             copy.set_src_device(source)
@@ -117,7 +109,6 @@ class PycudaDevice:
             copy(self._stream)
 
     def load(self, cubin: bytes, entry: str, formats: str, threads: int, shared_bytes: int) -> PycudaKernel:
-        """See `Device.load`."""
         with self._errors(
             f"kernel {entry} cannot be loaded on {self.name}; update the driver, or build the kernels again"
         ):
@@ -130,21 +121,17 @@ class PycudaDevice:
         return self._kernels[-1]
 
     def event(self) -> PycudaEvent:
-        """See `Device.event`."""
         with self._errors("no event"):
             return PycudaEvent(self._driver.Event(), self._stream)
 
-    def record(self, work: Callable[[], None]) -> CudaGraph:
-        """See `Device.record`."""
+    def capture(self, work: Callable[[], None]) -> CudaGraph:
         return CudaGraph(self.stream, work)
 
     def synchronize(self) -> None:
-        """See `Device.synchronize`."""
         with self._errors("earlier work on the GPU failed"):
             self._stream.synchronize()
 
     def close(self) -> None:
-        """See `Device.close`."""
         if not self._closed:
             with self.active():
                 with contextlib.suppress(BackendError):  # of work that failed and was reported
@@ -163,36 +150,33 @@ class PycudaDevice:
 
 
 class PycudaBuffer:
-    """Device memory; see `device.Buffer`."""
+    """Device memory; implements `device.Buffer`."""
 
     def __init__(self, allocation: Any, size: int) -> None:
         self._allocation, self.address, self.bytes = allocation, int(allocation), size
 
     def free(self) -> None:
-        """See `Buffer.free`."""
         self._allocation.free()
 
 
-class PycudaStaging:
-    """Page-locked host memory; see `device.Staging`."""
+class PycudaPinnedArray:
+    """Page-locked host memory; implements `device.PinnedArray`."""
 
     def __init__(self, array: npt.NDArray[Any]) -> None:
         self.array = array
 
     def free(self) -> None:
-        """See `Staging.free`."""
         self.array.base.free()  # type: ignore[union-attr]  # the allocation, which is no array
 
 
 class PycudaKernel:
-    """A function of a cubin; see `device.Kernel`."""
+    """A function of a cubin; implements `device.Kernel`."""
 
     def __init__(self, device: PycudaDevice, function: Any, entry: str, threads: int, shared_bytes: int) -> None:
         self._device, self._function, self._entry = device, function, entry
         self._block, self._shared_bytes = (threads, 1, 1), shared_bytes
 
     def launch(self, grid: tuple[int, int, int], arguments: Sequence[int | float]) -> None:
-        """See `Kernel.launch`."""
         stream = self._device._stream
         with self._device._errors(f"kernel {self._entry} cannot be launched"):
             self._function.prepared_async_call(grid, self._block, stream, *arguments, shared_size=self._shared_bytes)
@@ -203,17 +187,15 @@ class PycudaKernel:
 
 
 class PycudaEvent:
-    """An event; see `device.Event`."""
+    """An event; implements `device.Event`."""
 
     def __init__(self, event: Any, stream: Any) -> None:
         self._event, self._stream = event, stream
 
     def record(self) -> None:
-        """See `Event.record`."""
         self._event.record(self._stream)
 
     def milliseconds_since(self, start: PycudaEvent) -> float:
-        """See `Event.milliseconds_since`."""
         return float(self._event.time_since(start._event))
 
 

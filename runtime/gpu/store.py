@@ -1,13 +1,13 @@
-"""Where TensorRT engines lie and which of them is served: never one that was built for something else.
+"""Where TensorRT engines lie and which of them are used: never one that was built for something else.
 
-`flashcocos build` writes, `Translator(backend="tensorrt")` reads. An engine runs on what it was built for alone, so
-its key holds all of that: the graph's SHA-256, the variant of TensorRT and its version, the architectures, the
+`flashcocos build` writes, `Translator(backend="tensorrt")` reads. An engine runs only on what it was built for, so
+its key contains all of that: the graph's SHA-256, the variant of TensorRT and its version, the architectures, the
 precision, the range of shapes, and the revision of the rewriting that `export/` does before TensorRT sees a graph.
 An engine is two files named by its key, `STAGE-KEY.engine` and `STAGE-KEY.json`; the second is written last, so half
 of an engine is none. Engines are code for the machine that built them and are no part of a bundle: deserializing one
 from a stranger would run it.
 
-Inputs and outputs of an engine are those of the bundle's stage (`bundle.py`), but for the synthesis, which gives
+Inputs and outputs of an engine are those of the bundle's stage (`bundle/stages.py`); the fine stage gives instead
 
     image, warped_image   (batch, height, width, 3) uint8, rounded as `preprocess.images.to_uint8` does
     invalid               () float32, 1 where the network gave NaN, else 0
@@ -36,7 +36,7 @@ from ..tiles import tile_side
 
 PRECISIONS = ("float32", "float16")  # from the slowest to the fastest
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-GRAPH_REVISION = 1  # of export/tensorrt_graphs.py: another gives other engines of the same bundle
+GRAPH_REVISION = 1  # of export/tensorrt/graphs.py: another revision gives other engines of the same bundle
 MAX_ENGINE_BYTES = 16 << 30
 _MAX_DESCRIPTION_BYTES = 1 << 20
 
@@ -51,7 +51,7 @@ class Profile:
     height: Range
     width: Range
 
-    def holds(self, batch: int, height: int, width: int) -> bool:
+    def supports(self, batch: int, height: int, width: int) -> bool:
         """Whether the engine runs this shape."""
         axes = ((self.batch, batch), (self.height, height), (self.width, width))
         return all(least <= side <= most for (least, _, most), side in axes)
@@ -67,7 +67,7 @@ class Profile:
 
     @property
     def static(self) -> bool:
-        """Whether it is for one shape alone."""
+        """Whether it is for a single shape."""
         return all(axis[0] == axis[2] for axis in (self.batch, self.height, self.width))
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True)
 class EngineKey:
-    """All that decides an engine's bytes. architectures: compute capabilities, 89 for 8.9; sorted."""
+    """All that decides an engine's content. architectures: compute capabilities, 89 for 8.9; sorted."""
 
     stage: str
     graph_sha256: str

@@ -2,9 +2,9 @@
 
 Both variants, the packages tensorrt and tensorrt_rtx, have one Python API for this. Working memory is handed to
 TensorRT, since the stages run one after another and can share it. A stage may have several engines; the one whose
-profile holds a shape runs it, static ones first, and is deserialized when it is first needed.
+profile has a shape runs it, static ones first, and is deserialized when it is first needed.
 
-Written against the documented API and tested with a stand-in for TensorRT's runtime: no engine has run on a GPU.
+Written against the documented API and tested with a stand-in for TensorRT's runtime.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ...bundle import STAGES, Bundle, TensorSpec
 from ...errors import BackendError
 from ..engine import EngineInfo, one_line
 from .device import Device, mebibytes
-from .engine import Need, Shape, axis_names, concrete, device_tensors
+from .engine import EngineMemory, Shape, axis_names, concrete, device_tensors
 from .store import EngineRecord, find_engines, import_variant, read_engine
 
 
 class TensorRt:
-    """The installed package of a variant, its runtime and what it last complained of.
+    """The installed package of a variant, its runtime and its last error messages.
 
     Raises `BackendError` where the package is missing or does not start.
     """
@@ -53,7 +53,7 @@ class TensorRtEngine:
     folder: where the engines lie. Raises `BackendError` for a record of other tensors than the stage has.
     """
 
-    packed = True
+    uint8_output = True
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class TensorRtEngine:
             folder,
         )
         self._config, self._stored = bundle.manifest.config, bundle.manifest.precision
-        self._tensors = device_tensors(self._config, stage, packed=True)
+        self._tensors = device_tensors(self._config, stage, uint8_output=True)
         self._records = [record for record in records if record.key.stage == stage]
         for record in self._records:
             stated = axis_names(record.inputs), axis_names(record.outputs)
@@ -83,29 +83,29 @@ class TensorRtEngine:
                 )
         self._engines: dict[str, Any] = {}
 
-    def holds(self, shape: Shape) -> bool:
-        """Whether an engine's profile holds this shape."""
-        return any(record.key.profile.holds(*shape) for record in self._records)
+    def supports(self, shape: Shape) -> bool:
+        """Whether an engine's profile has this shape."""
+        return any(record.key.profile.supports(*shape) for record in self._records)
 
-    def refusal(self, height: int, width: int) -> str:
+    def why_unsupported(self, height: int, width: int) -> str:
         """The profiles, the largest first, and how to build for this size."""
 
         def pixels(record: EngineRecord) -> int:
             return record.key.profile.height[2] * record.key.profile.width[2]
 
-        profiles = dict.fromkeys(str(one.key.profile) for one in sorted(self._records, key=pixels, reverse=True))
+        profiles = dict.fromkeys(str(record.key.profile) for record in sorted(self._records, key=pixels, reverse=True))
         return (
-            f"the engines of stage {self._stage} hold {'; '.join(profiles)} (the largest first); "
+            f"the engines of stage {self._stage} run {'; '.join(profiles)} (the largest first); "
             f"flashcocos build {self._name} --size {height}x{width} makes others"
         )
 
-    def need(self, shape: Shape) -> Need:
+    def memory(self, shape: Shape) -> EngineMemory:
         """Weights of the engine unless it is loaded, and its working memory: the builder's figures."""
         record = self._record(shape)
         engine = self._engines.get(record.key.stem)
         if engine is None:
-            return Need(record.weight_bytes, record.activation_bytes)
-        return Need(0, engine.device_memory_size_v2)
+            return EngineMemory(record.weight_bytes, record.activation_bytes)
+        return EngineMemory(0, engine.device_memory_size_v2)
 
     def bind(self, shape: Shape, addresses: Mapping[str, int]) -> TensorRtBinding:
         """An execution context for `shape`."""
@@ -121,7 +121,7 @@ class TensorRtEngine:
     def load(self) -> None:
         """Load the engine for one picture of the model's own size, or else the first, so that it can fail early."""
         side = self._config.image_size
-        record = self._record((1, side, side)) if self.holds((1, side, side)) else self._records[0]
+        record = self._record((1, side, side)) if self.supports((1, side, side)) else self._records[0]
         self._engines[record.key.stem] = self._load(record)
 
     def describe(self) -> EngineInfo:
@@ -134,7 +134,7 @@ class TensorRtEngine:
         self._engines.clear()
 
     def _record(self, shape: Shape) -> EngineRecord:
-        return next(record for record in self._records if record.key.profile.holds(*shape))
+        return next(record for record in self._records if record.key.profile.supports(*shape))
 
     def _load(self, record: EngineRecord) -> Any:
         free, _ = self._device.memory()
@@ -163,7 +163,7 @@ class TensorRtEngine:
 
 
 class TensorRtBinding:
-    """An execution context at one shape; see `Binding`. It can be recorded where the engine is for this shape alone."""
+    """An execution context at one shape; implements `Binding`. Capture needs an engine for this shape alone."""
 
     def __init__(
         self,
@@ -196,10 +196,10 @@ class TensorRtBinding:
         self._static = static
 
     @property
-    def capturable(self) -> bool:
-        """See `Binding`; the variant for consumer GPUs compiles kernels as it goes, and says when it has them all."""
-        ask = getattr(self._context, "is_stream_capturable", None)
-        return self._static and (ask is None or bool(ask(self._device.stream)))
+    def can_capture(self) -> bool:
+        """Whether `enqueue` may be captured; tensorrt-rtx compiles as it goes, and says when it has every kernel."""
+        is_capturable = getattr(self._context, "is_stream_capturable", None)
+        return self._static and (is_capturable is None or bool(is_capturable(self._device.stream)))
 
     def use_scratch(self, address: int, size: int) -> None:
         """Hand the shared working memory to the context."""
@@ -248,13 +248,13 @@ def open_tensorrt(
 
 def _tensors(module: Any, engine: Any) -> tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int]]]:
     """Inputs and outputs of an engine, as `axis_names` gives them."""
-    found: tuple[list[TensorSpec], list[TensorSpec]] = ([], [])
+    sides: tuple[list[TensorSpec], list[TensorSpec]] = ([], [])
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
-        side = found[engine.get_tensor_mode(name) != module.TensorIOMode.INPUT]
+        side = sides[engine.get_tensor_mode(name) != module.TensorIOMode.INPUT]
         kind = _dtype(module, engine.get_tensor_dtype(name))
         side.append(TensorSpec(name, kind, tuple(engine.get_tensor_shape(name))))
-    return axis_names(found[0]), axis_names(found[1])
+    return axis_names(sides[0]), axis_names(sides[1])
 
 
 def _dtype(module: Any, kind: Any) -> str:
@@ -265,7 +265,7 @@ def _dtype(module: Any, kind: Any) -> str:
 
 
 def _logger(module: Any, messages: collections.deque[str]) -> Any:
-    """A logger that keeps errors instead of printing them; its class can only be made once the module is there."""
+    """A logger that keeps errors instead of printing them; its base class comes from the module."""
 
     class Logger(module.ILogger):
         def __init__(self) -> None:

@@ -5,7 +5,7 @@
     warp        the values, float32 NCHW again, as the synthesis takes them
     match       for each query its most probable key, and its probability
 
-Tested with numpy twins of the kernels; the kernels themselves have been launched on no GPU.
+Tested with numpy twins of the kernels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Launch = Callable[[], None]  # a launch with all its arguments, put on the strea
 
 
 class WarpTensors(NamedTuple):
-    """What the warp holds on the device: C and V of the model, channels of a packed row of values, kernels' dtype."""
+    """The warp's tensors on the device: C and V of the model, channels of a packed row of values, kernels' dtype."""
 
     channels: int
     values: int
@@ -38,7 +38,7 @@ class WarpTensors(NamedTuple):
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: str) -> WarpTensors:
-        """Those of a model with kernels of `dtype`, as `kernels/gpu/aot.py` pads."""
+        """The tensors of a model with kernels of `dtype`, as `kernels/gpu/aot.py` pads."""
         return cls(config.feature_channels, config.warped_channels, -(-config.warped_channels // 8) * 8, dtype)
 
     def keys(self, batch: int, height: int, width: int) -> Tensors:
@@ -124,8 +124,8 @@ class DeviceWarp:
         if max(sizes.values()) >= 1 << 31:
             raise InputError(f"maps of {max(sizes.values())} elements; the kernels count to {1 << 31}: lower size")
         cubin, kernel = self._loaded[part]
-        given: dict[str, int | float] = {**pointers, **sizes, "scale": self._scale}
-        arguments = [0 if kind == "null" else given[name] for name, kind in cubin.arguments]
+        values: dict[str, int | float] = {**pointers, **sizes, "scale": self._scale}
+        arguments = [0 if kind == "null" else values[name] for name, kind in cubin.arguments]
         return functools.partial(kernel.launch, cubin.grid({**sizes, "batch": batch}), arguments)
 
 

@@ -1,7 +1,7 @@
-"""Plans of the GPU pipeline: the buffers of one shape, allocated once, and the work that is put on the stream.
+"""Workspaces of the GPU pipeline: the buffers of one shape, allocated once, and the work that is put on the stream.
 
-A plan of a shape that can be recorded runs once as it is, is recorded at its second run and replayed from then on. What
-differs from run to run, the label and the exemplars, is copied into the plan's own buffers before; so a recording
+A translation that can be captured runs once as it is, is captured at its second run and replayed from then on. What
+differs from run to run, the label and the exemplars, is copied into the workspace's own buffers before, so a CUDA graph
 refers to no exemplar.
 """
 
@@ -21,7 +21,7 @@ from ...bundle.stages import stage_tensors
 from ...config import ModelConfig
 from ...errors import BackendError
 from ..tiles import Tile, is_cut, placed, tile_size, tiles
-from .device import Buffer, Device, Event, Recording, Staging, nbytes
+from .device import Buffer, CudaGraph, Device, Event, PinnedArray, nbytes
 from .engine import Binding, DeviceEngine, Shape, concrete, device_tensors
 from .warp import Addresses, DeviceWarp, Tensors, WarpTensors, total_bytes
 
@@ -30,15 +30,15 @@ Engines = Mapping[str, DeviceEngine]
 Work = Callable[[], object]
 
 
-class Plan:
-    """Device memory, staging and bound stages with one owner; `free` gives all of it back."""
+class Workspace:
+    """Device memory, pinned arrays and bound stages with one owner; `free` gives all of it back."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._owned = contextlib.ExitStack()
         self._bindings: list[Binding] = []
         self._scratch = 0  # the address that the bindings were given
-        self.staged: dict[str, npt.NDArray[Any]] = {}
+        self.pinned: dict[str, npt.NDArray[Any]] = {}
 
     @property
     def scratch(self) -> int:
@@ -69,12 +69,12 @@ class Plan:
             addresses[name] = buffer.address
         return addresses
 
-    def _stage(self, tensors: Tensors, names: Iterable[str]) -> None:
+    def _pin(self, tensors: Tensors, names: Iterable[str]) -> None:
         for name in names:
             shape, dtype = tensors[name]
-            staging: Staging = self._device.staging(shape or (1,), dtype)
-            self._owned.callback(staging.free)
-            self.staged[name] = staging.array
+            pinned: PinnedArray = self._device.pinned_array(shape or (1,), dtype)
+            self._owned.callback(pinned.free)
+            self.pinned[name] = pinned.array
 
     def _bind(self, engine: DeviceEngine, shape: Shape, addresses: Addresses) -> Binding:
         binding = engine.bind(shape, addresses)
@@ -84,7 +84,7 @@ class Plan:
 
     @contextlib.contextmanager
     def _building(self) -> Iterator[None]:
-        """Free what was allocated where building the plan fails."""
+        """Free what was allocated where building the workspace fails."""
         try:
             yield
         except BaseException:
@@ -92,7 +92,7 @@ class Plan:
             raise
 
 
-class KeyPlan(Plan):
+class DeviceExemplar(Workspace):
     """The packed state of one exemplar on the device: an entry of the cache."""
 
     def __init__(self, device: Device, warp: DeviceWarp, key_map: tuple[int, int]) -> None:
@@ -104,7 +104,7 @@ class KeyPlan(Plan):
             self.addresses = self._allocate(tensors)
 
 
-class UploadPlan(Plan):
+class UploadWorkspace(Workspace):
     """Brings an exemplar's phi and values, float32 maps of one size, from the host and packs them."""
 
     def __init__(self, device: Device, warp: DeviceWarp, config: ModelConfig, key_map: tuple[int, int]) -> None:
@@ -113,19 +113,19 @@ class UploadPlan(Plan):
         tensors = self.tensors(config, key_map)
         with self._building():
             self._addresses = self._allocate(tensors)
-            self._stage(tensors, tensors)
+            self._pin(tensors, tensors)
 
     @staticmethod
     def tensors(config: ModelConfig, key_map: tuple[int, int]) -> Tensors:
-        """What it holds."""
+        """The tensors of the workspace."""
         channels = {"phi": config.feature_channels, "values": config.warped_channels}
         return {name: ((1, count, *key_map), np.float32) for name, count in channels.items()}
 
-    def run(self, phi: npt.NDArray[np.float32], values: npt.NDArray[np.float32], keys: KeyPlan) -> None:
+    def run(self, phi: npt.NDArray[np.float32], values: npt.NDArray[np.float32], keys: DeviceExemplar) -> None:
         """Upload and pack into `keys`, and wait for it."""
         for name, array in (("phi", phi), ("values", values)):
-            self.staged[name][...] = array
-            self._device.upload(self._addresses[name], self.staged[name])
+            self.pinned[name][...] = array
+            self._device.upload(self._addresses[name], self.pinned[name])
         for launch in self._warp.pack_keys(
             self._addresses["phi"], self._addresses["values"], keys.addresses, 1, *self._key_map
         ):
@@ -133,7 +133,7 @@ class UploadPlan(Plan):
         self._device.synchronize()
 
 
-class EncodePlan(Plan):
+class EncodeWorkspace(Workspace):
     """Runs the exemplar stage at one shape, from host to host."""
 
     def __init__(self, device: Device, engines: Engines, config: ModelConfig, shape: Shape) -> None:
@@ -143,30 +143,30 @@ class EncodePlan(Plan):
             self._addresses: dict[str, int] = {}
             for group in tensors:
                 self._addresses |= self._allocate(group)
-                self._stage(group, group)
+                self._pin(group, group)
             self._binding = self._bind(engines["exemplar"], shape, self._addresses)
 
     @staticmethod
     def tensors(engines: Engines, config: ModelConfig, shape: Shape) -> tuple[Tensors, Tensors]:
-        """What it holds: the stage's inputs and outputs."""
-        inputs, outputs = device_tensors(config, "exemplar", packed=engines["exemplar"].packed)
+        """The stage's inputs and outputs, which are the tensors of the workspace."""
+        inputs, outputs = device_tensors(config, "exemplar", uint8_output=engines["exemplar"].uint8_output)
         return concrete(config, inputs, shape), concrete(config, outputs, shape)
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Encode what `inputs` hold, repeated over the batch; `staged` then holds the outputs."""
+        """Encode what `inputs` hold, repeated over the batch; `pinned` then holds the outputs."""
         for name in self._inputs:
-            self.staged[name][...] = inputs[name]
-            self._device.upload(self._addresses[name], self.staged[name])
+            self.pinned[name][...] = inputs[name]
+            self._device.upload(self._addresses[name], self.pinned[name])
         self._binding.enqueue()
         for name in self._outputs:
-            self._device.download(self.staged[name], self._addresses[name])
+            self._device.download(self.pinned[name], self._addresses[name])
         self._device.synchronize()
 
 
-class TranslatePlan(Plan):
+class TranslateWorkspace(Workspace):
     """From labels to pictures at one shape, for exemplars whose maps have one size; the fine stage in tiles.
 
-    `staged` takes "label" before a run and holds the stages' outputs, "index" and "probability" after.
+    `pinned` takes "label" before a run and holds the stages' outputs, "index" and "probability" after.
     """
 
     def __init__(
@@ -181,34 +181,36 @@ class TranslatePlan(Plan):
     ) -> None:
         super().__init__(device)
         batch, query_map = shape[0], (shape[1] // config.down_scale, shape[2] // config.down_scale)
-        tensors = device_tensors(config, "fine", packed=engines["fine"].packed)
+        tensors = device_tensors(config, "fine", uint8_output=engines["fine"].uint8_output)
         stages, keys, results, parts = translate_tensors(config, warp.tensors, tensors, shape, key_map, tile)
         pictures = [tensor.name for tensor in tensors[1]]
-        self._recording: Recording | None = None
+        self._graph: CudaGraph | None = None
         self._events: list[Event] = []
-        self._warm = self._tried = False  # whether it has run, and whether recording was tried since
-        self._loaded: dict[int, KeyPlan] = {}  # by slot: what was copied there
+        self._warm = self._tried = False  # whether it has run, and whether a capture was tried since
+        self._loaded: dict[int, DeviceExemplar] = {}  # by slot: what was copied there
         with self._building():
             self._keys, self._results = self._allocate(keys), self._allocate(results)
             addresses = {**self._allocate(stages), "warped": self._results["warped"]}
-            own = self._allocate(parts)
-            self._stage(stages, ("label", *pictures))
-            self._stage(results, ("index", "probability"))
+            tile_addresses = self._allocate(parts)
+            self._pin(stages, ("label", *pictures))
+            self._pin(results, ("index", "probability"))
             query = self._bind(engines["query"], shape, addresses)
             coarse = self._bind(engines["coarse"], shape, addresses)
-            fine = self._bind(engines["fine"], tile_shape(shape, tile), {**addresses, **own})
+            fine = self._bind(engines["fine"], tile_shape(shape, tile), {**addresses, **tile_addresses})
             launches = warp.run(addresses["theta"], self._keys, self._results, batch, query_map, key_map)
             self._events += [device.event() for _ in range(4)]
 
         def download(name: str) -> Work:
-            return functools.partial(device.download, self.staged[name], {**self._results, **addresses}[name])
+            return functools.partial(device.download, self.pinned[name], {**self._results, **addresses}[name])
 
         self._steps: dict[str, list[Work]] = {
-            "query": [functools.partial(device.upload, addresses["label"], self.staged["label"]), query.enqueue],
+            "query": [functools.partial(device.upload, addresses["label"], self.pinned["label"]), query.enqueue],
             "warp": list(launches),
             "synthesis": [
                 coarse.enqueue,
-                *self._fine_steps(fine, tensors, {**stages, **results}, addresses, parts, own, tiles(*shape[1:], tile)),
+                *self._fine_steps(
+                    fine, tensors, {**stages, **results}, addresses, parts, tile_addresses, tiles(*shape[1:], tile)
+                ),
                 *(download(name) for name in (*pictures, "index", "probability")),
             ],
         }
@@ -220,39 +222,39 @@ class TranslatePlan(Plan):
         whole: Tensors,
         addresses: Addresses,
         parts: Tensors,
-        own: Addresses,
+        tile_addresses: Addresses,
         places: Iterable[Tile],
     ) -> Iterator[Work]:
         """The fine stage for every tile, with its inputs cut out of those of the picture and its results put back.
 
-        whole, addresses: tensors of the picture. parts, own: those of a tile; none where it is the picture.
+        whole, addresses: tensors of the picture. parts, tile_addresses: those of a tile; none where it is the picture.
         """
 
-        def copy(spec: TensorSpec, there: tuple[slice, ...], here: tuple[slice, ...], *, back: bool) -> Work:
+        def copy(spec: TensorSpec, window: tuple[slice, ...], inner: tuple[slice, ...], *, back: bool) -> Work:
             sides, dtype = whole[spec.name]
             size = np.dtype(dtype).itemsize
-            start, layout, box = placed(spec, sides, size, there)
-            own_start, own_layout, _ = placed(spec, parts[spec.name][0], size, here)
-            ends = [(addresses[spec.name] + start, layout), (own[spec.name] + own_start, own_layout)]
+            start, layout, box = placed(spec, sides, size, window)
+            tile_start, tile_layout, _ = placed(spec, parts[spec.name][0], size, inner)
+            ends = [(addresses[spec.name] + start, layout), (tile_addresses[spec.name] + tile_start, tile_layout)]
             target, source = ends if back else ends[::-1]
             return functools.partial(self._device.copy_box, *target, *source, box)
 
         for number, tile in enumerate(places):
-            if own:
+            if tile_addresses:
                 for spec in specs[0]:
                     if is_cut(spec):
                         yield copy(spec, tile.window(spec), (slice(None),) * len(spec.shape), back=False)
             yield fine.enqueue
-            if own:
+            if tile_addresses:
                 for spec in specs[1]:
                     if is_cut(spec):
                         yield copy(spec, tile.kept(spec), tile.inner(spec), back=True)
                     else:  # one value a tile
                         size = nbytes(*parts[spec.name])
                         target = addresses[spec.name] + number * size
-                        yield functools.partial(self._device.copy, target, own[spec.name], size)
+                        yield functools.partial(self._device.copy, target, tile_addresses[spec.name], size)
 
-    def load(self, slot: int, keys: KeyPlan) -> None:
+    def load(self, slot: int, keys: DeviceExemplar) -> None:
         """Copy an exemplar into the place of item `slot` of the batch, unless it is there from the run before."""
         if self._loaded.pop(slot, None) is not keys:
             for name, size in keys.sizes.items():
@@ -261,11 +263,11 @@ class TranslatePlan(Plan):
 
     def run(self) -> dict[str, float]:
         """Put everything on the stream and wait: milliseconds of each stage, or of all as "total" when replayed."""
-        if self._warm and not self._tried and all(binding.capturable for binding in self._bindings):
-            self._record()
-        if self._recording is not None:
+        if self._warm and not self._tried and all(binding.can_capture for binding in self._bindings):
+            self._capture()
+        if self._graph is not None:
             self._events[0].record()
-            self._recording.replay()
+            self._graph.replay()
             self._events[-1].record()
             self._device.synchronize()
             return {"total": self._events[-1].milliseconds_since(self._events[0])}
@@ -280,11 +282,10 @@ class TranslatePlan(Plan):
         return {stage: end.milliseconds_since(start) for stage, start, end in spans}
 
     def free(self) -> None:
-        """See `Plan.free`."""
         self._events.clear()
         super().free()
 
-    def _record(self) -> None:
+    def _capture(self) -> None:
         self._tried = True
 
         def everything() -> None:
@@ -293,14 +294,14 @@ class TranslatePlan(Plan):
                     step()
 
         try:
-            self._recording = self._device.record(everything)
+            self._graph = self._device.capture(everything)
         except BackendError as error:  # the results are the same without
             _log.warning("no CUDA graph, launches one by one: %s", str(error))  # a kept error would keep its frames
 
     def _forget(self) -> None:
-        if self._recording is not None:
-            self._recording.close()
-        self._recording, self._warm, self._tried = None, False, False
+        if self._graph is not None:
+            self._graph.close()
+        self._graph, self._warm, self._tried = None, False, False
 
 
 def translate_tensors(
@@ -311,7 +312,7 @@ def translate_tensors(
     key_map: tuple[int, int],
     tile: int | None,
 ) -> tuple[Tensors, Tensors, Tensors, Tensors]:
-    """What a plan of translations holds: of the stages, of the exemplars, of the warp, and of a tile, if it has tiles.
+    """The tensors of a `TranslateWorkspace`: of the stages, the exemplars, the warp, and a tile, if it has tiles.
 
     fine: inputs and outputs of the fine stage as its engine has them. key_map: height and width of the exemplars' maps.
     """

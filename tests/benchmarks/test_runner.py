@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from flashcocos import __version__
-from flashcocos.benchmarks import provenance as harness
-from flashcocos.benchmarks import worker
-from flashcocos.benchmarks.registry import Case, Gate, Assets, all_cases, select
+from flashcocos.benchmarks import provenance, worker
+from flashcocos.benchmarks.cases import all_cases
+from flashcocos.benchmarks.registry import Assets, Case, Gate, select
 from flashcocos.benchmarks.runner import open_assets, read_rows, run_cases
-from flashcocos.errors import InputError
+from flashcocos.errors import BackendError, InputError
 
 NOTHING = Assets(threads=1)
 
@@ -192,15 +192,28 @@ def test_a_gpu_has_cases_of_its_own() -> None:
 
 
 def test_the_revision_is_that_of_this_checkout_or_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"rev-parse --show-toplevel": str(Path(harness.__file__).resolve().parents[1]), "rev-parse": "abc"}
+    found = {"rev-parse --show-toplevel": str(Path(provenance.__file__).resolve().parents[1]), "rev-parse": "abc"}
     changed = ""
 
     def git(*arguments: str) -> str:
         return changed if arguments[0] == "status" else found.get(" ".join(arguments), found[arguments[0]])
 
-    monkeypatch.setattr(harness, "_git", git)
-    assert harness.provenance()["revision"] == "abc"
+    monkeypatch.setattr(provenance, "_git", git)
+    assert provenance.provenance()["revision"] == "abc"
     changed = " M cli.py"
-    assert harness.provenance()["revision"] == "abc+changes"
+    assert provenance.provenance()["revision"] == "abc+changes"
     found["rev-parse --show-toplevel"] = "/a/repository/that/it/is/installed/in"
-    assert harness.provenance()["revision"] == __version__
+    assert provenance.provenance()["revision"] == __version__
+
+
+def test_without_psutil_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(BackendError, match=r"the package psutil is missing; pip install 'flashcocos\[bench\]'"):
+        run_cases([case("a", "facts")], NOTHING, None)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 257, 100_000])
+def test_a_number_of_threads_out_of_range_is_refused(threads: int) -> None:
+    with pytest.raises(InputError, match=f"threads: expected 1 to 256, got {threads}"):
+        Assets(threads=threads)
+    assert Assets(threads=256).threads == 256

@@ -10,7 +10,7 @@ from exported import exported_stage, model_file
 from onnx import ModelProto
 
 from flashcocos.config import ModelConfig
-from flashcocos.export import bundle as bundle_writer
+from flashcocos.export import bundle as export_module
 from flashcocos.export import single
 from flashcocos.train.networks import CoCosNet
 
@@ -22,7 +22,7 @@ def shared_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     def export_stage(model: CoCosNet, stage: str) -> ModelProto:
         return exported_stage(model.config, stage)
 
-    monkeypatch.setattr(bundle_writer, "export_stage", export_stage)
+    monkeypatch.setattr(export_module, "export_stage", export_stage)
     monkeypatch.setattr(single, "export_stage", export_stage)
 
 
@@ -31,6 +31,6 @@ def make_bundle(shared_graphs: None, tmp_path: Path) -> Callable[..., Path]:
     """`make_bundle(config, name="bundle", precision="float32")` exports `model_file(config)` under `tmp_path`."""
 
     def make(config: ModelConfig, name: str = "bundle", *, precision: str = "float32") -> Path:
-        return bundle_writer.export_bundle(model_file(config), tmp_path / name, precision=precision, license="none")
+        return export_module.export_bundle(model_file(config), tmp_path / name, precision=precision, license="none")
 
     return make

@@ -16,7 +16,7 @@ import flashcocos
 from flashcocos.bundle import STAGES, Bundle
 from flashcocos.bundle.stages import check_stages
 from flashcocos.errors import CheckpointError, InputError
-from flashcocos.export import bundle as bundle_writer
+from flashcocos.export import bundle as export_module
 from flashcocos.export.bundle import export_bundle
 from flashcocos.files import sha256
 from flashcocos.train.networks import CoCosNet
@@ -74,7 +74,7 @@ def test_weights_that_do_not_fit_float16(tmp_path: Path, monkeypatch: pytest.Mon
         weight.CopyFrom(numpy_helper.from_array(np.full(list(weight.dims), 1e5, np.float32), weight.name))
         return graph
 
-    monkeypatch.setattr(bundle_writer, "export_stage", export_stage)
+    monkeypatch.setattr(export_module, "export_stage", export_stage)
     monkeypatch.setattr("flashcocos.export.graphs.FLOAT16_THRESHOLD", 64)
     with pytest.raises(InputError, match=r"theta\.weight: weights up to 100000 do not fit float16"):
         export_bundle(model_file(CLASSES), tmp_path / "bundle", precision="float16")

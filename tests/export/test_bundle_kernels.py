@@ -14,7 +14,7 @@ from flashcocos import cli
 from flashcocos.bundle import Bundle
 from flashcocos.config import ModelConfig
 from flashcocos.errors import BackendError
-from flashcocos.export import bundle as bundle_writer
+from flashcocos.export import bundle as export_module
 from flashcocos.runtime.gpu.cubins import BundleKernels, find_kernels
 
 TINY = ModelConfig.preset("tiny")
@@ -42,9 +42,9 @@ def test_the_kernels_become_files_of_the_bundle(kernels, make_bundle, monkeypatc
         asked.append((config, targets))
         return kernels
 
-    monkeypatch.setattr(bundle_writer, "compiled_kernels", compiled)
+    monkeypatch.setattr(export_module, "compiled_kernels", compiled)
     plain = Bundle(make_bundle(TINY, "plain"))
-    bundle = Bundle(bundle_writer.export_bundle(model_file(TINY), tmp_path / "model.zip", targets=[86, 120]))
+    bundle = Bundle(export_module.export_bundle(model_file(TINY), tmp_path / "model.zip", targets=[86, 120]))
     assert asked == [(TINY, [86, 120])]
     assert set(bundle.manifest.files) - set(plain.manifest.files) == set(kernels)
     bundle.verify()

@@ -109,7 +109,9 @@ def test_the_backend_that_runs(monkeypatch):
         module = importlib.import_module(f"flashcocos.kernels.{path}")
         spied = getattr(module, function)
         monkeypatch.setattr(
-            module, function, lambda *args, spied=spied, path=path, **options: (ran.append(path), spied(*args, **options))[1]
+            module,
+            function,
+            lambda *args, spied=spied, path=path, **options: (ran.append(path), spied(*args, **options))[1],
         )
     assert warp_arrays(*arrays()).backend == "numba"
     assert warp_arrays(*arrays(), backend="numpy").backend == "numpy"

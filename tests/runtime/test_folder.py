@@ -138,7 +138,7 @@ def test_arguments_are_checked_before_any_work(translator: Translator, work: Pat
         run(translator, work, save=["flow"])
     with pytest.raises(InputError, match="size: "):
         run(translator, work, size=(100, 100))
-    with pytest.raises(InputError, match="needs the exemplars' labels"):
+    with pytest.raises(InputError, match="needs the exemplars' labels; give --exemplar-label"):
         translate_folder(translator, work / "labels", work / "pictures", None, work / "out")
     assert not (work / "out").exists()
 
@@ -150,7 +150,7 @@ def test_planes_from_npz(work: Path, tmp_path: Path) -> None:
             translator, tmp_path / "planes", work / "pictures", None, work / "out", size="input", save=["grid"]
         )
         assert summary == Summary(1, 0, ())
-        with pytest.raises(InputError, match="takes no labels for exemplars"):
+        with pytest.raises(InputError, match="takes no exemplar labels"):
             translate_folder(translator, tmp_path / "planes", work / "pictures", tmp_path / "planes", work / "out")
 
 

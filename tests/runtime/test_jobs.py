@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flashcocos.errors import InputError
-from flashcocos.runtime.jobs import Job, plan_jobs
+from flashcocos.runtime.jobs import Job, match_files
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def plan(
     tree: Path, inputs: str | None, exemplars: str | None, labels: str | None, output: str, **more: Any
 ) -> list[Job]:
     paths = (None if name is None else tree / name for name in (inputs, exemplars, labels))
-    return plan_jobs(*paths, tree / output, **more)  # type: ignore[misc]
+    return match_files(*paths, tree / output, **more)  # type: ignore[misc]
 
 
 def listed(tree: Path, text: str, *folders: str | None, **more: Any) -> list[Job]:

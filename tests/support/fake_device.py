@@ -2,7 +2,7 @@
 
 Work is put on a queue and runs when someone waits, so that what reads too early reads old data. Memory has a budget and
 is filled with garbage; freeing twice, freeing what queued work still uses, and using what was freed are errors, and
-`live` tells what leaked. Launches run the twins of kernel_twins.py. While work is recorded, waiting, allocating and
+`live` counts what leaked. Launches run the twins of kernel_twins.py. While work is captured, waiting, allocating and
 freeing are errors, as they are for CUDA.
 """
 
@@ -42,7 +42,7 @@ class FakeBuffer:
         self.device.buffers.remove(self)
 
 
-class FakeStaging:
+class FakePinnedArray:
     """Host memory, accounted for likewise."""
 
     def __init__(self, device: FakeDevice, shape: tuple[int, ...], dtype: Any) -> None:
@@ -55,7 +55,7 @@ class FakeStaging:
         assert self.alive, "freed twice"
         assert not self.device.queue, "freed while queued work may use it"
         self.alive = False
-        self.device.stagings.remove(self)
+        self.device.pinned_arrays.remove(self)
 
 
 class FakeEvent:
@@ -63,7 +63,7 @@ class FakeEvent:
         self.device, self.time = device, None
 
     def record(self) -> None:
-        assert not self.device.recording, "an event within a recording cannot be read"
+        assert not self.device.capturing, "an event within a capture cannot be read"
         self.time = None
         self.device.put(self._pass)
 
@@ -100,10 +100,10 @@ class _Memory:
         return self.device.view(address, dtype, count)
 
 
-class FakeRecording:
+class FakeCudaGraph:
     def __init__(self, device: FakeDevice, work: list[Callable[[], None]]) -> None:
         self.device, self.work, self.alive = device, work, True
-        device.recordings.append(self)
+        device.graphs.append(self)
 
     def replay(self) -> None:
         assert self.alive, "replayed after close"
@@ -115,7 +115,7 @@ class FakeRecording:
     def close(self) -> None:
         assert self.alive, "closed twice"
         self.alive = False
-        self.device.recordings.remove(self)
+        self.device.graphs.remove(self)
 
 
 class FakeDevice:
@@ -125,11 +125,11 @@ class FakeDevice:
         self.name, self.kind, self.ordinal, self.driver = "Fake RTX", "cuda", 0, "12.4"
         self.capability, self.stream, self.total, self.dtype, self.config = capability, 0x57EA, total, dtype, config
         self.queue: list[Callable[[], None]] = []
-        self.recorded: list[Callable[[], None]] = []
-        self.recording = self.closed = False
+        self.captured: list[Callable[[], None]] = []
+        self.capturing = self.closed = False
         self.buffers: list[FakeBuffer] = []
-        self.stagings: list[FakeStaging] = []
-        self.recordings: list[FakeRecording] = []
+        self.pinned_arrays: list[FakePinnedArray] = []
+        self.graphs: list[FakeCudaGraph] = []
         self.kernels = self.launches = self.replays = self.allocations = self.copies = self.uploaded = (
             self.downloaded
         ) = 0
@@ -138,8 +138,8 @@ class FakeDevice:
 
     @property
     def live(self) -> tuple[int, int, int]:
-        """Buffers, stagings and recordings that nobody has freed."""
-        return len(self.buffers), len(self.stagings), len(self.recordings)
+        """Buffers, pinned arrays and graphs that nobody has freed."""
+        return len(self.buffers), len(self.pinned_arrays), len(self.graphs)
 
     @property
     def used(self) -> int:
@@ -161,8 +161,8 @@ class FakeDevice:
 
     def _require(self, what: str) -> None:
         assert self._active.get(threading.get_ident()), f"{what} without the device being active in this thread"
-        if self.recording:
-            raise BackendError(f"{what} while work is recorded")
+        if self.capturing:
+            raise BackendError(f"{what} while work is captured")
 
     def memory(self) -> tuple[int, int]:
         self._require("memory")
@@ -178,11 +178,11 @@ class FakeDevice:
         self.allocations += 1
         return buffer
 
-    def staging(self, shape: tuple[int, ...], dtype: Any) -> FakeStaging:
-        self._require("staging")
-        staging = FakeStaging(self, shape, dtype)
-        self.stagings.append(staging)
-        return staging
+    def pinned_array(self, shape: tuple[int, ...], dtype: Any) -> FakePinnedArray:
+        self._require("pinned_array")
+        pinned = FakePinnedArray(self, shape, dtype)
+        self.pinned_arrays.append(pinned)
+        return pinned
 
     def upload(self, target: int, source: np.ndarray) -> None:
         self._staged(source)
@@ -224,14 +224,14 @@ class FakeDevice:
         self._require("event")
         return FakeEvent(self)
 
-    def record(self, work: Callable[[], None]) -> FakeRecording:
-        self._require("record")
-        self.recording, self.recorded = True, []
+    def capture(self, work: Callable[[], None]) -> FakeCudaGraph:
+        self._require("capture")
+        self.capturing, self.captured = True, []
         try:
             work()
-            return FakeRecording(self, self.recorded)
+            return FakeCudaGraph(self, self.captured)
         finally:
-            self.recording, self.recorded = False, []
+            self.capturing, self.captured = False, []
 
     def synchronize(self) -> None:
         self._require("synchronize")
@@ -244,14 +244,14 @@ class FakeDevice:
             self.closed = True
 
     def put(self, operation: Callable[[], None]) -> None:
-        """Put an operation on the queue, or into what is being recorded."""
+        """Put an operation on the queue, or into what is being captured."""
         assert self._active.get(threading.get_ident()), "work without the device being active in this thread"
         if self.fail_at is not None:
             self.fail_at -= 1
             if self.fail_at < 0:
                 self.fail_at = None
                 raise BackendError("the launch failed, as the test asked for")
-        (self.recorded if self.recording else self.queue).append(operation)
+        (self.captured if self.capturing else self.queue).append(operation)
 
     def flush(self) -> None:
         """Run what is queued."""
@@ -270,7 +270,7 @@ class FakeDevice:
         raise AssertionError(f"{size} bytes at {address:#x}: freed, or never allocated")
 
     def _staged(self, array: np.ndarray) -> None:
-        assert any(array is one.array or array.base is one.array for one in self.stagings), "not staging memory"
+        assert any(array is one.array or array.base is one.array for one in self.pinned_arrays), "not pinned memory"
 
     def _write(self, target: int, source: np.ndarray) -> None:
         self.view(target, source.dtype, source.size)[:] = source.ravel()

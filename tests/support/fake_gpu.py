@@ -55,7 +55,7 @@ def fake_gpu(
     opened = Bundle(bundle)
     config = opened.manifest.config
     gpu = FakeDevice(config, **device)
-    trt = FakeTensorRt(gpu, capturable=True if backend == "tensorrt-rtx" else None)
+    trt = FakeTensorRt(gpu, can_capture=True if backend == "tensorrt-rtx" else None)
     onnx = FakeCudaRuntime(gpu)
     monkeypatch.setattr(device_pipeline, "open_device", lambda install: gpu)
     monkeypatch.setitem(sys.modules, "tensorrt", trt if backend == "tensorrt" else None)

@@ -40,7 +40,7 @@ class FakeCudaSession:
         return FakeBinding(self._session.io_binding(), self._device)
 
     def run_with_iobinding(self, binding: FakeBinding) -> None:
-        assert not self._device.recording, "its graphs cannot be recorded"
+        assert not self._device.capturing, "its graphs cannot be captured"
         self._device.flush()
         self._session.run_with_iobinding(binding.real)
 

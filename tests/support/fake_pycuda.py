@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from fake_device import FakeDevice, FakeRecording
+from fake_device import FakeCudaGraph, FakeDevice
 
 from flashcocos.errors import BackendError
 from flashcocos.runtime.gpu.device import Box, Layout
@@ -59,7 +59,7 @@ class FakeDriver:
         self.contexts.pop().__exit__(None, None, None)
 
     def pagelocked_empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        return np.asarray(_HostAllocation(self.device.staging(shape, dtype)))
+        return np.asarray(_HostAllocation(self.device.pinned_array(shape, dtype)))
 
     def memcpy_htod_async(self, dest: int, src: np.ndarray, stream: Any) -> None:
         assert stream.handle == self.device.stream
@@ -155,10 +155,10 @@ class _Allocation:
 
 
 class _HostAllocation:
-    def __init__(self, staging: Any) -> None:
-        self.free = staging.free
-        self.__array_interface__ = staging.array.__array_interface__
-        self.array = staging.array
+    def __init__(self, pinned: Any) -> None:
+        self.free = pinned.free
+        self.__array_interface__ = pinned.array.__array_interface__
+        self.array = pinned.array
 
 
 class _Function:
@@ -194,11 +194,11 @@ class FakeLibrary:
 
     def cuStreamBeginCapture_v2(self, stream: int, mode: int) -> int:
         assert (stream, mode) == (self.device.stream, 1)
-        self.device.recording, self.device.recorded = True, []
+        self.device.capturing, self.device.captured = True, []
         return 0
 
     def cuStreamEndCapture(self, stream: int, graph: Any) -> int:
-        work, self.device.recording, self.device.recorded = self.device.recorded, False, []
+        work, self.device.capturing, self.device.captured = self.device.captured, False, []
         self.graphs += 1
         return self._new(graph, work)
 
@@ -206,7 +206,7 @@ class FakeLibrary:
         assert flags == 0
         if self.instantiate:
             return self.instantiate
-        return self._new(executable, FakeRecording(self.device, self.handles[graph.value]))
+        return self._new(executable, FakeCudaGraph(self.device, self.handles[graph.value]))
 
     def cuGraphLaunch(self, executable: Any, stream: int) -> int:
         assert stream == self.device.stream

@@ -56,7 +56,7 @@ def write_engines(
     for one in profiles:
         for stage in stages:
             file = manifest.stages[stage].file
-            tensors = device_tensors(manifest.config, stage, packed=True)
+            tensors = device_tensors(manifest.config, stage, uint8_output=True)
             sides = [_fixed(manifest.config, one, side) for side in tensors] if one.static else tensors
             key = EngineKey(stage, manifest.files[file].sha256, variant, version, (architecture,), precision, one)
             record = EngineRecord(key, tensors[0], tensors[1], WEIGHTS, scratch, 0, "")
@@ -95,15 +95,15 @@ class ExecutionContextAllocationStrategy(Enum):
 
 
 class FakeTensorRt:
-    """The module; `capturable` is what contexts answer, None for the variant that has no such question."""
+    """The module; `can_capture` is what contexts answer, None for the variant that has no such question."""
 
     ILogger, TensorIOMode = ILogger, TensorIOMode
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
 
-    def __init__(self, device: FakeDevice, version: str = VERSION, capturable: bool | None = None) -> None:
-        self.device, self.__version__, self.capturable = device, version, capturable
+    def __init__(self, device: FakeDevice, version: str = VERSION, can_capture: bool | None = None) -> None:
+        self.device, self.__version__, self.can_capture = device, version, can_capture
         self.fails: str | None = None  # the stage whose next run fails
-        self.syncs = False  # whether runs wait for the device, which cannot be recorded
+        self.syncs = False  # whether runs wait for the device, which cannot be captured
         self.nan = False  # whether the fine stage says that it gave NaN
         self.loaded: list[str] = []
         self.runs: list[str] = []
@@ -177,7 +177,7 @@ class Engine:
 
     def create_execution_context(self, strategy: Any) -> Any:
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
-        return Context(self) if self.trt.capturable is None else RtxContext(self)
+        return Context(self) if self.trt.can_capture is None else RtxContext(self)
 
 
 def _unload(trt: FakeTensorRt, weights: Any) -> None:
@@ -261,4 +261,4 @@ class RtxContext(Context):
     """Of the variant that compiles kernels as it goes."""
 
     def is_stream_capturable(self, stream: int) -> bool:
-        return self.trt.capturable and stream == self.device.stream
+        return self.trt.can_capture and stream == self.device.stream

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from flashcocos.benchmarks.registry import Case, Assets, Sample, Benchmark
+from flashcocos.benchmarks.registry import Assets, Benchmark, Case, Sample
 
 
 def counted(case: Case, assets: Assets) -> Benchmark:

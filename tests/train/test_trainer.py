@@ -142,7 +142,9 @@ def test_the_discriminator_sees_the_pictures_of_the_models_step(tmp_path: Path) 
     assert not any(fake.requires_grad for fake in seen)
 
 
-@pytest.mark.parametrize(("warp", "unused"), [("reference", (torch_warp, "warp_forward")), ("auto", (reference, "warp"))])
+@pytest.mark.parametrize(
+    ("warp", "unused"), [("reference", (torch_warp, "warp_forward")), ("auto", (reference, "warp"))]
+)
 def test_the_warps_backend_is_this_trainers(
     warp: str, unused: tuple[ModuleType, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

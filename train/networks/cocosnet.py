@@ -66,7 +66,7 @@ class CoCosNet(nn.Module):
         return phi, self.warp_values(image)
 
     def warp_values(self, image: Tensor) -> Tensor:
-        """Image (B, 3, H, W) -> (B, V, H/4, W/4): the mean color of each 4x4 patch, or for "pixel_shuffle" its 48 values."""
+        """Image (B, 3, H, W) -> (B, V, H/4, W/4): each 4x4 patch's mean color, or for "pixel_shuffle" its 48 values."""
         step = self.config.down_scale
         if self.config.warp_upsampling == "pixel_shuffle":
             return F.pixel_unshuffle(image, step)

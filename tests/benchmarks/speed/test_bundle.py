@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_bundle import write_tiny_bundle
 
-from flashcocos.benchmarks.registry import Case, Assets
+from flashcocos.benchmarks.registry import Assets, Case
 from flashcocos.benchmarks.runner import References
 from flashcocos.benchmarks.speed import bundle as module
 from flashcocos.benchmarks.speed import profiling
@@ -18,7 +18,7 @@ from flashcocos.benchmarks.speed.bundle import bench, cases, table
 from flashcocos.benchmarks.speed.profiling import operator_times, profile, report
 from flashcocos.benchmarks.worker import measure
 from flashcocos.cli import main
-from flashcocos.errors import InputError
+from flashcocos.errors import BackendError, InputError
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,14 @@ def test_a_case_in_a_process_of_its_own(
     assert set(single["parts_ms"]) == set(module.STAGES)
     assert sum(single["parts_ms"].values()) <= single["ms"]["p99"]
     assert batch["parameters"]["batch"] == 4
-    assert batch["quality"]["psnr_db"] == 99.0
+    assert batch["quality"]["psnr_db"] == 100.0
     printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(
+        "| backend | precision | size, px | batch | load, ms | exemplar, ms | translation, ms | "
+    )
+    assert printed[0].endswith("| synthesis, ms | peak memory, MiB | PSNR |")
     assert printed[2].startswith("| onnxruntime | float32 | 64 | 1 | ")
-    assert printed[2].endswith("| the measure |")
+    assert printed[2].endswith("| reference |")
     assert {line.count("|") for line in printed[:4]} == {14}
     monkeypatch.setattr("flashcocos.benchmarks.runner.isolated", lambda *_: pytest.fail("measured again"))
     assert main(words) == 0
@@ -110,6 +114,14 @@ def test_bad_options(bundle: Path) -> None:
         bench(bundle, backends=["torch"])
     with pytest.raises(InputError, match=r"rows.json: the rows are JSON lines; name the file \*.jsonl"):
         bench(bundle, output="rows.json")
+    with pytest.raises(InputError, match="threads: expected 1 to 256, got 100000"):
+        bench(bundle, threads=100_000)
+
+
+def test_without_onnx_runtime_the_extra_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"ONNX Runtime, which is missing; pip install 'flashcocos\[cpu,bench\]'"):
+        bench(bundle, quick=True)
 
 
 def test_every_backend_is_a_case() -> None:
@@ -132,6 +144,8 @@ def test_the_profile_tells_every_stage(bundle: Path, capsys: pytest.CaptureFixtu
     assert sum(took for _, took in found[0].operators.values()) < 2 * found[0].milliseconds
     with pytest.raises(InputError, match="repeats: expected at least 1, got 0"):
         profile(bundle, repeats=0)
+    with pytest.raises(InputError, match="threads: expected 1 to 256, got 0"):
+        profile(bundle, threads=0)
 
 
 def test_the_profile_refuses_what_it_does_not_do(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,10 +12,10 @@ from flashcocos import cli
 from flashcocos.bundle import STAGES, Bundle
 from flashcocos.bundle.default_model import default_model_path
 from flashcocos.errors import BackendError, InputError
-from flashcocos.export.tensorrt import build as tensorrt_builder
+from flashcocos.export.tensorrt import build as build_module
 from flashcocos.export.tensorrt.build import build, parse_profile
 from flashcocos.runtime.gpu.engine import device_tensors
-from flashcocos.runtime.gpu.memory_estimate import plan_memory
+from flashcocos.runtime.gpu.memory_estimate import estimate_memory
 from flashcocos.runtime.gpu.store import Profile, default_folder, find_engines, read_engine
 from flashcocos.train.networks.generator import Generator
 
@@ -45,7 +45,7 @@ def test_every_stage_and_profile_becomes_an_engine(rtx, built):
         assert record.key.architectures == (86, 89, 120)
         assert record.key.version == rtx.__version__
         assert (record.inputs, record.outputs) == device_tensors(
-            Bundle(default_model_path()).manifest.config, record.key.stage, packed=True
+            Bundle(default_model_path()).manifest.config, record.key.stage, uint8_output=True
         )
         engine = read_engine(folder, record)
         assert len(engine) == record.bytes > record.weight_bytes > 0
@@ -80,7 +80,7 @@ def test_what_is_built_is_kept_unless_it_was_damaged(built):
 
 
 def test_weights_take_what_the_precision_says(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorrt_builder, "STAGES", ("fine",))
+    monkeypatch.setattr(build_module, "STAGES", ("fine",))
     (single,) = build(default_model_path(), targets=[89], precision="float32", profiles=[SQUARE], output=tmp_path)
     half = next(one for one in built[1] if one.record.key.stage == "fine")
     generator = Generator(Bundle(default_model_path()).manifest.config)
@@ -93,24 +93,24 @@ def test_the_plan_adds_up(built):
     _, engines = built
     config = Bundle(default_model_path()).manifest.config
     records = [one.record for one in engines]
-    plan = plan_memory(config, records, 64, 64)
+    estimate = estimate_memory(config, records, 64, 64)
     static = {one.record.key.stage: one.record for one in engines if one.record.key.profile.static}
-    assert plan.working == {stage: record.activation_bytes for stage, record in static.items()}
+    assert estimate.working == {stage: record.activation_bytes for stage, record in static.items()}
     positions = 16 * 16
     # phi and values in float16 rows of C and of V padded to 8, and two float32 statistics
-    assert plan.exemplar == positions * (2 * config.feature_channels + 2 * 48 + 4 + 4)
-    assert plan.total == (
+    assert estimate.exemplar == positions * (2 * config.feature_channels + 2 * 48 + 4 + 4)
+    assert estimate.total == (
         sum(record.weight_bytes for record in static.values())
         + max(record.activation_bytes for record in static.values())
-        + (plan.stages + plan.warp + plan.exemplar + plan.encoding)
+        + (estimate.stages + estimate.warp + estimate.exemplar + estimate.encoding)
     )
-    larger = plan_memory(config, records, 128, 128, batch=2)
-    assert larger.stages == pytest.approx(8 * plan.stages, rel=0.01)  # but for alignment
+    larger = estimate_memory(config, records, 128, 128, batch=2)
+    assert larger.stages == pytest.approx(8 * estimate.stages, rel=0.01)  # but for alignment
     assert str(larger).startswith("128 x 128, batch 2: ")
     with pytest.raises(
         BackendError, match=r"no engine of query for 256 x 256, batch 1, only .*--size 256x256 --batch 1"
     ):
-        plan_memory(config, records, 256, 256)
+        estimate_memory(config, records, 256, 256)
 
 
 @pytest.mark.parametrize(
@@ -157,16 +157,16 @@ def test_other_options_that_do_not_fit_are_refused(rtx):
 
 
 def test_a_build_that_fails_says_why_and_leaves_nothing(rtx, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorrt_builder, "STAGES", ("coarse",))
+    monkeypatch.setattr(build_module, "STAGES", ("coarse",))
     with pytest.raises(BackendError, match=r"64 x 64, batch 1 for sm_75: the build failed: .*FP32 GEMM is not"):
         list(build(default_model_path(), targets=[75], precision="float32", profiles=[SQUARE], output=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_running_out_of_memory_is_told_with_what_to_lower():
-    message = tensorrt_builder._failure(["Error Code 2: OutOfMemory (Requested size was 68912805254 bytes.)"])
+    message = build_module._failure(["Error Code 2: OutOfMemory (Requested size was 68912805254 bytes.)"])
     assert message == ("the build ran out of memory (64.2 GiB); lower the size or the batch, or use precision float16")
-    assert tensorrt_builder._failure([]) == "the build failed: TensorRT gave no reason"
+    assert build_module._failure([]) == "the build failed: TensorRT gave no reason"
 
 
 def test_the_command_builds_engines_kernels_and_a_plan(rtx, tmp_path):

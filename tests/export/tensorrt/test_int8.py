@@ -15,7 +15,7 @@ from flashcocos.bundle.default_model import PAIRS, default_model_path
 from flashcocos.errors import BackendError
 from flashcocos.export.quantize import MIN_PSNR as QUALITY
 from flashcocos.export.quantize import quantize_bundle
-from flashcocos.export.tensorrt import build as tensorrt_builder
+from flashcocos.export.tensorrt import build as build_module
 from flashcocos.export.tensorrt.build import build, stage_shapes
 from flashcocos.export.tensorrt.check import MIN_PSNR, agreement
 from flashcocos.export.tensorrt.graphs import bundle_graph, tensorrt_graph
@@ -27,7 +27,7 @@ from flashcocos.preprocess.labels import load_label
 from flashcocos.runtime.cpu.onnxruntime import OnnxRuntimeEngine
 from flashcocos.runtime.gpu.store import Profile, list_engines
 from flashcocos.runtime.info import describe_bundle
-from flashcocos.runtime.jobs import plan_jobs
+from flashcocos.runtime.jobs import match_files
 
 SQUARE = Profile((1, 1, 1), (64, 64, 64), (64, 64, 64))
 GENERATOR = tuple(stage for stage in STAGES if stage not in ("query", "exemplar"))
@@ -42,7 +42,7 @@ def rtx():
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    return plan_jobs(None, None, None, tmp_path_factory.mktemp("pictures"), pairs=PAIRS)
+    return match_files(None, None, None, tmp_path_factory.mktemp("pictures"), pairs=PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def planned(rtx, bundle, graphs):
         assert parser.parse(graph.SerializeToString())
         config = builder.create_builder_config()
         config.profiling_verbosity = rtx.ProfilingVerbosity.DETAILED
-        tensorrt_builder._set_architectures(rtx, config, (86, 89, 120))
+        build_module._set_architectures(rtx, config, (86, 89, 120))
         profile = builder.create_optimization_profile()
         for name, shape in stage_shapes(bundle, stage, SQUARE, 1).items():
             profile.set_shape(name, shape, shape, shape)
@@ -205,14 +205,14 @@ def test_the_plan_of_tensorrt_has_the_convolutions_in_int8(rtx, quantized, half)
 
 def test_a_failed_build_leaves_nothing_to_the_next(rtx, quantized, half, tmp_path, monkeypatch):
     """Without int8, as for sm_75, tensorrt-rtx 1.7 would make the next engine."""
-    monkeypatch.setattr(tensorrt_builder, "STAGES", GENERATOR)
+    monkeypatch.setattr(build_module, "STAGES", GENERATOR)
     with pytest.raises(BackendError, match="for sm_75: the build failed: "):
         list(build(quantized, targets=[75], precision="float32", profiles=[SQUARE], output=tmp_path))
     assert planned(rtx, Bundle(quantized), half).count(("Int8", "Int8")) == CONVOLUTIONS
 
 
 def test_engines_are_built_and_say_that_they_are_int8(rtx, quantized, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorrt_builder, "STAGES", GENERATOR)
+    monkeypatch.setattr(build_module, "STAGES", GENERATOR)
     targets, weights = [86, 89, 120], {}
     for name, path in (("float", default_model_path()), ("int8", quantized)):
         for precision in ("float16", "float32"):

@@ -36,7 +36,7 @@ def run(*arguments, **variables):
 BACKWARD = """
 import itertools, sys
 from pathlib import Path
-from flashcocos.kernels import aot, configs, triton_kernels as kernels
+from flashcocos.kernels.gpu import aot, configs, triton_kernels as kernels
 
 for sm, (dtype, size) in itertools.product((75, 80, 90), (("float16", 2), ("float32", 4))):
     element, tile = "*" + aot.DTYPES[dtype], configs.backward_tile(sm, size)
@@ -65,7 +65,7 @@ for sm, (dtype, size) in itertools.product((75, 80, 90), (("float16", 2), ("floa
 SPLIT = """
 import dataclasses, sys
 from pathlib import Path
-from flashcocos.kernels import aot, configs, triton_nine_tap as kernels
+from flashcocos.kernels.gpu import aot, configs, triton_nine_tap as kernels
 
 configs.WHOLE_BAND = configs.SPLIT_BAND
 for sm, dtype in ((80, "float16"), (90, "bfloat16"), (120, "float16")):
@@ -202,7 +202,7 @@ def test_missing_triton_is_named(tmp_path, monkeypatch):
 
 def test_too_much_shared_memory_is_refused(tmp_path):
     script = (
-        "from pathlib import Path; from flashcocos.kernels import aot, configs;"
+        "from pathlib import Path; from flashcocos.kernels.gpu import aot, configs;"
         "configs.PACK = configs.Tile(256, 0, 256, 8, 1);"
         f"list(aot.compile_kernels(Path({str(tmp_path)!r}), [75], dtypes=['float32']))"
     )

@@ -20,8 +20,7 @@ from tiny_bundle import CLASSES, write_tiny_bundle
 
 from flashcocos.errors import BackendError
 from flashcocos.kernels.corr_warp import warp_arrays
-from flashcocos.runtime.gpu import cuda_graph
-from flashcocos.runtime.gpu import pycuda as pycuda_device
+from flashcocos.runtime.gpu import cuda_graph, pycuda
 from flashcocos.runtime.gpu.cubins import KernelFolder, find_kernels
 from flashcocos.runtime.gpu.device import Device, nbytes
 from flashcocos.runtime.gpu.pycuda import PycudaDevice
@@ -29,14 +28,14 @@ from flashcocos.runtime.gpu.warp import DeviceWarp
 
 
 @pytest.fixture
-def pycuda(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     """pycuda on a fake driver, in place of the package."""
     driver = FakeDriver(FakeDevice(CLASSES))
     library = FakeLibrary(driver.device)
     driver.library = library
     monkeypatch.setitem(sys.modules, "pycuda", SimpleNamespace(driver=driver))
     monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
-    monkeypatch.setattr(pycuda_device, "_contexts", {})
+    monkeypatch.setattr(pycuda, "_contexts", {})
     monkeypatch.setattr(cuda_graph, "load_driver", lambda: library)
     return driver
 
@@ -46,7 +45,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.param == "fake":
         opened: Any = FakeDevice(CLASSES)
     elif request.param == "pycuda":
-        request.getfixturevalue("pycuda")
+        request.getfixturevalue("fake_driver")
         opened = PycudaDevice()
     else:
         opened = require_gpu()
@@ -57,20 +56,20 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
 
 def fill(device: Device, array: np.ndarray) -> Any:
     """A buffer with this content."""
-    buffer, staging = device.allocate(array.nbytes), device.staging(array.shape, array.dtype)
-    staging.array[...] = array
-    device.upload(buffer.address, staging.array)
+    buffer, pinned = device.allocate(array.nbytes), device.pinned_array(array.shape, array.dtype)
+    pinned.array[...] = array
+    device.upload(buffer.address, pinned.array)
     device.synchronize()
-    staging.free()
+    pinned.free()
     return buffer
 
 
 def content(device: Device, address: int, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    staging = device.staging(shape, dtype)
-    device.download(staging.array, address)
+    pinned = device.pinned_array(shape, dtype)
+    device.download(pinned.array, address)
     device.synchronize()
-    array = staging.array.copy()
-    staging.free()
+    array = pinned.array.copy()
+    pinned.free()
     return array
 
 
@@ -89,23 +88,23 @@ def test_memory_and_copies(device: Device) -> None:
     assert device.memory()[0] == free or device.memory()[1] > 1 << 30  # a real one gives back in larger pieces
 
 
-def test_recorded_work_is_replayed_on_what_is_there_then(device: Device) -> None:
+def test_captured_work_is_replayed_on_the_data_of_the_replay(device: Device) -> None:
     source, target = fill(device, np.zeros(64, np.float32)), fill(device, np.zeros(64, np.float32))
-    recording = device.record(lambda: device.copy(target.address, source.address, 256))
+    graph = device.capture(lambda: device.copy(target.address, source.address, 256))
     assert content(device, target.address, (64,)).sum() == 0
     for value in (1.0, 2.0):
-        staging = device.staging((64,), np.float32)
-        staging.array[...] = value
-        device.upload(source.address, staging.array)
-        recording.replay()
+        pinned = device.pinned_array((64,), np.float32)
+        pinned.array[...] = value
+        device.upload(source.address, pinned.array)
+        graph.replay()
         assert content(device, target.address, (64,)).sum() == 64 * value
-        staging.free()
-    recording.close()
+        pinned.free()
+    graph.close()
     for buffer in (source, target):
         buffer.free()
 
 
-def test_work_that_cannot_be_recorded(device: Device) -> None:
+def test_work_that_cannot_be_captured(device: Device) -> None:
     """And the stream works on."""
     buffer = fill(device, np.ones(64, np.float32))
 
@@ -113,9 +112,9 @@ def test_work_that_cannot_be_recorded(device: Device) -> None:
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        device.record(wrong)
+        device.capture(wrong)
     with pytest.raises(BackendError):
-        device.record(device.synchronize)
+        device.capture(device.synchronize)
     assert content(device, buffer.address, (64,)).sum() == 64
     buffer.free()
 
@@ -144,7 +143,7 @@ def test_closed(device: Device) -> None:
 
 @pytest.mark.parametrize("maps", [((16, 16), (16, 16)), ((7, 9), (5, 13)), ((1, 1), (3, 2))])
 def test_kernels_equal_the_cpu(device: Device, tmp_path: Path, maps: Any) -> None:
-    """Launched eagerly and from a recording, for a batch of two."""
+    """Launched eagerly and from a CUDA graph, for a batch of two."""
     bundle = write_tiny_bundle(tmp_path / "m")
     if device.name == "Fake RTX":
         folder = write_kernels(tmp_path / "kernels", CLASSES)
@@ -170,8 +169,8 @@ def test_kernels_equal_the_cpu(device: Device, tmp_path: Path, maps: Any) -> Non
         for launch in launches:
             launch()
 
-    recording = device.record(everything)
-    for run in (everything, recording.replay):
+    graph = device.capture(everything)
+    for run in (everything, graph.replay):
         for buffer in buffers[1].values():
             device.copy(buffer.address, inputs[0].address, min(buffer.bytes, inputs[0].bytes))  # not the run's before
         run()
@@ -186,24 +185,24 @@ def test_kernels_equal_the_cpu(device: Device, tmp_path: Path, maps: Any) -> Non
         np.testing.assert_allclose(probability, expected.match.probability, atol=1e-4)
         entropy = content(device, results["entropy"], (2, hq, wq))
         np.testing.assert_allclose(entropy, expected.match.entropy, atol=math.log(hk * wk) * 1e-3)
-    recording.close()
+    graph.close()
     for buffer in (*inputs, *buffers[0].values(), *buffers[1].values()):
         buffer.free()
 
 
-def test_what_pycuda_is_asked_for(pycuda: FakeDriver) -> None:
+def test_what_pycuda_is_asked_for(fake_driver: FakeDriver) -> None:
     device = PycudaDevice()
     assert (device.name, device.capability, device.driver, device.kind) == ("Fake RTX", 86, "12.4", "cuda")
-    assert device.stream == pycuda.device.stream
+    assert device.stream == fake_driver.device.stream
     device.close()
-    assert not pycuda.contexts
-    assert pycuda.detached == 0  # the context is kept for others in this process ...
-    pycuda_device._contexts.clear()
+    assert not fake_driver.contexts
+    assert fake_driver.detached == 0  # the context is kept for others in this process ...
+    pycuda._contexts.clear()
     gc.collect()
-    assert pycuda.detached == 1  # ... until it ends
+    assert fake_driver.detached == 1  # ... until it ends
 
 
-def test_large_shared_memory_is_asked_for(pycuda: FakeDriver) -> None:
+def test_large_shared_memory_is_asked_for(fake_driver: FakeDriver) -> None:
     device = PycudaDevice()
     with device.active():
         for shared, asked in ((48 << 10, {}), (64 << 10, {8: 64 << 10})):
@@ -213,7 +212,7 @@ def test_large_shared_memory_is_asked_for(pycuda: FakeDriver) -> None:
     assert kernel._function is None  # freed while the context was there
 
 
-def test_a_kernel_that_does_not_load(pycuda: FakeDriver) -> None:
+def test_a_kernel_that_does_not_load(fake_driver: FakeDriver) -> None:
     device = PycudaDevice()
     with (
         device.active(),
@@ -222,29 +221,29 @@ def test_a_kernel_that_does_not_load(pycuda: FakeDriver) -> None:
         device.load(b"not a cubin", "warp", "P", 128, 0)
 
 
-def test_a_graph_that_cannot_be_made(pycuda: FakeDriver) -> None:
+def test_a_graph_that_cannot_be_made(fake_driver: FakeDriver) -> None:
     device = PycudaDevice()
-    pycuda.library.instantiate = 2
+    fake_driver.library.instantiate = 2
     with device.active():
         with pytest.raises(BackendError, match="cuGraphInstantiateWithFlags: CUDA_ERROR_OUT_OF_MEMORY"):
-            device.record(lambda: None)
+            device.capture(lambda: None)
         with pytest.raises(KeyError):
-            device.record(lambda: {}["absent"])
-    assert pycuda.library.graphs == 0
-    assert pycuda.device.live == (0, 0, 0)
+            device.capture(lambda: {}["absent"])
+    assert fake_driver.library.graphs == 0
+    assert fake_driver.device.live == (0, 0, 0)
 
 
-def test_no_gpu(pycuda: FakeDriver) -> None:
-    pycuda.count = 0
+def test_no_gpu(fake_driver: FakeDriver) -> None:
+    fake_driver.count = 0
     with pytest.raises(BackendError, match="the GPU cannot be used: cuInit failed: no CUDA-capable device"):
         PycudaDevice()
-    pycuda.count = 2
+    fake_driver.count = 2
     with pytest.raises(BackendError, match="GPU 2 asked for, this machine has 2"):
         PycudaDevice(2)
 
 
-def test_a_driver_that_is_too_old(pycuda: FakeDriver) -> None:
-    pycuda.version = 11080
+def test_a_driver_that_is_too_old(fake_driver: FakeDriver) -> None:
+    fake_driver.version = 11080
     with pytest.raises(BackendError, match=r"driver supports CUDA 11\.8, expected 12\.0 or newer; update it"):
         PycudaDevice()
 

@@ -22,7 +22,7 @@ from flashcocos.cli import main
 from flashcocos.errors import BackendError, BundleError, InputError
 from flashcocos.preprocess import save_label
 from flashcocos.runtime import Exemplar, Translator
-from flashcocos.runtime.gpu import pipeline as device_pipeline
+from flashcocos.runtime.gpu import pipeline
 
 LABEL = random_label(CLASSES, 64, 64)
 
@@ -61,7 +61,7 @@ def test_only_labels_and_results_cross_the_bus(gpu: FakeGpu) -> None:
     assert nothing_left(gpu)
 
 
-def test_static_shapes_are_recorded_after_a_run(gpu: FakeGpu) -> None:
+def test_static_shapes_are_captured_after_a_run(gpu: FakeGpu) -> None:
     with gpu.translator() as translator:
         exemplars = [exemplar_of(translator, seed=seed) for seed in range(2)]
         runs = [translator.translate(LABEL, exemplar) for exemplar in exemplars * 3]
@@ -73,15 +73,15 @@ def test_static_shapes_are_recorded_after_a_run(gpu: FakeGpu) -> None:
         translator.translate(LABEL, exemplars[0])
         assert gpu.device.copies == copies + 4
         assert gpu.device.launches == launches  # no Python beyond the replay
-        for one, other in zip(runs[:2], runs[4:], strict=True):  # the recording is not bound to an exemplar
+        for one, other in zip(runs[:2], runs[4:], strict=True):  # the graph is not bound to an exemplar
             np.testing.assert_array_equal(one.image, other.image)
         assert not np.array_equal(runs[0].image, runs[1].image)
         for _ in range(3):
             translator.translate(LABEL, exemplars[0], (64, 96))
-        assert gpu.device.replays == 7  # a dynamic engine is not recorded
+        assert gpu.device.replays == 7  # a dynamic engine is not captured
 
 
-def test_a_recording_is_made_anew_where_working_memory_moved(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+def test_a_graph_is_captured_again_where_working_memory_moved(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     gpu = fake_gpu(monkeypatch, bundle, profiles=[profile()])
     write_engines(gpu.folder, gpu.bundle, [profile(64, 96)], scratch=2 * SCRATCH)
     with gpu.translator() as translator:
@@ -98,7 +98,7 @@ def test_a_recording_is_made_anew_where_working_memory_moved(monkeypatch: pytest
     assert nothing_left(gpu)
 
 
-def test_what_cannot_be_recorded_runs_and_says_so_once(gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_captured_runs_and_says_so_once(gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
     gpu.trt.syncs = True
     with gpu.translator() as translator:
         exemplar = exemplar_of(translator)
@@ -106,20 +106,20 @@ def test_what_cannot_be_recorded_runs_and_says_so_once(gpu: FakeGpu, caplog: pyt
             results = [translator.translate(LABEL, exemplar) for _ in range(4)]
         assert gpu.device.replays == 0
         assert [record.message for record in caplog.records] == [
-            "no CUDA graph, launches one by one: synchronize while work is recorded"
+            "no CUDA graph, launches one by one: synchronize while work is captured"
         ]
         np.testing.assert_array_equal(results[0].image, results[3].image)
     assert nothing_left(gpu)
 
 
-def test_a_variant_that_says_it_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+def test_a_variant_that_says_it_cannot_be_captured(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     gpu = fake_gpu(monkeypatch, bundle, "tensorrt-rtx")
-    gpu.trt.capturable = False
+    gpu.trt.can_capture = False
     with gpu.translator() as translator:
         exemplar = exemplar_of(translator)
         assert all("query" in translator.translate(LABEL, exemplar).timings for _ in range(3))
         assert gpu.device.replays == 0
-        gpu.trt.capturable = True  # once all kernels are compiled
+        gpu.trt.can_capture = True  # once all kernels are compiled
         assert "total" in translator.translate(LABEL, exemplar).timings
     assert nothing_left(gpu)
 
@@ -186,7 +186,7 @@ def test_a_request_above_the_profiles(gpu: FakeGpu) -> None:
             with pytest.raises(InputError) as caught:
                 call()
             assert "96 x 160 pixels (height x width), batch 1: the engines of stage" in str(caught.value)
-            assert "hold 64:64:128 x 64:64:128, batch 1:2:4; 64 x 64, batch 1 (the largest first)" in str(caught.value)
+            assert "run 64:64:128 x 64:64:128, batch 1:2:4; 64 x 64, batch 1 (the largest first)" in str(caught.value)
             assert f"flashcocos build {gpu.bundle.path} --size 96x160 makes others" in str(caught.value)
         assert gpu.device.launches == launches
         translator.translate(LABEL, exemplar)
@@ -213,13 +213,13 @@ def test_a_request_above_the_memory(monkeypatch: pytest.MonkeyPatch, bundle: Pat
 
 
 def test_tiles(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    """With an engine of the fine stage for tiles alone: recorded, and its memory counted for a tile."""
+    """With an engine of the fine stage for tiles alone: captured, and its memory counted for a tile."""
     gpu = fake_gpu(monkeypatch, bundle, profiles=[], total=16 * MIB)
     whole = profile(128, 192)
     write_engines(gpu.folder, gpu.bundle, [whole, profile()], stages=("query", "exemplar", "coarse"))
     write_engines(gpu.folder, gpu.bundle, [whole.tiled(96)], stages=("fine",))
     label = random_label(CLASSES, 128, 192)
-    with gpu.translator() as translator, pytest.raises(InputError, match=r"stage fine hold 96 x 96, batch 1"):
+    with gpu.translator() as translator, pytest.raises(InputError, match=r"stage fine run 96 x 96, batch 1"):
         translator.translate(label, exemplar_of(translator), (128, 192))
     gpu.device.closed = False
     with gpu.translator(tile=96) as translator:
@@ -244,10 +244,10 @@ def test_idle_plans_make_room(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> 
         exemplar = exemplar_of(translator)
         for size in (256, 288, 320, 256, 352):
             translator.translate(LABEL, exemplar, size)
-        assert len(translator._pipeline._plans) < 6
-        monkeypatch.setattr(device_pipeline, "MAX_PLANS", 2)
+        assert len(translator._pipeline._workspaces) < 6
+        monkeypatch.setattr(pipeline, "MAX_WORKSPACES", 2)
         translator.translate(LABEL, exemplar, 64)
-        assert len(translator._pipeline._plans) == 2
+        assert len(translator._pipeline._workspaces) == 2
     assert nothing_left(gpu)
 
 
@@ -273,7 +273,7 @@ def test_a_failing_launch_leaves_nothing(gpu: FakeGpu, after: int) -> None:
         exemplar = exemplar_of(translator)
         results = [translator.translate(LABEL, exemplar) for _ in range(3)]
         np.testing.assert_array_equal(results[0].image, results[2].image)
-        assert failures == 1 or after > 30  # while work is recorded, a failure is only logged
+        assert failures == 1 or after > 30  # while work is captured, a failure is only logged
     assert nothing_left(gpu)
 
 

@@ -10,7 +10,7 @@ from tiny_bundle import write_tiny_bundle
 
 from flashcocos.bundle import STAGES, Bundle
 from flashcocos.errors import BackendError, InputError
-from flashcocos.runtime.gpu import store as engine_store
+from flashcocos.runtime.gpu import store
 from flashcocos.runtime.gpu.store import EngineKey, EngineRecord, Profile, find_engines, read_engine, write_engine
 from flashcocos.runtime.tiles import tile_size
 
@@ -31,13 +31,13 @@ def record(bundle, stage="query", **changes):
     return EngineRecord(dataclasses.replace(key, **changes), spec.inputs, spec.outputs, 10, 20, 0, "")
 
 
-def store(bundle, folder, **changes):
+def store_all(bundle, folder, **changes):
     for stage in STAGES:
         write_engine(folder, record(bundle, stage, **changes), stage.encode())
 
 
 def test_what_was_written_is_found_and_read(bundle, tmp_path):
-    store(bundle, tmp_path)
+    store_all(bundle, tmp_path)
     found = find_engines(bundle, tmp_path, **HERE)
     assert {one.key.stage for one in found} == set(STAGES)
     for one in found:
@@ -49,26 +49,26 @@ def test_what_was_written_is_found_and_read(bundle, tmp_path):
 
 def test_what_is_int8_is_told_beside_the_precision(bundle, tmp_path):
     written = write_engine(tmp_path, dataclasses.replace(record(bundle), int8_convolutions=36), b"engine")
-    assert engine_store.list_engines(tmp_path) == [written]
+    assert store.list_engines(tmp_path) == [written]
     assert written.arithmetic == "int8 and float16"
     path = tmp_path / f"{written.key.stem}.json"
     fields = json.loads(path.read_text())
     del fields["int8_convolutions"]  # as flashcocos wrote before it built int8 engines
     path.write_text(json.dumps(fields))
-    assert [one.arithmetic for one in engine_store.list_engines(tmp_path)] == ["float16"]
+    assert [one.arithmetic for one in store.list_engines(tmp_path)] == ["float16"]
 
 
 def test_static_engines_come_first(bundle, tmp_path):
-    store(bundle, tmp_path, profile=RANGE)
-    store(bundle, tmp_path)
+    store_all(bundle, tmp_path, profile=RANGE)
+    store_all(bundle, tmp_path)
     assert [one.key.profile.static for one in find_engines(bundle, tmp_path, **HERE)] == [True] * 4 + [False] * 4
 
 
 def test_the_fastest_complete_precision_is_served_unless_one_is_named(bundle, tmp_path):
-    store(bundle, tmp_path, precision="float32")
+    store_all(bundle, tmp_path, precision="float32")
     write_engine(tmp_path, record(bundle), b"float16 of one stage alone")
     assert {one.key.precision for one in find_engines(bundle, tmp_path, **HERE)} == {"float32"}
-    store(bundle, tmp_path)
+    store_all(bundle, tmp_path)
     assert {one.key.precision for one in find_engines(bundle, tmp_path, **HERE)} == {"float16"}
     assert {one.key.precision for one in find_engines(bundle, tmp_path, **HERE, precision="float32")} == {"float32"}
 
@@ -92,7 +92,7 @@ def test_every_part_of_the_key_makes_another_file(bundle, change):
     ],
 )
 def test_what_does_not_fit_is_named_with_the_remedy(bundle, tmp_path, changes, message):
-    store(bundle, tmp_path / "engines", **changes)
+    store_all(bundle, tmp_path / "engines", **changes)
     with pytest.raises(BackendError) as caught:
         find_engines(bundle, tmp_path / "engines", **HERE)
     assert message in str(caught.value)
@@ -119,7 +119,7 @@ def test_a_damaged_engine_is_refused(bundle, tmp_path, content):
 def test_an_engine_without_its_description_is_none(bundle, tmp_path):
     written = write_engine(tmp_path, record(bundle), b"engine")
     (tmp_path / f"{written.key.stem}.json").unlink()
-    assert engine_store.list_engines(tmp_path) == []
+    assert store.list_engines(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_description_that_makes_no_sense_is_refused(bundle, tmp_path, field, v
     fields["key"][field] = value
     path.write_text(json.dumps(fields))
     with pytest.raises(BackendError, match=r"cannot be used: .*; remove it with its \.engine"):
-        engine_store.list_engines(tmp_path)
+        store.list_engines(tmp_path)
 
 
 def test_a_description_of_another_engine_is_refused(bundle, tmp_path):
@@ -143,13 +143,13 @@ def test_a_description_of_another_engine_is_refused(bundle, tmp_path):
     fields["key"]["precision"] = "float32"
     path.write_text(json.dumps(fields))
     with pytest.raises(BackendError, match="does not belong to the engine of this name"):
-        engine_store.list_engines(tmp_path)
+        store.list_engines(tmp_path)
 
 
 def test_profiles_say_what_they_hold():
     assert SQUARE.static
     assert not RANGE.static
-    assert [RANGE.holds(*shape) for shape in ((4, 256, 64), (5, 256, 64), (1, 288, 64))] == [True, False, False]
+    assert [RANGE.supports(*shape) for shape in ((4, 256, 64), (5, 256, 64), (1, 288, 64))] == [True, False, False]
     assert str(SQUARE) == "64 x 64, batch 1"
     assert str(RANGE) == "64:128:256 x 64:128:256, batch 1:1:4"
 
@@ -158,29 +158,29 @@ def test_profiles_say_what_they_hold():
     ("text", "capability"), [("sm_89", 89), ("SM120", 120), ("86", 86), ("8.9", 89), ("12.0", 120)]
 )
 def test_targets_are_read_in_their_usual_forms(text, capability):
-    assert engine_store.parse_target(text) == capability
+    assert store.parse_target(text) == capability
 
 
 @pytest.mark.parametrize("text", ["", "ada", "sm_8", "sm_8900", "-89"])
 def test_other_targets_are_refused(text):
     with pytest.raises(InputError, match="expected a compute capability as sm_89"):
-        engine_store.parse_target(text)
+        store.parse_target(text)
 
 
 def test_the_default_folder_lies_beside_the_bundle(tmp_path):
-    assert engine_store.default_folder(tmp_path / "model.zip") == tmp_path / "model.engines"
-    assert engine_store.default_folder(tmp_path / "model.v2") == tmp_path / "model.v2.engines"
+    assert store.default_folder(tmp_path / "model.zip") == tmp_path / "model.engines"
+    assert store.default_folder(tmp_path / "model.v2") == tmp_path / "model.v2.engines"
 
 
 def test_an_unknown_variant_is_refused():
     with pytest.raises(InputError, match="variant 'trt' is unknown; expected one of tensorrt, tensorrt-rtx"):
-        engine_store.import_variant("trt")
+        store.import_variant("trt")
 
 
 def test_a_missing_variant_names_its_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(BackendError, match=r"tensorrt cannot be imported .*pip install flashcocos\[tensorrt\]"):
-        engine_store.import_variant("tensorrt")
+        store.import_variant("tensorrt")
 
 
 def test_the_profile_of_a_tiled_stage_holds_every_tile(bundle):
@@ -189,5 +189,5 @@ def test_the_profile_of_a_tiled_stage_holds_every_tile(bundle):
     for tile in (64, 96, 160, 512):
         tiled = RANGE.tiled(tile)
         sizes = {tile_size(height, width, tile) for height in range(64, 257, 32) for width in range(64, 257, 32)}
-        assert all(tiled.holds(4, *size) for size in sizes)
+        assert all(tiled.supports(4, *size) for size in sizes)
         assert tiled.height == (min(h for h, _ in sizes), tile_size(128, 128, tile)[0], max(h for h, _ in sizes))

@@ -1,15 +1,16 @@
-"""The README's tables come from the results files, and the README holds what they say."""
+"""docs/benchmarks.md and the README's table come from the results files, and are what they say."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flashcocos.benchmarks import tables
+from flashcocos.benchmarks import report
 from flashcocos.benchmarks.provenance import RESULTS
 from flashcocos.benchmarks.registry import GROUPS
 from flashcocos.errors import InputError
@@ -40,6 +41,7 @@ def results(tmp_path: Path) -> Path:
     files = {
         "ablation": [
             row("ablation/eager-256", eager),
+            row("ablation/compiled-256", {**eager, "method": "compiled"}, status="skipped", reason="no compiler"),
             row("ablation/naive-256", naive, status="out of memory", reason="ended", needed_mib=4096),
             row(
                 "ablation/runtime-256",
@@ -48,6 +50,7 @@ def results(tmp_path: Path) -> Path:
                 first_ms=2500.0,
                 quality=quality,
             ),
+            row("ablation/runtime-cached-256", {**RUNTIME, "cached": True}, ms=fast, quality=quality),
             row("ablation/int8-256", {**RUNTIME, "bundle": "int8", "cached": True}, status="outside", quality=quality),
             row("ablation/bf16", {**RUNTIME, "backend": "openvino", "cached": True}, status="skipped", reason="no CPU"),
         ],
@@ -63,9 +66,9 @@ def results(tmp_path: Path) -> Path:
             row("warp/cpu-back", {**warp, "method": "cpu", "backward": True}, quality={"max_error": 3e-7}),
         ],
         "training": [row("training/tiled-256", {"method": "tiled", "size": 256})],
-        "plan": [
-            row("plan/256", budgets, status="measured", facts={"one_mib": {"total": 9000.4}, "largest": largest}),
-            row("plan/512", budgets, status="failed", reason="ended"),
+        "estimate": [
+            row("estimate/256", budgets, status="measured", facts={"one_mib": {"total": 9000.4}, "largest": largest}),
+            row("estimate/512", budgets, status="failed", reason="ended"),
         ],
         "throughput": [row("throughput/runtime-batch4", {**RUNTIME, "cached": True, "batch": 4})],
         "startup": [
@@ -79,19 +82,20 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_insert_replaces_what_stands_between_the_markers() -> None:
-    readme = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter"
-    assert tables.insert(readme, r"new \1") == f"before\n{tables.BEGIN}\n\nnew \\1\n\n{tables.END}\nafter"
+def test_insert_replaces_what_is_between_the_markers() -> None:
+    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter"
+    assert report.insert(readme, r"new \1") == f"before\n{report.BEGIN}\n\nnew \\1\n\n{report.END}\nafter"
 
 
 def test_insert_wants_markers() -> None:
     with pytest.raises(InputError, match="expected the markers"):
-        tables.insert("no markers", "new")
+        report.insert("no markers", "new")
 
 
 def test_every_row_has_its_line(results: Path) -> None:
-    text = tables.sections(results)
+    text = report.full_page(results)
     for line in (
+        "| class-mean baseline | 21.83 dB | | |",
         "| eager PyTorch, as published | | 1.00 s | 900 ms to 1.10 s | 1.00 | 512 MiB | | | |",
         "| one naive ONNX graph, ONNX Runtime | | out of memory | | | | | | |",
         "| runtime, exemplar encoded each time | 2.50 s | 250 ms | 240 ms to 260 ms | 4.00 | 512 MiB "
@@ -106,36 +110,66 @@ def test_every_row_has_its_line(results: Path) -> None:
         "| 4 096 | 9% |",
         "| measure of training/tiled-256 | 1.00 s | 512 MiB |",
         "| | one sample | in 8 GiB | in 24 GiB |",
-        "| measure of plan/256 | 9000 MiB | none | 3 (23000 MiB) |",
-        "| measure of plan/512 | failed: ended | | |",
+        "| measure of estimate/256 | 9000 MiB | none | 3 (23000 MiB) |",
+        "| measure of estimate/512 | failed: ended | | |",
         "| 4 | runtime, exemplar encoded once | 4 | 512 MiB |",
         "| measure of startup/runtime | 800 ms | 1.00 s | 100 MiB |",
         "| measure of startup/install | 372 MiB | 8 | a 9 |",
         "| copy, GB/s | 31 |",
-        "A CPU, 2 cores; Python 3.11.0, numpy 2.0; revision abc: `the command`",
-        "**What this does not show.**",
+        "A CPU, 2 cores; Python 3.11.0, numpy 2.0; revision abc:\n\n```sh\nthe command\n```",
+        "## What these numbers do not show",
     ):
         assert line in text
-    assert set(tables.SECTIONS) == set(GROUPS)
+    assert set(report.SECTIONS) == set(GROUPS)
 
 
-def test_the_plots_are_drawn(results: Path) -> None:
+def test_the_readme_gets_five_rows_and_a_hardware_line(results: Path) -> None:
+    assert report.readme_table(results).splitlines() == [
+        "| | median | times as fast | peak memory | PSNR |",
+        "|---|---|---|---|---|",
+        "| eager PyTorch, as published | 1.00 s | 1.00 | 512 MiB | |",
+        "| torch.compile, as published | skipped: no compiler | | | |",
+        "| one naive ONNX graph, ONNX Runtime | out of memory | | | |",
+        "| runtime, exemplar encoded each time | 250 ms | 4.00 | 512 MiB | 82.7 dB |",
+        "| runtime, exemplar encoded once | 250 ms | 4.00 | 512 MiB | 82.7 dB |",
+        "",
+        "A CPU, 2 cores; Python 3.11.0, numpy 2.0",
+    ]
+    (results / "ablation.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"ablation.jsonl: expected the cases eager-256, .*; run them first"):
+        report.readme_table(results)
+
+
+def test_the_report_writes_the_page_the_table_and_the_plots(results: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots need the extra bench")
-    readme = results / "README.md"
-    readme.write_text(f"{tables.BEGIN}\n{tables.END}\n")
-    tables.report(readme, results)
-    assert readme.read_text() == tables.insert(f"{tables.BEGIN}\n{tables.END}\n", tables.sections(results))
-    for name in ("ablation", "memory", "warp"):
-        picture = (results / f"{name}.png").read_bytes()
+    page, readme = results / "docs" / "benchmarks.md", results / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    plots = [results / f"{name}.png" for name in ("ablation", "memory", "warp")]
+    assert report.write_report(page, readme, results) == [*plots, page, readme]
+    assert page.read_text() == report.full_page(results)
+    assert report.readme_table(results) in readme.read_text()
+    for path in plots:
+        picture = path.read_bytes()
         assert picture.startswith(b"\x89PNG")
         assert 5_000 < len(picture) < 100_000
 
 
-def test_the_readme_holds_the_results() -> None:
-    readme = tables.README.read_text()
-    assert tables.insert(readme, tables.sections()) == readme
+def test_the_page_has_the_results() -> None:
+    assert report.PAGE.read_text() == report.full_page()
 
 
-def test_without_the_scores_of_the_shipped_model(tmp_path: Path) -> None:
+def test_the_plots_of_the_page_are_there() -> None:
+    links = re.findall(r"!\[.*?\]\((.*?)\)", report.PAGE.read_text())
+    assert len(links) == 3
+    for link in links:
+        assert (report.PAGE.parent / link).is_file()
+
+
+def test_the_readme_has_the_results() -> None:
+    readme = report.README.read_text()
+    assert report.insert(readme, report.readme_table()) == readme
+
+
+def test_without_the_scores_of_the_default_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"avatars-128.json: No such file .*; run `flashcocos evaluate"):
-        tables.sections(tmp_path)
+        report.full_page(tmp_path)
