@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..bundle import STAGES, Bundle
 from ..bundle.graph_check import refuse_external_data
 from ..bundle.stages import check_stages, stage_inputs
-from ..config import MIN_SIDE, SIZE_MULTIPLE, ModelConfig
+from ..config import MIN_SIDE, SIZE_MULTIPLE, ModelConfig, is_side
 from ..errors import BundleError, InputError
 from ..kernels.corr_warp import corr_warp, warp_arrays
 from ..runtime.cpu.onnxruntime import OnnxRuntimeEngine
@@ -142,7 +142,7 @@ def verify(
         CheckpointError: A bad model file.
     """
     for height, width in sizes:
-        if min(height, width) < MIN_SIDE or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
+        if not (is_side(height) and is_side(width)):
             raise InputError(f"size {(height, width)}: expected multiples of {SIZE_MULTIPLE}, {MIN_SIDE} at least")
     if not sizes or not batches or min(batches) < 1:
         raise InputError(f"sizes {sizes} and batches {batches}: expected at least one of each, and batches from 1")
