@@ -68,7 +68,7 @@ def memory(axes: Any, rows: Sequence[Row]) -> None:
     """Peak memory over the side of the picture; hollow marks, not joined, are matrices that did not fit."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    methods = {"eager", "eager-fused", "eager-tiled", "naive", "runtime"}
+    methods = {"eager", "eager-tiled", "naive", "runtime"}
 
     def key(row: Row) -> str:
         parameters = {"dtype": "float32", "backend": "onnxruntime", **row["parameters"]}

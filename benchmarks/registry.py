@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from ..runtime.options import EngineOptions
 
 GROUPS = {
     "machine": "the copy bandwidth and matrix rate of this machine, which bound all of the others",
@@ -27,7 +28,6 @@ GROUPS = {
     "startup": "process start to first picture, and what has to be installed",
 }
 CHANNELS = 256  # of the published networks' features
-MAX_THREADS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +134,7 @@ class Assets:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        check_threads(self.threads)
-
-
-def check_threads(threads: int | None) -> None:
-    """Raise `InputError` unless `threads` is None or 1 to `MAX_THREADS`."""
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise InputError(f"threads: expected 1 to {MAX_THREADS}, got {threads}")
+        EngineOptions(num_threads=self.threads)  # checks them
 
 
 def select(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..errors import InputError, printable
 from ..files import require_distinct, require_file
-from .arguments import DEVICES, AddCommand, show, sides
+from ..runtime.options import DEVICES
+from .arguments import AddCommand, show, sides
 
 TITLE = "Train"
 

@@ -93,10 +93,10 @@ def translate_folder(
         extras=save,
     )
     for job in jobs:
-        for path in (job.output, *(job.extra(kind) for kind in save)):
+        _check_exemplar_label(translator.config, job)
+        for path in job.outputs(save):
             require_distinct(path, translator.bundle.path)
     resolve_size(translator.config, size, (256, 256))  # a size that is wrong for all is an error at once
-    _check_exemplar_labels(translator.config, jobs)
     # the last picture only: several large ones would take much memory, and the grid follows the encoding at once
     picture = functools.lru_cache(1)(load_rgb)
 
@@ -107,7 +107,7 @@ def translate_folder(
     done, skipped = 0, 0
     failed: list[tuple[Path, str]] = []
     for job in tqdm(jobs, desc="translate", unit="image", disable=None if progress else True):
-        if resume and all(path.is_file() for path in (job.output, *(job.extra(kind) for kind in save))):
+        if resume and all(path.is_file() for path in job.outputs(save)):
             skipped += 1
             continue
         try:
@@ -121,22 +121,25 @@ def translate_folder(
             reason = (str(error) or type(error).__name__).replace("\n", " ")
             failed.append((job.label, reason))
             if progress:
-                line = reason if reason.startswith(str(job.label)) else f"{job.label}: {reason}"
-                with contextlib.suppress(OSError):  # standard error may be full or closed
-                    tqdm.write(printable(line), file=sys.stderr)
+                _print_failure(job.label, reason)
     return Summary(done, skipped, tuple(failed))
 
 
-def _check_exemplar_labels(config: ModelConfig, jobs: list[Job]) -> None:
-    for job in jobs:
-        if config.condition_on_label and job.exemplar_label is None:
-            raise InputError(
-                f"{job.exemplar}: a model for {config.task} needs the exemplars' labels; give --exemplar-label"
-            )
-        if not config.condition_on_label and job.exemplar_label is not None:
-            raise InputError(
-                f"{job.exemplar_label}: a model for {config.task} takes no exemplar labels; leave --exemplar-label out"
-            )
+def _check_exemplar_label(config: ModelConfig, job: Job) -> None:
+    if config.condition_on_label and job.exemplar_label is None:
+        raise InputError(
+            f"{job.exemplar}: a model for {config.task} needs the exemplars' labels; give --exemplar-label"
+        )
+    if not config.condition_on_label and job.exemplar_label is not None:
+        raise InputError(
+            f"{job.exemplar_label}: a model for {config.task} takes no exemplar labels; leave --exemplar-label out"
+        )
+
+
+def _print_failure(label: Path, reason: str) -> None:
+    line = reason if reason.startswith(str(label)) else f"{label}: {reason}"
+    with contextlib.suppress(OSError):  # standard error may be full or closed
+        tqdm.write(printable(line), file=sys.stderr)
 
 
 def _path(path: PathLike | None) -> Path | None:

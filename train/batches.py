@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,32 @@ from ..errors import InputError
 from .data import PairData
 from .settings import Settings
 
-Batch = dict[str, Tensor]  # the fields of `data.Item`, stacked
 _PICTURES, _LABELS = ("image", "exemplar"), ("label", "exemplar_label")
 
 
+class Batch(NamedTuple):
+    """The items of a data set (`data.Item`), stacked."""
+
+    label: Tensor  # as `CoCosNet` takes it
+    image: Tensor  # (B, 3, H, W) in [-1, 1]: the true image of the label
+    exemplar: Tensor  # (B, 3, H, W) in [-1, 1]
+    exemplar_label: Tensor
+    self_reference: Tensor  # (B,) float: 1 where the exemplar is the image itself (or a distorted copy), else 0
+    has_target: Tensor  # (B,) bool: whether `image` is the exact answer
+
+
 def open_data(settings: Settings) -> PairData:
-    """The training data that `settings` name; renders avatar pairs that are not there yet."""
+    """The training data of `settings`; renders avatar pairs that are missing.
+
+    Args:
+        settings: of the training.
+
+    Returns:
+        The data set.
+
+    Raises:
+        InputError: the model takes other labels, or a file or folder is missing or cannot be used.
+    """
     data, size = settings.data, settings.model.image_size
     if data.kind == "avatars":
         from .data.avatars import CLASSES, AvatarOptions, AvatarPairs
@@ -32,15 +52,17 @@ def open_data(settings: Settings) -> PairData:
         if (settings.model.label_kind, settings.model.label_channels) != ("classes", len(CLASSES)):
             raise InputError(f"data.kind avatars needs a model of {len(CLASSES)} label classes, as preset avatars-128")
         # rounded, for the shares name the file of rendered pairs
-        options = AvatarOptions(size=size, retrieved=data.retrieved, pseudo=round(1 - data.retrieved, 6))
+        share = data.retrieved_share
+        options = AvatarOptions(size=size, retrieved_share=share, pseudo_share=round(1 - share, 6))
         return AvatarPairs("train", options, count=data.count or None, folder=data.cache or None)
     from .data.photos import PhotoOptions, PhotoPairs
 
     if not data.root:
         raise InputError("data.root: expected the folder of the photographs, got ''; give --set data.root=FOLDER")
-    chosen = {"retrieved": data.retrieved, "hard": data.hard, "flip": data.flip, "seed": settings.run.seed}
+    options: dict[str, Any] = {"flip": data.flip, "seed": settings.run.seed}
+    options |= {"retrieved_share": data.retrieved_share, "hard_share": data.hard_share}
     if data.load_size:
-        chosen["load_size"] = data.load_size
+        options["load_size"] = data.load_size
     return PhotoPairs(
         settings.model,
         data.root,
@@ -48,7 +70,7 @@ def open_data(settings: Settings) -> PairData:
         samples=data.samples or None,
         same=data.same or None,
         labels=data.labels or None,
-        options=PhotoOptions.for_model(settings.model, **chosen),
+        options=PhotoOptions.for_model(settings.model, **options),
     )
 
 
@@ -80,10 +102,10 @@ class Steps(Dataset[list[Batch]]):
         order = torch.randperm(len(self.data), generator=_generator(run.seed, epoch))
         self.data.set_epoch(epoch)
         items: list[Any] = [self.data[int(index)] for index in order[place * run.batch : (place + 1) * run.batch][mine]]
-        batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
-        self._augment(batch, step, mine)
+        planes = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in Batch._fields}
+        self._augment(planes, step, mine)
         return [
-            {name: tensor[start : start + self.micro_batch] for name, tensor in batch.items()}
+            Batch(**{name: tensor[start : start + self.micro_batch] for name, tensor in planes.items()})
             for start in range(0, self.share, self.micro_batch)
         ]
 
@@ -101,22 +123,22 @@ class Steps(Dataset[list[Batch]]):
             )
         )
 
-    def _augment(self, batch: Batch, step: int, mine: slice) -> None:
+    def _augment(self, planes: dict[str, Tensor], step: int, mine: slice) -> None:
         """Mirror whole samples and permute their colors, then halve them, as the settings ask for."""
         settings, generator = self.settings, _generator(self.settings.run.seed + 1, step)
         # drawn for the batch of all processes, of which this one uses its own rows
         draws = torch.rand(settings.run.batch, 5, generator=generator)[mine]
         mirrored, recolored = draws[:, 0] < settings.data.mirror, draws[:, 1] < settings.data.recolor
         for name in (*_PICTURES, *_LABELS):
-            batch[name][mirrored] = batch[name][mirrored].flip(-1)
+            planes[name][mirrored] = planes[name][mirrored].flip(-1)
         colors = torch.where(recolored[:, None], draws[:, 2:].argsort(1), torch.arange(3))
         for name in _PICTURES:
-            batch[name] = batch[name][torch.arange(len(colors))[:, None], colors]
-        if step < settings.schedule.half_steps:
+            planes[name] = planes[name][torch.arange(len(colors))[:, None], colors]
+        if step < settings.schedule.low_res_steps:
             for name in _PICTURES:
-                batch[name] = F.avg_pool2d(batch[name], 2)
+                planes[name] = F.avg_pool2d(planes[name], 2)
             for name in _LABELS:
-                batch[name] = batch[name][..., ::2, ::2].contiguous()
+                planes[name] = planes[name][..., ::2, ::2].contiguous()
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, InputError
-from ..files import atomic_path
+from ..files import atomic_path, require_file
 from .networks import CoCosNet
 from .networks.layers import folded_state
 
@@ -26,7 +26,13 @@ FORMAT_VERSION = "1"
 
 
 def save_model(path: str | os.PathLike[str], model: CoCosNet, provenance: dict[str, Any] | None = None) -> None:
-    """Write `model` to `path` atomically, float32, spectral norm folded; `provenance` is any JSON object."""
+    """Write a model file atomically, float32, spectral norm folded.
+
+    Args:
+        path: the file, .safetensors.
+        model: the network, as it is trained or folded already.
+        provenance: any JSON object, about where the weights come from.
+    """
     save_state(path, model.config, folded_state(model), provenance)
 
 
@@ -46,7 +52,19 @@ def save_state(
 
 
 def load_model(path: str | os.PathLike[str]) -> CoCosNet:
-    """The model in `path`, in evaluation mode, on the CPU; `CheckpointError` if the file is not a sound model file."""
+    """Read a model file.
+
+    Args:
+        path: what `save_model` wrote.
+
+    Returns:
+        The network, in evaluation mode on the CPU.
+
+    Raises:
+        InputError: `path` is missing or no plain file.
+        CheckpointError: the file is damaged, or its tensors are not those of the network that it describes.
+    """
+    require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             config, _ = _metadata(path, file.metadata())
@@ -64,7 +82,8 @@ def load_model(path: str | os.PathLike[str]) -> CoCosNet:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
-    """Configuration and provenance of the model file `path`, without its weights."""
+    """Configuration and provenance of the model file `path`, without its weights; errors as `load_model`."""
+    require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             return _metadata(path, file.metadata())
@@ -72,10 +91,10 @@ def read_metadata(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, 
         raise CheckpointError(f"{path}: not a readable model file ({error})") from error
 
 
-def _check_keys(path: object, expected: list[str], found: list[str]) -> None:
-    if missing := sorted(set(expected) - set(found)):
+def _check_keys(path: object, expected: list[str], actual: list[str]) -> None:
+    if missing := sorted(set(expected) - set(actual)):
         raise CheckpointError(f"{path}: {missing[0]!r} is missing ({len(missing)} of {len(expected)} keys are)")
-    if extra := sorted(set(found) - set(expected)):
+    if extra := sorted(set(actual) - set(expected)):
         raise CheckpointError(f"{path}: {extra[0]!r} is no part of the network described ({len(extra)} such keys)")
 
 
@@ -85,7 +104,7 @@ def _read(path: object, file: Any, name: str, shape: tuple[int, ...]) -> Tensor:
         raise CheckpointError(f"{path}: {name!r} is {part.get_dtype()} {tuple(part.get_shape())}, expected F32 {shape}")
     tensor: Tensor = file.get_tensor(name)
     if not tensor.isfinite().all():
-        raise CheckpointError(f"{path}: {name!r} holds values that are not finite")
+        raise CheckpointError(f"{path}: {name!r} contains values that are not finite")
     return tensor
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import BackendError
+from .batches import Batch
 
 ROWS = 4  # samples in a picture
 
 
-class Logbook:
-    """`with Logbook(folder, start, total, log_steps) as log: log.step(terms)`; writes to `folder`/tensorboard.
+class TrainLogger:
+    """`with TrainLogger(folder, start, total, log_steps) as log: log.step(terms)`; writes to `folder`/tensorboard.
 
     start: steps already done, after which an interrupted run may have logged more: those are dropped. log_steps: steps
     between two lines; scalars are means over them. Raises `BackendError` without the package tensorboard.
@@ -36,7 +37,7 @@ class Logbook:
         self._sums: dict[str, float] = {}
         self._count, self._since = 0, time.monotonic()
 
-    def __enter__(self) -> Logbook:
+    def __enter__(self) -> TrainLogger:
         return self
 
     def __exit__(
@@ -49,7 +50,7 @@ class Logbook:
         """Print a line."""
         self._progress.write(message, file=sys.stderr)
 
-    def step(self, terms: Mapping[str, float], rate: float) -> None:
+    def step(self, terms: Mapping[str, float], lr: float) -> None:
         """Count a step with the value of each term and the learning rate; every `log_steps` print and write means."""
         self.done, self._count = self.done + 1, self._count + 1
         self._progress.update()
@@ -62,16 +63,16 @@ class Logbook:
         speed = self._count / max(now - self._since, 1e-9)
         for name, value in means.items():
             self._writer.add_scalar(f"loss/{name}", value, self.done)
-        self._writer.add_scalar("rate", rate, self.done)
+        self._writer.add_scalar("lr", lr, self.done)
         self._writer.add_scalar("steps per second", speed, self.done)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
         left = (self.total - self.done) / speed / 60
         self.write(f"step {self.done}/{self.total}: {shown}, {speed:.2f} it/s, {left:.0f} min left")
         self._sums, self._count, self._since = {}, 0, now
 
-    def pictures(self, batch: Mapping[str, Tensor], warped_image: Tensor, image: Tensor) -> None:
+    def pictures(self, batch: Batch, warped_image: Tensor, image: Tensor) -> None:
         """Write input | exemplar | warped | output | target of the first samples, one below the other."""
-        columns = [label_picture(batch["label"]), batch["exemplar"], warped_image, image, batch["image"]]
+        columns = [label_picture(batch.label), batch.exemplar, warped_image, image, batch.image]
         rows = torch.cat([column[:ROWS].detach().float().cpu() for column in columns], 3)  # (B, 3, H, 5 W)
         grid = ((torch.cat(list(rows), 1).clamp(-1, 1) + 1) * 127.5).round().byte()  # (3, B H, 5 W)
         self._writer.add_image("input, exemplar, warped, output, target", grid.numpy(), self.done)

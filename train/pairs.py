@@ -1,7 +1,7 @@
-"""Retrieval lists: for each picture of a folder, the most alike others, behind `flashcocos pairs`.
+"""Retrieval lists: for each picture of a folder, the most similar others, behind `flashcocos pairs`.
 
 Source: the recipe of CoCosNet's author (github.com/microsoft/CoCosNet, issue 10): the features of VGG19 behind its last
-pooling, the cosine similarity, the K most alike. The features of a trained model's image adaptor do as well.
+pooling, the cosine similarity, the K most similar. The features of a trained model's image adaptor do as well.
 Features are kept in a file beside the list, so an interrupted run goes on where it stopped, and a second one with more
 pictures computes those alone.
 """
@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..benchmarks.quality.photo_metrics import VGG_FILES
-from ..benchmarks.quality.predictors import torch_device
 from ..errors import InputError
 from ..files import atomic_path, sha256
 from ..preprocess.images import PathLike, load_image
+from .checkpoint import load_model
 from .data.photos import find_photos
+from .device import torch_device
+from .networks.vgg_weights import VGG_FILES, load_vgg
 
 _ROWS = 512  # pictures whose similarities to all others are held at once
 
@@ -58,12 +59,24 @@ def write_pairs(
     count: int = 10,
     batch: int = 8,
 ) -> Summary:
-    """Write a line `name,most alike,...,least alike of the best` to `output` for each picture below `folder`.
+    """Write a line `name,most similar,...,less similar` for each picture of a folder.
 
-    exemplars: the folder to retrieve from, by default `folder`; a picture is never its own exemplar. Names are relative
-    to their folders. count: exemplars a picture. Of two files of one name the JPEG is the picture.
-    Features take 2 D bytes a picture in memory and on disk (49 KiB for VGG19). What cannot be read is left out and
-    reported. Raises `InputError` for bad options, and where fewer than two pictures are left.
+    Names are relative to their folders. Of two files of one name the JPEG is the picture. Features take 2 D bytes a
+    picture in memory and on disk (49 KiB for VGG19). Pictures that cannot be read are left out and reported.
+
+    Args:
+        folder: pictures, searched through.
+        output: the list to write; features are kept beside it.
+        extractor: what pictures are compared by.
+        exemplars: the folder to retrieve from, `folder` by default; a picture is never its own exemplar.
+        count: exemplars a picture.
+        batch: pictures that run together.
+
+    Returns:
+        What was written and what was left out.
+
+    Raises:
+        InputError: an option is out of range, a folder is missing, or fewer than two pictures are left.
     """
     if count < 1 or batch < 1:
         raise InputError(f"pairs: expected at least 1 exemplar and 1 picture a batch, got {count} and {batch}")
@@ -92,22 +105,29 @@ def write_pairs(
 def nearest(
     matrix: Tensor, rows: Sequence[int], others: Sequence[int], count: int, device: str = "cpu"
 ) -> list[list[int]]:
-    """For each of `rows` of `matrix` (N, D), whose rows have length 1: the `count` most alike of `others`, best first.
+    """For each of `rows` of `matrix` (N, D), whose rows have length 1: the `count` best of `others`, in order.
 
     None is its own. All are numbers of rows of `matrix`.
     """
     queries, keys = matrix[rows].to(device).float(), torch.tensor(others)
-    alike = torch.cat([queries @ matrix[part].to(device).float().T for part in keys.split(8 * _ROWS)], dim=1)
-    alike[torch.tensor(rows)[:, None].to(device) == keys.to(device)] = -torch.inf
-    best = keys[alike.topk(min(count + 1, len(others)), dim=1).indices.cpu()].tolist()
-    return [[index for index in line if index != own][:count] for line, own in zip(best, rows, strict=True)]
+    similarity = torch.cat([queries @ matrix[part].to(device).float().T for part in keys.split(8 * _ROWS)], dim=1)
+    similarity[torch.tensor(rows)[:, None].to(device) == keys.to(device)] = -torch.inf
+    best = keys[similarity.topk(min(count + 1, len(others)), dim=1).indices.cpu()].tolist()
+    return [[index for index in line if index != row][:count] for line, row in zip(best, rows, strict=True)]
 
 
 def open_extractor(vgg: PathLike | None, model: PathLike | None, device: str = "auto") -> Extractor:
-    """The extractor of VGG19's weights in `vgg`, or of the model file `model`; `InputError` unless one is given.
+    """What pictures are compared by: one of two networks.
 
-    VGG19: 512 x 7 x 7 features of a picture of 224 x 224. A model: its image adaptor's features, averaged to 8 x 8.
-    Also raises the errors of their loaders.
+    Args:
+        vgg: VGG19's weights: 512 x 7 x 7 features of a picture of 224 x 224.
+        model: a model file: the features of its image adaptor, averaged to 8 x 8.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        InputError: both or none of the networks are given, or its file is missing.
+        CheckpointError: the file is damaged or of another network.
+        BackendError: there is no such device.
     """
     if (vgg is None) == (model is None):
         raise InputError(
@@ -115,8 +135,6 @@ def open_extractor(vgg: PathLike | None, model: PathLike | None, device: str = "
         )
     place = torch_device(device)
     if vgg is not None:
-        from .networks.vgg_weights import load_vgg
-
         network = load_vgg(vgg).to(place)
         return Extractor(
             f"vgg19-pool5-{sha256(vgg)}",
@@ -124,8 +142,6 @@ def open_extractor(vgg: PathLike | None, model: PathLike | None, device: str = "
             lambda pictures: F.max_pool2d(network(pictures, ["r54"])["r54"], 2).flatten(1),
             place,
         )
-    from .checkpoint import load_model
-
     assert model is not None  # one of the two is given
     trained = load_model(model).to(place)
     adaptor = trained.correspondence.image_adaptor
@@ -148,7 +164,7 @@ def _pictures(folder: Path, failed: dict[str, str]) -> dict[Path, str]:
         if len(photos) > 1:
             failed[str(photos[0])] = f"several pictures of one name: {', '.join(file.name for file in photos)}"
         elif "," in name:
-            failed[str(photos[0])] = "the name holds a comma, which parts the names of a list: rename it"
+            failed[str(photos[0])] = "the name contains a comma, which separates the names of a list: rename it"
         else:
             pictures[Path(os.path.abspath(photos[0]))] = name
     return pictures
@@ -165,10 +181,10 @@ def _features(
         )
         stamps = {str(path): _stamp(path) for path in pictures}
         rows = database.execute("SELECT path, stamp, feature FROM features WHERE extractor = ?", (extractor.name,))
-        found = {
+        known = {
             Path(path): np.frombuffer(feature, np.float16) for path, stamp, feature in rows if stamps.get(path) == stamp
         }
-        missing = [path for path in pictures if path not in found]
+        missing = [path for path in pictures if path not in known]
         with tqdm(desc="features", total=len(missing), unit="image", disable=None) as progress:
             for start in range(0, len(missing), batch):
                 part = missing[start : start + batch]
@@ -179,15 +195,15 @@ def _features(
                     except InputError as error:
                         failed[str(path)] = str(error)
                 if loaded:
-                    found.update(zip(loaded, _extract(extractor, list(loaded.values())), strict=True))
+                    known.update(zip(loaded, _extract(extractor, list(loaded.values())), strict=True))
                     database.executemany(
                         "INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?)",
-                        [(extractor.name, str(path), stamps[str(path)], found[path].tobytes()) for path in loaded],
+                        [(extractor.name, str(path), stamps[str(path)], known[path].tobytes()) for path in loaded],
                     )
                     database.commit()
                 progress.update(len(part))
-    paths = sorted(found)
-    return paths, torch.from_numpy(np.stack([found.pop(path) for path in paths]) if paths else np.zeros((0, 0)))
+    paths = sorted(known)
+    return paths, torch.from_numpy(np.stack([known.pop(path) for path in paths]) if paths else np.zeros((0, 0)))
 
 
 def _extract(extractor: Extractor, pictures: list[np.ndarray]) -> np.ndarray:

@@ -225,15 +225,22 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             section.update({name: Path(section[name]).name for name in names})
         return fields
 
+    def by_key(self) -> dict[str, Any]:
+        """Every value by its key, as in "run.batch"."""
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        sections = {name: fields.pop(name) for name in list(fields) if isinstance(fields[name], dict)}
+        return fields | {f"{name}.{key}": value for name, table in sections.items() for key, value in table.items()}
+
     def to_toml(self) -> str:
         """These settings as a file, every value written out."""
-        fields: dict[str, Any] = msgspec.to_builtins(self)
-        tables = {name: fields.pop(name) for name in list(fields) if isinstance(fields[name], dict)}
-        lines = []
-        for section, values in {"": fields, **tables}.items():
-            lines += ["", f"[{section}]"] if section else []
+        lines, section = [], ""
+        for key, value in self.by_key().items():
+            table, _, name = key.rpartition(".")
+            if table != section:
+                lines += ["", f"[{table}]"]
+                section = table
             # a JSON string is a TOML string, and JSON's true, false and numbers are TOML's
-            lines += [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
+            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
         return "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,6 @@ DistributedDataParallel). Every random choice follows from (seed, step), so a re
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import functools
 import math
@@ -16,9 +15,10 @@ import operator
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -30,20 +30,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import BackendError, CheckpointError, FlashcocosError
-from ..files import atomic_path
+from ..errors import CheckpointError, FlashcocosError
+from ..files import atomic_path, require_file
 from .batches import Batch, Steps, open_data
 from .checkpoint import load_model, save_model
 from .data import PairData
-from .logger import Logbook
+from .device import torch_device
+from .logger import TrainLogger
 from .losses import LossWeights
 from .networks import CoCosNet, Discriminator, Vgg19, initialize, spectral
 from .networks.correspondence import ResidualBlock
 from .networks.layers import SpadeBlock, add_spectral_norm, folded_state
 from .networks.vgg_weights import load_features
-from .objective import Batch as Samples
 from .objective import GeneratorPass, discriminator_pass, generator_pass
-from .settings import FRESH, Settings
+from .settings import FRESH, Settings, read_settings
 from .supervised import quarter, supervised_terms
 
 CHECKPOINT, MODEL, SETTINGS = "checkpoint.pt", "model.safetensors", "settings.toml"
@@ -74,14 +74,25 @@ class StepResult(NamedTuple):
 
 
 def train(settings: Settings, folder: str | os.PathLike[str]) -> int:
-    """Train as `settings` say, or go on where `folder` left off; the number of the signal that stopped it, or 0.
+    """Train a model, or go on with a training that was stopped.
 
-    `folder` then holds the model file, the checkpoint, the effective settings and TensorBoard's logs; all processes of
-    a training must see the same one. Raises what `Trainer`, `open_data` and `process_group` raise.
+    Args:
+        settings: of the training.
+        folder: gets the model file, the checkpoint, the effective settings and TensorBoard's logs. All processes of a
+            training must see the same one. A checkpoint in it is where the training goes on.
+
+    Returns:
+        The number of the signal that stopped the training, or 0.
+
+    Raises:
+        InputError: data are missing, cannot be used or fill no batch.
+        CheckpointError: the checkpoint or a file of weights is damaged or of another network.
+        BackendError: the device or a package is missing.
+        TrainingError: a term of the loss is no longer finite.
     """
     with process_group(settings.run.device) as process:
         if process.rank:
-            dist.barrier()  # the first process renders, then the others find everything there
+            dist.barrier()  # the first process renders, then the others read
         data = open_data(settings)
         if process.world > 1 and not process.rank:
             dist.barrier()
@@ -94,19 +105,17 @@ def process_group(device: str) -> Iterator[Process]:
 
     device: "auto", "cpu" or "cuda". Raises `BackendError` for "cuda" without a GPU.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BackendError("run.device cuda: torch finds no GPU; use auto or cpu, or install torch for CUDA")
-    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    kind = torch_device(device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Process(0, 1, torch.device(kind))
         return
-    own = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
-        torch.cuda.set_device(own)
+        torch.cuda.set_device(place)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_PATIENCE)
     try:
-        yield Process(dist.get_rank(), world, own)
+        yield Process(dist.get_rank(), world, place)
     finally:
         dist.destroy_process_group()
 
@@ -131,16 +140,14 @@ class GeneratorStep(nn.Module):
 
     def forward(self, batch: Batch) -> GeneratorPass:
         """A micro-batch on the device -> weighted terms and pictures."""
-        label, exemplar_label = (self.model.label_planes(batch[name]) for name in ("label", "exemplar_label"))
-        samples = Samples(label, batch["image"], batch["exemplar"], exemplar_label, batch["self_reference"])
+        label, exemplar_label = (self.model.label_planes(x) for x in (batch.label, batch.exemplar_label))
+        batch = batch._replace(label=label, exemplar_label=exemplar_label)
         weights = self.settings.supervised
         carry = quarter(exemplar_label) if weights.label else None
-        result = generator_pass(self.model, *self.frozen, self.settings.loss, samples, carry, self.warp)
+        result = generator_pass(self.model, *self.frozen, self.settings.loss, batch, carry, self.warp)
         image, warped_image = result.image.float(), result.warped_image.float()
         with torch.autocast(label.device.type, enabled=False):  # sums over a picture leave the range of float16
-            terms = supervised_terms(
-                weights, label, samples.image, batch["has_target"], image, warped_image, result.carried
-            )
+            terms = supervised_terms(weights, label, batch.image, batch.has_target, image, warped_image, result.carried)
         return result._replace(terms=result.terms | terms)
 
 
@@ -159,9 +166,18 @@ class DiscriminatorStep(nn.Module):
 class Trainer:
     """Networks, optimizers and moving average; `step` counts what is done. Resumes from `folder` if it can.
 
-    data: of one size. vgg: the frozen feature network, in place of the one that the settings name. warp: the backend of
-    `kernels.corr_warp`. Raises `CheckpointError` for a checkpoint that is damaged or of another model, and for model or
-    VGG files that do not fit; `InputError` for data that fills no batch.
+    Args:
+        settings: of the training.
+        data: of one size.
+        folder: as of `train`.
+        process: this one's place among several.
+        vgg: the frozen feature network, in place of the one that the settings name.
+        warp: the backend of `kernels.corr_warp`.
+        clock: seconds, for saving now and then and for the second of two signals.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model, or a model or VGG file does not fit.
+        InputError: the data fill no batch.
     """
 
     def __init__(
@@ -173,20 +189,22 @@ class Trainer:
         *,
         vgg: Vgg19 | None = None,
         warp: str = "auto",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.clock = clock
         self.settings, self.folder, self.process = settings, Path(folder), process or Process()
         self.device = self.process.device
         self.steps = Steps(data, settings, self.process.rank, self.process.world)
         self.step = 0
         torch.manual_seed(settings.run.seed)
         resumes = (self.folder / CHECKPOINT).exists()
-        self.model = start_model(dataclasses.replace(settings, init="matched") if resumes else settings)
+        self.model = start_model(msgspec.structs.replace(settings, init="matched") if resumes else settings)
         self._place(self.model)
         if self.device.type == "cuda":
             # tensor cores want it, and the warp's kernels read theta and phi as they come instead of packing them
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stubs lack it
         self.average: CoCosNet | None = None
-        if settings.run.ema:
+        if settings.run.ema_decay:
             self.average = CoCosNet(settings.model).requires_grad_(False).eval()
             self._place(self.average)
             self.average.load_state_dict(folded_state(self.model))
@@ -208,20 +226,29 @@ class Trainer:
     def run(self) -> int:
         """Train to the end; save every `run.save_minutes`, at the end and on Ctrl-C or SIGTERM.
 
-        The number of the signal that stopped it, or 0. A second one, a while later, stops at once and saves nothing.
+        A second signal, a while later, stops at once and saves nothing. Where SIGINT was ignored before, as in a
+        process that a script started with `&`, it stays ignored, as Python does it; SIGTERM still stops the training.
+        A training that is finished already changes nothing and says so.
+
+        Returns:
+            The number of the signal that stopped it, or 0.
         """
-        run, saved, stopped = self.settings.run, time.monotonic(), 0
-        with self._logbook() as log, _stop_signals() as received:
+        if self.step >= len(self.steps):
+            if not self.process.rank:
+                print(self._finished(), file=sys.stderr)
+            return 0
+        run, saved, stopped = self.settings.run, self.clock(), 0
+        with self._logger() as log, _stop_signals(self.clock) as received:
             for pieces in self.steps.loader(self.step):
                 result = self.train_step(pieces)
                 if log is not None:
                     log.step(result.terms, self.optimizers["model"].param_groups[0]["lr"])
                     if self.step % run.image_steps == 0 or self.step in (1, len(self.steps)):
                         log.pictures(result.batch, result.warped_image, result.image)
-                    if time.monotonic() - saved >= 60 * run.save_minutes:
+                    if self.clock() - saved >= 60 * run.save_minutes:
                         log.flush()
                         self.save()
-                        saved = time.monotonic()
+                        saved = self.clock()
                 if stopped := self._agreed(received[0] if received else 0):
                     break
             self.save()
@@ -232,9 +259,9 @@ class Trainer:
     def train_step(self, pieces: list[Batch]) -> StepResult:
         """One step of the model and one of the discriminator; `TrainingError` names a term that is not finite."""
         torch.manual_seed(self.settings.run.seed * 1_000_003 + self.step)
-        for name, rate in self._rates().items():
-            self.optimizers[name].param_groups[0]["lr"] = rate
-        pieces = [{name: x.to(self.device, non_blocking=True) for name, x in piece.items()} for piece in pieces]
+        for name, lr in self._learning_rates().items():
+            self.optimizers[name].param_groups[0]["lr"] = lr
+        pieces = [Batch(*(x.to(self.device, non_blocking=True) for x in piece)) for piece in pieces]
         for network in (self.model, self.discriminator):
             if network is not None:
                 spectral.refine(network)
@@ -244,7 +271,7 @@ class Trainer:
         self.scaler.update()
         self.step += 1
         if self.average is not None:
-            decay = min(self.settings.run.ema, self.step / (self.step + 9))
+            decay = min(self.settings.run.ema_decay, self.step / (self.step + 9))
             with torch.no_grad():
                 for name, mean in self.average.named_parameters():
                     mean.lerp_(operator.attrgetter(name)(self.model), 1 - decay)
@@ -269,7 +296,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         results = []
         for index, piece in enumerate(pieces):
-            with self._synchronised(self._model_step, index + 1 == len(pieces)):
+            with self._synchronized(self._model_step, index + 1 == len(pieces)):
                 with self._autocast():
                     result = self._model_step(piece)
                 self._backward(result.terms, len(pieces), sums)
@@ -281,9 +308,9 @@ class Trainer:
         self.discriminator.requires_grad_(True)
         sums: dict[str, Tensor] = {}
         for index, (piece, fake) in enumerate(zip(pieces, fakes, strict=True)):
-            with self._synchronised(self._discriminator_step, index + 1 == len(pieces)):
+            with self._synchronized(self._discriminator_step, index + 1 == len(pieces)):
                 with self._autocast():
-                    terms = self._discriminator_step(self.model.label_planes(piece["label"]), fake, piece["image"])
+                    terms = self._discriminator_step(self.model.label_planes(piece.label), fake, piece.image)
                 self._backward(terms, len(pieces), sums)
         return self._update("discriminator", sums)
 
@@ -304,7 +331,7 @@ class Trainer:
         for term, value in terms.items():
             if not math.isfinite(value):
                 raise TrainingError(
-                    f"step {self.step}: the loss term {term!r} is {value}; lower optimizer.rate"
+                    f"step {self.step}: the loss term {term!r} is {value}; lower optimizer.lr"
                     f"{' or use bfloat16' if self.scaler.is_enabled() else ''}, and resume from the checkpoint"
                 )
         self.scaler.step(self.optimizers[name])
@@ -312,24 +339,24 @@ class Trainer:
         return terms
 
     def _place(self, network: nn.Module) -> None:
-        """Move `network` to the device; the CPU is where it was made, and fake tensors (`memory_plan`) cannot move."""
+        """Move `network`, made on the CPU, to the device; the fake tensors of `memory_estimate` cannot move."""
         if self.device.type != "cpu":
             network.to(self.device)
 
     def _make_optimizers(self) -> dict[str, torch.optim.Adam]:
-        chosen = self.settings.optimizer
-        adam = functools.partial(torch.optim.Adam, betas=(chosen.beta1, chosen.beta2))
-        optimizers = {"model": adam(self.model.parameters(), eps=chosen.eps)}
+        settings = self.settings.optimizer
+        adam = functools.partial(torch.optim.Adam, betas=(settings.beta1, settings.beta2))
+        optimizers = {"model": adam(self.model.parameters(), eps=settings.eps)}
         if self.discriminator is not None:
             optimizers["discriminator"] = adam(self.discriminator.parameters())
         return optimizers
 
-    def _rates(self) -> dict[str, float]:
+    def _learning_rates(self) -> dict[str, float]:
         """The learning rate of each optimizer in this step."""
-        chosen = self.settings.optimizer
-        rate = chosen.rate * self.settings.schedule.factor(self.step, self.steps.per_epoch)
-        slow, fast = (0.5, 2.0) if chosen.two_rates else (1.0, 1.0)
-        return {name: rate * (slow if name == "model" else fast) for name in self.optimizers}
+        settings = self.settings.optimizer
+        lr = settings.lr * self.settings.schedule.factor(self.step, self.steps.per_epoch)
+        slow, fast = (0.5, 2.0) if settings.ttur else (1.0, 1.0)
+        return {name: lr * (slow if name == "model" else fast) for name in self.optimizers}
 
     def _autocast(self) -> torch.autocast:
         precision = self.settings.run.precision
@@ -339,7 +366,7 @@ class Trainer:
         """`module`, its gradients averaged over the processes where there are several."""
         return module if self.process.world == 1 else DistributedDataParallel(module)
 
-    def _synchronised(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+    def _synchronized(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients cross the processes once a step, with the last micro-batch."""
         if isinstance(module, DistributedDataParallel) and not last:
             return module.no_sync()
@@ -353,16 +380,25 @@ class Trainer:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
 
-    def _logbook(self) -> contextlib.AbstractContextManager[Logbook | None]:
+    def _logger(self) -> contextlib.AbstractContextManager[TrainLogger | None]:
         if self.process.rank:
             return contextlib.nullcontext()
-        log = Logbook(self.folder, self.step, len(self.steps), self.settings.run.log_steps)
+        log = TrainLogger(self.folder, self.step, len(self.steps), self.settings.run.log_steps)
         millions = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
         log.write(
             f"{self.settings.model.task}: {millions:.2f} million parameters, {len(self.steps.data)} samples, "
             f"{self.process.world} x {self.device.type}, steps {self.step} to {len(self.steps)}: {self.folder}"
         )
         return log
+
+    def _finished(self) -> str:
+        saved = read_settings(self.folder / SETTINGS).by_key()
+        changed = [key for key, value in self.settings.by_key().items() if saved[key] != value]
+        effect = f"; the changed {', '.join(changed)} had no effect" if changed else ""
+        return (
+            f"{self.folder}: finished already, step {self.step} of {len(self.steps)}{effect}: raise schedule.steps or "
+            "schedule.epochs to train on, or give another folder to start again"
+        )
 
     def _parts(self) -> dict[str, Any]:
         """Everything with a state, by its name in the checkpoint."""
@@ -373,9 +409,10 @@ class Trainer:
     def _load(self) -> None:
         path, parts = self.folder / CHECKPOINT, self._parts()
         try:
+            require_file(path)
             state = torch.load(path, map_location=self.device, weights_only=True)
             if state["model_config"] != self.settings.model.to_json():
-                raise CheckpointError(f"{path} holds another model configuration: give another folder, or delete it")
+                raise CheckpointError(f"{path} is of another model configuration: give another folder, or delete it")
             if differing := sorted((set(state) - {"model_config", "step"}) ^ set(parts)):
                 raise CheckpointError(
                     f"{path}: {differing[0]!r} is only in {'it' if differing[0] in state else 'these settings'}: give "
@@ -386,7 +423,7 @@ class Trainer:
                     state[name]["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state[name])
             self.step = state["step"]
-        except CheckpointError:
+        except FlashcocosError:
             raise
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]  # it can name every key
@@ -435,13 +472,18 @@ def recompute_blocks(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM joins; one that comes `_ECHO` seconds later does what it always does."""
+def _stop_signals(clock: Callable[[], float]) -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM joins; one that comes `_ECHO` seconds later does what it always does.
+
+    A SIGINT that is ignored stays so.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # Python takes signals in the main thread only
         return
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if usual[signal.SIGINT] is signal.SIG_IGN:
+        del usual[signal.SIGINT]
     first = 0.0
 
     def restore() -> None:
@@ -452,8 +494,8 @@ def _stop_signals() -> Iterator[list[int]]:
         nonlocal first
         if not received:
             received.append(number)
-            first = time.monotonic()
-        elif time.monotonic() - first > _ECHO:
+            first = clock()
+        elif clock() - first > _ECHO:
             restore()
             signal.raise_signal(number)
 

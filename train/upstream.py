@@ -1,8 +1,8 @@
 """Weights of the published CoCosNet (microsoft/CoCosNet): its state dicts read, checked, folded and renamed.
 
 Upstream saves the correspondence network ("Corr"), the generator ("G") and the discriminator ("D") as three raw state
-dicts, spectral norm kept apart as `weight_orig`, `weight_u` and `weight_v`. What the shapes tell is read off the shapes
-(label channels, widths, adaptor kernel, mask mixing, attention); the rest comes from the task's preset.
+dicts, spectral norm kept apart as `weight_orig`, `weight_u` and `weight_v`. Shapes decide the label channels,
+widths, adaptor kernel, conditioning on the label and attention; the rest comes from the task's preset.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from ..config import PRESETS, ModelConfig
 from ..errors import CheckpointError, InputError
-from ..files import sha256
+from ..files import require_file, sha256
 from .checkpoint import save_state
 from .networks import CoCosNet
 from .networks.layers import SpectralConv2d, fold_spectral_norm
 
 TASKS = ("ade20k", "celebahq", "celebahqedge", "deepfashion")
 
-# our names -> upstream's, in this order: the first root that fits, which also tells the file, then every part
+# our names -> upstream's, in this order: the first root that fits, which also decides the file, then every part
 _ROOTS = {
     "correspondence.label_adaptor.": ("Corr", "adaptive_model_seg."),
     "correspondence.image_adaptor.": ("Corr", "adaptive_model_img."),
@@ -76,7 +76,7 @@ _LOAD_ERRORS = (
 
 
 class StateDict:
-    """One upstream state dict that hands out checked float32 tensors and remembers which were asked for."""
+    """One upstream state dict that returns checked float32 tensors and remembers which were taken."""
 
     def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
         self.tensors, self.name = tensors, name
@@ -85,6 +85,7 @@ class StateDict:
     @classmethod
     def load(cls, path: str | os.PathLike[str], network: str) -> StateDict:
         """Read `path`; no code in it is ever run. `network` is only for messages."""
+        require_file(path)
         name = f"{path} ({network} network)"
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -105,10 +106,10 @@ class StateDict:
 
     def take(self, key: str, shape: tuple[int, ...]) -> Tensor:
         """The float32 tensor `key`; `CheckpointError` unless it is there, of `shape`, dense and finite."""
-        found = self.shape(key)
+        actual = self.shape(key)
         tensor = self.tensors[key]
-        if found != shape:
-            raise CheckpointError(f"{self.name}: key {key!r} has the shape {found}, expected {shape}")
+        if actual != shape:
+            raise CheckpointError(f"{self.name}: key {key!r} has the shape {actual}, expected {shape}")
         dense = tensor.layout == torch.strided and tensor.is_floating_point()
         # a crafted tensor can claim any size over a few bytes
         if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -136,11 +137,23 @@ def convert(
     label_kind: str | None = None,
     warp_upsampling: str | None = None,
 ) -> ModelConfig:
-    """Write upstream's `*_net_Corr.pth` and `*_net_G.pth` as the model file `output`; returns its configuration.
+    """Write a published checkpoint as a model file. No code in the checkpoint is ever run.
 
-    task, label_kind, warp_upsampling: needed only for a network of the user's own training, whose label channels are
-    none of the published tasks'; given, they override the preset. Raises `CheckpointError` for files that are not such
-    a pair, naming file and key.
+    Args:
+        corr_path: upstream's `*_net_Corr.pth`.
+        generator_path: upstream's `*_net_G.pth`.
+        output: the model file to write, .safetensors.
+        task: needed only for a network of the user's own training, whose number of label channels is that of no
+            published task; it overrides the preset.
+        label_kind: as `task`.
+        warp_upsampling: as `task`.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InputError: a path is missing or no plain file.
+        CheckpointError: the files are not such a pair; the message names file and key.
     """
     states = {"Corr": StateDict.load(corr_path, "Corr"), "G": StateDict.load(generator_path, "G")}
     config = infer_config(states, task=task, label_kind=label_kind, warp_upsampling=warp_upsampling)
@@ -162,14 +175,14 @@ def infer_config(
     label_kind: str | None = None,
     warp_upsampling: str | None = None,
 ) -> ModelConfig:
-    """The configuration that the shapes of the "Corr" and "G" state dicts tell, completed as `convert` says."""
+    """The configuration that follows from the shapes of the "Corr" and "G" state dicts, completed as `convert` says."""
     corr, generator = states["Corr"], states["G"]
     nef, labels = _dimensions(corr, "adaptive_model_seg.layer1.0.weight_orig")[:2]
     features, mixed = _dimensions(corr, "theta.weight")[:2]
     if mixed not in (features, features + labels):
         raise CheckpointError(
             f"{corr.name}: 'theta.weight' reads {mixed} channels; expected {features} features, or {features + labels} "
-            "with the label mixed in"
+            "with the label joined"
         )
     options = {"task": task, "label_kind": label_kind, "warp_upsampling": warp_upsampling}
     preset = next((PRESETS[name] for name in TASKS if PRESETS[name].label_channels == labels), None)

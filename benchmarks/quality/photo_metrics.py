@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from ...train.networks import Vgg19
 
 METRICS = ("fid", "swd", "semantic", "style")
-VGG_FILES = (
-    "the weights of VGG19 (--vgg PATH): torchvision's vgg19-dcbb9e9d.pth, at https://download.pytorch.org/models, or "
-    "upstream's vgg19_conv.pth"
-)
 _INCEPTION = (
     "an Inception network as TorchScript (--inception-weights PATH): NVIDIA's inception-2015-12-05.pt, which "
     "stylegan2-ada-pytorch and clean-fid use"
@@ -108,6 +104,8 @@ class PhotoMetrics:
 
 def check_networks(names: Collection[str], vgg: object, inception: object) -> None:
     """Raise `InputError` for an unknown metric, for none, and for one whose network is None."""
+    from ...train.networks.vgg_weights import VGG_FILES
+
     if unknown := sorted(set(names) - set(METRICS)) or not names:
         raise InputError(f"metrics {unknown or ''}: expected some of {', '.join(METRICS)}")
     for users, network, what in (({"fid"}, inception, _INCEPTION), ({"semantic", "style"}, vgg, VGG_FILES)):

@@ -42,12 +42,12 @@ def matrix_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Published(nn.Module):
-    """`model` in the published form, sharing its weights; with `attention` also the self-attention's matrix."""
+    """`model` in the published form, sharing its weights."""
 
-    def __init__(self, model: CoCosNet, *, attention: bool = True) -> None:
+    def __init__(self, model: CoCosNet) -> None:
         super().__init__()
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-        if attention and isinstance(block := self.model.generator.attention, SelfAttention):
+        if isinstance(block := self.model.generator.attention, SelfAttention):
             block.attend = matrix_attention
 
     def forward(self, label: Tensor, exemplar: Tensor, exemplar_label: Tensor | None = None) -> Tensor:
@@ -57,7 +57,7 @@ class Published(nn.Module):
         theta = model.encode_query(planes)
         phi, values = model.encode_exemplar(exemplar, exemplar_label)
         weights = reference.logits(theta, phi, config.patch, config.temperature).softmax(-1)  # (B, N, M)
-        warped = (values.flatten(2) @ weights.mT).unflatten(2, theta.shape[2:])
+        warped = torch.unflatten(values.flatten(2) @ weights.mT, 2, theta.shape[2:])
         return model.synthesize(warped, planes)[0]
 
 

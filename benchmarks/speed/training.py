@@ -69,7 +69,7 @@ def estimate(case: Case, assets: Assets) -> Benchmark:
     Returns:
         A benchmark of facts alone: MiB of one sample, and the largest batches.
     """
-    from ...train.memory_estimate import GIB, Planner
+    from ...train.memory_estimate import GIB, MemoryEstimate
     from ...train.settings import read_settings
 
     parameters = case.parameters
@@ -77,11 +77,11 @@ def estimate(case: Case, assets: Assets) -> Benchmark:
         f"model.image_size={parameters['size']}",
         f"run.checkpointing={str(parameters['checkpointing']).lower()}",
     ]
-    planner = Planner(read_settings(parameters["preset"], [*changes, *parameters["changes"]]))
-    one = planner.peak(1)
+    estimate = MemoryEstimate(read_settings(parameters["preset"], [*changes, *parameters["changes"]]))
+    one = estimate.peak(1)
     largest = {}
     for budget in parameters["budgets_gib"]:
-        batch, peak = planner.largest_batch(budget * GIB)
+        batch, peak = estimate.largest_batch(budget * GIB)
         largest[f"{budget:g}"] = {"batch": batch, "mib": _mib(peak.total)}
     parts = {name: _mib(size) for name, size in one._asdict().items()}
     return Benchmark(None, facts={"one_mib": {"total": _mib(one.total), **parts}, "largest": largest})

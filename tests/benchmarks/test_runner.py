@@ -214,6 +214,6 @@ def test_without_psutil_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("threads", [0, -1, 257, 100_000])
 def test_a_number_of_threads_out_of_range_is_refused(threads: int) -> None:
-    with pytest.raises(InputError, match=f"threads: expected 1 to 256, got {threads}"):
+    with pytest.raises(InputError, match=f"num_threads: expected a whole number from 1 to 256, .*; got {threads}$"):
         Assets(threads=threads)
     assert Assets(threads=256).threads == 256

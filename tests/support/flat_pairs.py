@@ -17,8 +17,8 @@ PLAIN = {"image": 1.0, "warp": 0.5, "label": 0.1}
 class FlatPairs:
     """Blocks of flat color: the target has the exemplar's colors, in its own blocks."""
 
-    def __init__(self, count: int = 5, size: int = 64) -> None:
-        self.count, self.size = count, size
+    def __init__(self, count: int = 5, size: int = 64, dtype: type[np.floating[Any]] = np.float32) -> None:
+        self.count, self.size, self.dtype = count, size, dtype
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -29,7 +29,7 @@ class FlatPairs:
 
     def __getitem__(self, index: int) -> Item:
         rng = np.random.default_rng(index)
-        colors = rng.uniform(-0.9, 0.9, (12, 3)).astype(np.float32)
+        colors = rng.uniform(-0.9, 0.9, (12, 3)).astype(self.dtype)
         blocks = rng.integers(0, 4, (2, 4, 4), dtype=np.uint8)
         label, exemplar_label = blocks.repeat(self.size // 4, 1).repeat(self.size // 4, 2)
         return {
@@ -47,9 +47,9 @@ _SUPERVISED: dict[str, Any] = {
     "model": {"preset": "tiny", "warp_residual": True, "position_frequencies": 2},
     "supervised": SUPERVISED,
     "data": {"kind": "avatars"},
-    "optimizer": {"rate": 1e-3, "two_rates": False, "beta1": 0.9, "eps": 1e-8, "spectral_norm": False},
+    "optimizer": {"lr": 1e-3, "ttur": False, "beta1": 0.9, "eps": 1e-8, "spectral_norm": False},
     "schedule": {"steps": 6},
-    "run": {"batch": 2, "micro_batch": 0, "ema": 0.99, "workers": 0, "device": "cpu"},
+    "run": {"batch": 2, "micro_batch": 0, "ema_decay": 0.99, "workers": 0, "device": "cpu"},
 }
 _ADVERSARIAL: dict[str, Any] = {
     **_SUPERVISED,

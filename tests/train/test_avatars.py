@@ -16,25 +16,25 @@ import pytest
 
 from flashcocos.errors import BackendError, InputError
 from flashcocos.train.data import avatars, avatars_draw, avatars_paint
-from flashcocos.train.data.avatars import AvatarOptions, AvatarPairs, plan_pair, prepare_pairs, render_pair, uncovered
+from flashcocos.train.data.avatars import AvatarOptions, AvatarPairs, choose_pair, prepare_pairs, render_pair, uncovered
 from flashcocos.train.data.avatars_draw import STYLES, hair_variants, random_structure, render_image, render_label
 from flashcocos.train.data.avatars_paint import CLASSES, DEFAULT_LOOK, Look, Paint, random_look
 
 pytest.importorskip("dicebear", reason="needs the extra `avatars`")
 
 SMALL = AvatarOptions(size=32)
-RETRIEVED = AvatarOptions(size=32, retrieved=1.0, pseudo=0.0, across=0.0)
+RETRIEVED = AvatarOptions(size=32, retrieved_share=1.0, pseudo_share=0.0, across_share=0.0)
 
 
 def test_the_same_key_gives_the_same_bytes_in_another_process() -> None:
     code = (
         "from flashcocos.train.data.avatars import *; import hashlib;"
-        "p = render_pair('train', 3, AvatarOptions(size=32, retrieved=0, pseudo=1));"
+        "p = render_pair('train', 3, AvatarOptions(size=32, retrieved_share=0, pseudo_share=1));"
         "print(hashlib.sha256(b''.join(a.tobytes() for a in (p.label, p.target, p.exemplar_label, p.exemplar)))"
         ".hexdigest())"
     )
     runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout}
-    pair = render_pair("train", 3, AvatarOptions(size=32, retrieved=0, pseudo=1))
+    pair = render_pair("train", 3, AvatarOptions(size=32, retrieved_share=0, pseudo_share=1))
     blob = b"".join(array.tobytes() for array in (pair.label, pair.target, pair.exemplar_label, pair.exemplar))
     assert runs == {hashlib.sha256(blob).hexdigest() + "\n"}
 
@@ -111,28 +111,28 @@ def test_hair_variants_are_held_out_of_training_and_validation() -> None:
         kept = set(hair_variants(style)[0])
         assert not kept & held[style]
         assert len(held[style]) == max(1, round(0.1 * len(kept | held[style])))
-    options = dataclasses.replace(RETRIEVED, pseudo=1.0, retrieved=0.0)
+    options = dataclasses.replace(RETRIEVED, pseudo_share=1.0, retrieved_share=0.0)
     shown = {}
     for split in ("train", "validation", "test"):
-        plans = [plan_pair(split, index, options) for index in range(300)]
-        shown[split] = sum(plan.structure.hair in held[plan.structure.style] for plan in plans)
+        recipes = [choose_pair(split, index, options) for index in range(300)]
+        shown[split] = sum(recipe.structure.hair in held[recipe.structure.style] for recipe in recipes)
     assert shown["train"] == shown["validation"] == 0
     assert shown["test"] > 10
 
 
 def test_splits_share_no_structure_and_no_look() -> None:
-    options = AvatarOptions(retrieved=0.0, pseudo=1.0)
-    plans = {split: [plan_pair(split, index, options) for index in range(200)] for split in avatars.SPLITS}
+    options = AvatarOptions(retrieved_share=0.0, pseudo_share=1.0)
+    recipes = {split: [choose_pair(split, index, options) for index in range(200)] for split in avatars.SPLITS}
     for kind in ("structure", "look"):
-        sets = [{getattr(plan, kind) for plan in plans[split]} for split in plans]
+        sets = [{getattr(recipe, kind) for recipe in recipes[split]} for split in recipes]
         assert len(set.union(*sets)) == sum(len(one) for one in sets) == 600
-    another = plan_pair("train", 0, dataclasses.replace(options, seed=1))
-    assert another.structure != plans["train"][0].structure
+    another = choose_pair("train", 0, dataclasses.replace(options, seed=1))
+    assert another.structure != recipes["train"][0].structure
 
 
 def test_shares_of_the_kinds() -> None:
-    options = AvatarOptions(size=8, retrieved=0.0, pseudo=0.3)
-    kinds = [plan_pair("train", index, options).kind for index in range(500)]
+    options = AvatarOptions(size=8, retrieved_share=0.0, pseudo_share=0.3)
+    kinds = [choose_pair("train", index, options).kind for index in range(500)]
     assert 0.24 < kinds.count("pseudo") / 500 < 0.36
     assert kinds.count("pseudo") + kinds.count("free") == 500
 
@@ -150,16 +150,16 @@ def test_coverage_redraws_then_paints_what_is_missing(monkeypatch: pytest.Monkey
     monkeypatch.setattr(avatars, "render_label", label)
     hat = CLASSES.index("hat")
     answer = 5  # the target is the first label, so this is the fourth exemplar
-    plan = plan_pair("train", 0, RETRIEVED)
+    recipe = choose_pair("train", 0, RETRIEVED)
     assert len(drawn) == 5
-    assert plan.partner == drawn[-1]
-    assert plan.look == plan.partner_look == random_look("0/train/0/look")
+    assert recipe.partner == drawn[-1]
+    assert recipe.look == recipe.partner_look == random_look("0/train/0/look")
     drawn.clear()
     answer = 0
-    plan = plan_pair("train", 0, RETRIEVED)
+    recipe = choose_pair("train", 0, RETRIEVED)
     assert len(drawn) == 1 + 1 + avatars.MAX_REDRAWS
-    assert plan.look.paints[hat] == plan.partner_look.paints[hat] == DEFAULT_LOOK.paints[hat]
-    assert plan.partner is not None
+    assert recipe.look.paints[hat] == recipe.partner_look.paints[hat] == DEFAULT_LOOK.paints[hat]
+    assert recipe.partner is not None
 
 
 def test_uncovered() -> None:
@@ -174,17 +174,17 @@ def test_uncovered() -> None:
 
 
 def test_retrieved_pairs_keep_the_style_unless_told_otherwise() -> None:
-    plan = plan_pair("test", 1, RETRIEVED)
-    assert plan.kind == "retrieved"
-    assert plan.partner is not None
-    assert plan.partner.style == plan.structure.style
-    everywhere = dataclasses.replace(RETRIEVED, size=8, across=1.0)
-    plans = [plan_pair("test", index, everywhere) for index in range(6)]
-    assert any(plan.partner.style != plan.structure.style for plan in plans if plan.partner)
+    recipe = choose_pair("test", 1, RETRIEVED)
+    assert recipe.kind == "retrieved"
+    assert recipe.partner is not None
+    assert recipe.partner.style == recipe.structure.style
+    everywhere = dataclasses.replace(RETRIEVED, size=8, across_share=1.0)
+    recipes = [choose_pair("test", index, everywhere) for index in range(6)]
+    assert any(recipe.partner.style != recipe.structure.style for recipe in recipes if recipe.partner)
 
 
 def test_a_pseudo_exemplar_is_the_warped_target() -> None:
-    options = AvatarOptions(size=64, retrieved=0.0, pseudo=1.0)
+    options = AvatarOptions(size=64, retrieved_share=0.0, pseudo_share=1.0)
     pair = render_pair("train", 3, options)
     assert pair.kind == "pseudo"
     assert not np.array_equal(pair.exemplar, pair.target)
@@ -198,17 +198,17 @@ def test_a_pseudo_exemplar_is_the_warped_target() -> None:
 
 def test_bad_requests() -> None:
     with pytest.raises(InputError, match="got 'dev'"):
-        plan_pair("dev", 0, SMALL)
+        choose_pair("dev", 0, SMALL)
     with pytest.raises(InputError, match="0 to 999, got 1000"):
-        plan_pair("test", 1000, SMALL)
+        choose_pair("test", 1000, SMALL)
     with pytest.raises(InputError, match=r"got 0\.8, 0\.3"):
-        AvatarOptions(retrieved=0.8)
+        AvatarOptions(retrieved_share=0.8)
     with pytest.raises(InputError, match="got 4"):
         AvatarOptions(size=4)
 
 
 def test_items_and_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = AvatarOptions(size=32, retrieved=0.3, pseudo=0.4)
+    options = AvatarOptions(size=32, retrieved_share=0.3, pseudo_share=0.4)
     pairs = AvatarPairs("train", options, count=5, folder=tmp_path, workers=1)
     assert len(pairs) == 5
     rendered = [render_pair("train", index, options) for index in range(5)]
@@ -230,7 +230,7 @@ def test_items_and_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_more_processes_and_a_longer_set_give_the_same_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avatars, "_CHUNK", 1)
-    options = AvatarOptions(size=8, retrieved=0.0, pseudo=1.0)
+    options = AvatarOptions(size=8, retrieved_share=0.0, pseudo_share=1.0)
     first = AvatarPairs("train", options, count=2, folder=tmp_path / "one", workers=1)
     first = AvatarPairs("train", options, count=3, folder=tmp_path / "one", workers=1)
     second = AvatarPairs("train", options, count=3, folder=tmp_path / "two", workers=2)
@@ -240,20 +240,22 @@ def test_more_processes_and_a_longer_set_give_the_same_pairs(tmp_path: Path, mon
 
 
 def test_the_file_is_named_after_what_decides_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = AvatarOptions(size=8, retrieved=0.0, pseudo=1.0)
+    options = AvatarOptions(size=8, retrieved_share=0.0, pseudo_share=1.0)
     names = {prepare_pairs("train", options, count=1, folder=tmp_path, workers=1).name}
-    for change in ({"seed": 1}, {"size": 16}, {"pseudo": 0.9}):
+    for change in ({"seed": 1}, {"size": 16}, {"pseudo_share": 0.9}):
         changed = dataclasses.replace(options, **change)
         names.add(prepare_pairs("train", changed, count=1, folder=tmp_path, workers=1).name)
     monkeypatch.setattr(avatars, "package_versions", lambda: {"resvg": "another"})
     names.add(prepare_pairs("train", options, count=1, folder=tmp_path, workers=1).name)
     assert len(names) == 5
-    assert AvatarOptions(retrieved=1, pseudo=0) == AvatarOptions(retrieved=1.0, pseudo=0.0)
-    assert repr(AvatarOptions(retrieved=1, pseudo=0)) == repr(AvatarOptions(retrieved=1.0, pseudo=0.0))
+    assert AvatarOptions(retrieved_share=1, pseudo_share=0) == AvatarOptions(retrieved_share=1.0, pseudo_share=0.0)
+    assert repr(AvatarOptions(retrieved_share=1, pseudo_share=0)) == repr(
+        AvatarOptions(retrieved_share=1.0, pseudo_share=0.0)
+    )
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
-    options = AvatarOptions(size=8, retrieved=0.0, pseudo=1.0)
+    options = AvatarOptions(size=8, retrieved_share=0.0, pseudo_share=1.0)
     pairs = AvatarPairs("train", options, count=2, folder=tmp_path, workers=1)
     with sqlite3.connect(pairs.path) as database:
         database.execute("UPDATE pairs SET pair = x'00' WHERE number = 0")

@@ -15,7 +15,7 @@ from flashcocos.train.data import avatars, photos
 
 
 def whole(pieces: list[Batch]) -> Batch:
-    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    return Batch(*map(torch.cat, zip(*pieces, strict=True)))
 
 
 def test_an_epoch_shows_every_sample_once_and_is_told_to_the_data() -> None:
@@ -25,7 +25,7 @@ def test_an_epoch_shows_every_sample_once_and_is_told_to_the_data() -> None:
     expected = torch.stack([torch.as_tensor(FlatPairs()[index]["image"]) for index in range(6)])
     orders = []
     for epoch in range(2):
-        shown = torch.cat([whole(steps[3 * epoch + step])["image"] for step in range(3)])
+        shown = torch.cat([whole(steps[3 * epoch + step]).image for step in range(3)])
         matches = torch.cdist(shown.flatten(1), expected.flatten(1)) < 1e-3
         assert matches.sum(0).tolist() == [1] * 6
         assert data.epoch == epoch
@@ -44,37 +44,40 @@ def test_processes_and_micro_batches_share_a_batch(world: int, micro_batch: int,
         assert len(own[1]) == pieces
         shares += own[1]
     together = whole(shares)
-    assert all(torch.equal(together[name], expected[name]) for name in expected)
+    assert all(map(torch.equal, together, expected))
 
 
 def test_mirroring_and_recoloring_keep_a_sample_together() -> None:
     batch = Steps(FlatPairs(), settings(run={"batch": 5}, data={"mirror": 1.0, "recolor": 1.0}))[0][0]
     plain = Steps(FlatPairs(), settings(run={"batch": 5}))[0][0]
-    assert torch.equal(batch["label"], plain["label"].flip(-1))
-    assert torch.equal(batch["image"].sort(1).values, plain["image"].flip(-1).sort(1).values)
-    assert not torch.equal(batch["image"], plain["image"].flip(-1))
+    assert torch.equal(batch.label, plain.label.flip(-1))
+    assert torch.equal(batch.image.sort(1).values, plain.image.flip(-1).sort(1).values)
+    assert not torch.equal(batch.image, plain.image.flip(-1))
     for row in range(5):
         colors = {}
-        for kind, label in (("exemplar", "exemplar_label"), ("image", "label")):
-            for name in batch[label][row].unique().tolist():
-                colors[kind, name] = batch[kind][row][:, batch[label][row] == name].mean(1)
+        for kind, pictures, labels in (
+            ("exemplar", batch.exemplar, batch.exemplar_label),
+            ("image", batch.image, batch.label),
+        ):
+            for name in labels[row].unique().tolist():
+                colors[kind, name] = pictures[row][:, labels[row] == name].mean(1)
         for name in range(4):
             torch.testing.assert_close(colors["exemplar", name], colors["image", name])
 
 
-def test_half_steps_see_half_the_size() -> None:
-    steps = Steps(FlatPairs(5, size=128), settings(schedule={"half_steps": 1}))
+def test_low_res_steps_see_half_the_size() -> None:
+    steps = Steps(FlatPairs(5, size=128), settings(schedule={"low_res_steps": 1}))
     small, large = steps[0][0], steps[1][0]
-    assert small["label"].shape == (2, 64, 64)
-    assert small["image"].shape == (2, 3, 64, 64)
-    assert large["exemplar"].shape == (2, 3, 128, 128)
+    assert small.label.shape == (2, 64, 64)
+    assert small.image.shape == (2, 3, 64, 64)
+    assert large.exemplar.shape == (2, 3, 128, 128)
 
 
 def test_workers_give_the_same_steps() -> None:
     alone, helped = (list(Steps(FlatPairs(), settings(run={"workers": n})).loader(2)) for n in (0, 2))
     assert len(alone) == len(helped) == 4
     for one, other in zip(alone, helped, strict=True):
-        assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+        assert all(map(torch.equal, one[0], other[0]))
 
 
 def test_batches_that_do_not_fit() -> None:
@@ -89,11 +92,11 @@ def test_batches_that_do_not_fit() -> None:
 def test_avatars_have_targets_and_the_models_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(split: str, options: avatars.AvatarOptions, *, count: int, folder: str) -> FlatPairs:
         assert (split, options.size, count, folder) == ("train", 64, 3, str(tmp_path))
-        assert (options.retrieved, options.pseudo) == (0.8, 0.2)
+        assert (options.retrieved_share, options.pseudo_share) == (0.8, 0.2)
         return FlatPairs(count)
 
     monkeypatch.setattr(avatars, "AvatarPairs", fake)
-    chosen = {"count": 3, "cache": str(tmp_path), "retrieved": 0.8}
+    chosen = {"count": 3, "cache": str(tmp_path), "retrieved_share": 0.8}
     assert len(open_data(settings(data=chosen))) == 3
     with pytest.raises(InputError, match="needs a model of 12 label classes"):
         open_data(settings(model={"label_channels": 13}))
@@ -107,7 +110,8 @@ def test_photos_get_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return FlatPairs()
 
     monkeypatch.setattr(photos, "PhotoPairs", fake)
-    chosen = {"kind": "photos", "root": "here", "pairs": "list.txt", "retrieved": 0.5, "hard": 0.25, "load_size": 80}
+    chosen = {"kind": "photos", "root": "here", "pairs": "list.txt", "load_size": 80}
+    chosen |= {"retrieved_share": 0.5, "hard_share": 0.25}
     made = settings(data=chosen, run={"seed": 7})
     open_data(made)
     assert seen["positional"] == (made.model, "here", "list.txt")

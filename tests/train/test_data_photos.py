@@ -152,7 +152,7 @@ def test_items_follow_from_seed_epoch_and_index(folder: Path) -> None:
 
 
 def test_label_and_picture_are_cut_and_mirrored_alike_and_exemplars_apart(folder: Path) -> None:
-    data = opened(folder, options=options(retrieved=0.0, hard=0.0))
+    data = opened(folder, options=options(retrieved_share=0.0, hard_share=0.0))
     mirrored = set()
     for index in range(9):
         item = data[index]
@@ -171,7 +171,7 @@ def test_label_and_picture_are_cut_and_mirrored_alike_and_exemplars_apart(folder
 
 def test_the_same_person_stands_for_the_photograph(folder: Path) -> None:
     (folder / "same.txt").write_text("0,images\\7.png,8\n")
-    data = opened(folder, same=folder / "same.txt", options=options(retrieved=0.0, hard=0.0))
+    data = opened(folder, same=folder / "same.txt", options=options(retrieved_share=0.0, hard_share=0.0))
     assert number_of(data[0]["exemplar"]) == 7
     assert data[0]["has_target"]
     assert data[0]["self_reference"] == 1
@@ -180,7 +180,7 @@ def test_the_same_person_stands_for_the_photograph(folder: Path) -> None:
 
 def test_deepfashion_is_not_flipped_and_shows_no_retrieved_exemplar() -> None:
     deepfashion = PhotoOptions.for_model(ModelConfig.preset("deepfashion"))
-    assert (deepfashion.retrieved, deepfashion.flip, deepfashion.load_size) == (0.0, False, 286)
+    assert (deepfashion.retrieved_share, deepfashion.flip, deepfashion.load_size) == (0.0, False, 286)
     assert PhotoOptions.for_model(ModelConfig.preset("ade20k"), seed=3) == PhotoOptions(seed=3)
     assert PhotoOptions.for_model(CONFIG).load_size == 72
 
@@ -203,7 +203,9 @@ def test_which_samples_are_shown(folder: Path) -> None:
     assert len(opened(folder)) == 9
     (folder / "few.txt").write_text("5\n")
     assert len(opened(folder, samples=folder / "few.txt")) == 1
-    alone = PhotoPairs(CONFIG, folder, None, samples=folder / "few.txt", options=options(retrieved=0.0, hard=0.0))
+    alone = PhotoPairs(
+        CONFIG, folder, None, samples=folder / "few.txt", options=options(retrieved_share=0.0, hard_share=0.0)
+    )
     assert alone[0]["has_target"]
 
 
@@ -234,7 +236,7 @@ def test_bad_options(folder: Path) -> None:
         opened(folder, split="dev")
     with pytest.raises(InputError, match="not a folder"):
         PhotoPairs(CONFIG, folder / "nowhere", None)
-    with pytest.raises(InputError, match=r"hard 0\.9, retrieved 0\.7"):
-        PhotoOptions(hard=0.9)
+    with pytest.raises(InputError, match=r"hard_share <= retrieved_share <= 1, got 0\.9 and 0\.7"):
+        PhotoOptions(hard_share=0.9)
     with pytest.raises(InputError, match="size 300, load_size 286"):
         PhotoOptions(size=300)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashcocos.errors import BackendError
-from flashcocos.train.logger import Logbook, label_picture
+from flashcocos.train.logger import TrainLogger, label_picture
 
 
 def test_a_class_has_a_color_and_so_has_a_plane() -> None:
@@ -29,4 +29,4 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(BackendError, match=r"tensorboard is missing: pip install 'flashcocos\[train\]'"):
-        Logbook(tmp_path, 0, 1, 1)
+        TrainLogger(tmp_path, 0, 1, 1)

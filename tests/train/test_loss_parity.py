@@ -35,9 +35,10 @@ from torch import Tensor
 from flashcocos.config import ModelConfig
 from flashcocos.preprocess import load_image, load_raw
 from flashcocos.train import losses
+from flashcocos.train.batches import Batch
 from flashcocos.train.losses import WEIGHTS, LossWeights
 from flashcocos.train.networks import CoCosNet, Discriminator, Vgg19
-from flashcocos.train.objective import Batch, discriminator_pass, generator_pass
+from flashcocos.train.objective import discriminator_pass, generator_pass
 from flashcocos.train.upstream import load_upstream_state, upstream_key
 
 TERM_BOUND = 1e-5
@@ -86,6 +87,7 @@ def load_batch(task: str, folder: Path, second: str) -> Batch:
         exemplar=torch.stack([exemplar, image_1]),
         exemplar_label=torch.stack([exemplar_label, label_1]),
         self_reference=torch.tensor([0.0, 1.0]),
+        has_target=torch.tensor([False, True]),
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,7 +95,7 @@ def test_warp_mask_counts_known_classes_of_the_exemplar() -> None:
 
 
 def test_presets() -> None:
-    """The options of upstream's training commands; those that all four share are the defaults."""
+    """The options of upstream's training commands; four terms are shared."""
     shared = {"domain": 10, "adversarial": 10, "discriminator_features": 10, "contextual": 10, "warp_two_cycle": 0}
     tasks = {
         "ade20k": (1, 0.01, "r52", 0, 0, 100),
@@ -108,6 +107,6 @@ def test_presets() -> None:
     assert set(WEIGHTS) == set(tasks)
     for task, values in tasks.items():
         expected = {**shared, **dict(zip(names, values, strict=True)), "upstream_batch_scale": True}
-        assert dataclasses.asdict(LossWeights.preset(task)) == expected
+        assert msgspec.structs.asdict(LossWeights.preset(task)) == expected
     with pytest.raises(InputError, match="no loss weights for task 'cats'; available: ade20k"):
         LossWeights.preset("cats")

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
+from msgspec.structs import replace
 from operator_log import OperatorLog
 from torch import Tensor
 
 from flashcocos.config import ModelConfig
 from flashcocos.kernels.reference import logits
 from flashcocos.train import losses
+from flashcocos.train.batches import Batch
 from flashcocos.train.losses import LossWeights
 from flashcocos.train.networks import CoCosNet, Discriminator, Vgg19
-from flashcocos.train.objective import Batch, discriminator_pass, generator_pass
+from flashcocos.train.objective import discriminator_pass, generator_pass
 
-ALL_TERMS = LossWeights(warp_cycle=1.0, warp_two_cycle=2.0, warp_self=3.0, warp_mask=4.0)
-NO_IMAGE_TERMS = dataclasses.replace(
+ALL_TERMS = replace(LossWeights.preset("celebahq"), warp_cycle=1.0, warp_two_cycle=2.0, warp_self=3.0, warp_mask=4.0)
+NO_IMAGE_TERMS = replace(
     ALL_TERMS, adversarial=0.0, discriminator_features=0.0, pseudo_features=0.0, perceptual=0.0, contextual=0.0
 )
 
@@ -37,7 +37,7 @@ def make_batch(config: ModelConfig, count: int, side: int) -> Batch:
     pairs = torch.zeros(count)
     pairs[-1] = 1
     exemplar = torch.cat([torch.rand(count - 1, 3, side, side) * 2 - 1, image[-1:]])
-    return Batch(label, image, exemplar, torch.cat([label[:-1].flip(2), label[-1:]]), pairs)
+    return Batch(label, image, exemplar, torch.cat([label[:-1].flip(2), label[-1:]]), pairs, pairs > 0)
 
 
 def in_float64(batch: Batch) -> Batch:
@@ -109,18 +109,17 @@ def test_both_passes_train_every_parameter() -> None:
 
 def test_a_weight_of_zero_computes_nothing() -> None:
     config = ModelConfig.preset("tiny")
-    weights = LossWeights(**{field.name: 0.0 for field in dataclasses.fields(LossWeights) if field.type == "float"})
-    result = generator_pass(CoCosNet(config), None, None, weights, make_batch(config, 1, 64))
+    result = generator_pass(CoCosNet(config), None, None, LossWeights(), make_batch(config, 1, 64))
     assert result.terms == {}
 
 
 def test_the_switch_of_the_batch_scale() -> None:
     config = ModelConfig.preset("tiny")
     model, vgg, batch = CoCosNet(config), Vgg19(), make_batch(config, 3, 64)
-    weights = dataclasses.replace(ALL_TERMS, adversarial=0.0, discriminator_features=0.0)
+    weights = replace(ALL_TERMS, adversarial=0.0, discriminator_features=0.0)
     with torch.no_grad():
         upstream, plain = (
-            generator_pass(model, None, vgg, dataclasses.replace(weights, upstream_batch_scale=on), batch).terms
+            generator_pass(model, None, vgg, replace(weights, upstream_batch_scale=on), batch).terms
             for on in (True, False)
         )
     for name, term in upstream.items():
@@ -132,7 +131,7 @@ def test_planes_carried_along_warp_as_the_exemplar_does() -> None:
     config = ModelConfig.preset("tiny")
     model, batch = CoCosNet(config), make_batch(config, 2, 64)
     carry = model.warp_values(batch.exemplar)
-    weights = dataclasses.replace(NO_IMAGE_TERMS, warp_cycle=0.0, warp_two_cycle=0.0, warp_self=0.0, domain=0.0)
+    weights = replace(NO_IMAGE_TERMS, warp_cycle=0.0, warp_two_cycle=0.0, warp_self=0.0, domain=0.0)
     result = generator_pass(model, None, None, weights, batch, carry)
     torch.testing.assert_close(model.upsample_warp(result.carried), result.warped_image)
 

@@ -21,7 +21,7 @@ from flashcocos.config import ModelConfig
 from flashcocos.preprocess import load_image, load_raw
 from flashcocos.train.checkpoint import load_model
 from flashcocos.train.networks import CoCosNet
-from flashcocos.train.networks.cocosnet import Translation
+from flashcocos.train.networks.cocosnet import ModelOutput
 from flashcocos.train.upstream import TASKS, convert
 
 DATA = Path(__file__).parents[1] / "data" / "parity_synthetic"
@@ -46,12 +46,12 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @torch.no_grad()
-def translate(model: CoCosNet, label: Tensor, ref: Tensor, label_ref: Tensor) -> Translation:
-    result: Translation = model(label, ref, label_ref if model.config.condition_on_label else None)
+def translate(model: CoCosNet, label: Tensor, ref: Tensor, label_ref: Tensor) -> ModelOutput:
+    result: ModelOutput = model(label, ref, label_ref if model.config.condition_on_label else None)
     return result
 
 
-def check(result: Translation, stored: Mapping[str, np.ndarray], feature_step: int, image_step: int) -> None:
+def check(result: ModelOutput, stored: Mapping[str, np.ndarray], feature_step: int, image_step: int) -> None:
     """Compare with stored results, of which features and images keep every so many-th row and column."""
     outputs = {"theta": result.theta, "phi": result.phi, "warp_out": result.warped_image, "fake_image": result.image}
     for name, tensor in outputs.items():

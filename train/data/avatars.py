@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...errors import InputError
+from ...files import cache_folder
 from . import Item
 from .avatars_draw import Structure, package_versions, random_structure, render_image, render_label
 from .avatars_paint import CLASSES, DEFAULT_LOOK, Look, random_look
@@ -44,24 +45,27 @@ _CHUNK = 64  # pairs per work unit and per transaction
 class AvatarOptions:
     """What decides the pairs beside split and index.
 
-    size: side in pixels, 8 to 4096. seed: another seed is another data set. retrieved, pseudo: shares of these kinds
-    of pairs; the rest is free. across: share of the retrieved pairs whose exemplar may be of another style.
+    Attributes:
+        size: side in pixels, 8 to 4096.
+        seed: another seed is another data set.
+        retrieved_share, pseudo_share: of these kinds of pairs; the rest is free.
+        across_share: of the retrieved pairs, those whose exemplar may be of another style.
     """
 
     size: int = 128
     seed: int = 0
-    retrieved: float = 0.6
-    pseudo: float = 0.3
-    across: float = 0.1
+    retrieved_share: float = 0.6
+    pseudo_share: float = 0.3
+    across_share: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("retrieved", "pseudo", "across"):
+        for name in ("retrieved_share", "pseudo_share", "across_share"):
             object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 name the same file of pairs
-        shares = (self.retrieved, self.pseudo, self.across)
-        if any(not 0 <= share <= 1 for share in shares) or self.retrieved + self.pseudo > 1 + 1e-9:
+        shares = (self.retrieved_share, self.pseudo_share, self.across_share)
+        if any(not 0 <= share <= 1 for share in shares) or self.retrieved_share + self.pseudo_share > 1 + 1e-9:
             raise InputError(
-                "avatar pairs: retrieved, pseudo and across are shares from 0 to 1, the first two of one total; "
-                f"got {self.retrieved}, {self.pseudo}, {self.across}"
+                "avatar pairs: retrieved_share, pseudo_share and across_share are 0 to 1, also the first two added; "
+                f"got {self.retrieved_share}, {self.pseudo_share}, {self.across_share}"
             )
         if not 8 <= self.size <= 4096:
             raise InputError(f"avatar size: expected 8 to 4096 pixels, got {self.size}")
@@ -82,7 +86,7 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Recipe:
     """What pair number `index` of a split shows, before it is drawn. `partner` is None for a pseudo pair."""
 
     kind: str
@@ -92,7 +96,7 @@ class Plan:
     partner_look: Look
 
 
-def plan_pair(split: str, index: int, options: AvatarOptions) -> Plan:
+def choose_pair(split: str, index: int, options: AvatarOptions) -> Recipe:
     """The structures and looks of one pair; draws labels, as the coverage rule needs them.
 
     Raises `InputError` for an unknown split or an index outside it, `BackendError` without the extra `avatars`.
@@ -107,12 +111,12 @@ def plan_pair(split: str, index: int, options: AvatarOptions) -> Plan:
     look = random_look(f"{key}/look")
     rng = random.Random(f"{key}/kind")
     kind_draw, across_draw = rng.random(), rng.random()
-    if kind_draw >= options.retrieved:
-        if kind_draw < options.retrieved + options.pseudo:
-            return Plan("pseudo", structure, look, None, look)
+    if kind_draw >= options.retrieved_share:
+        if kind_draw < options.retrieved_share + options.pseudo_share:
+            return Recipe("pseudo", structure, look, None, look)
         partner = random_structure(f"{key}/free", style=structure.style, held_out=held_out)
-        return Plan("free", structure, look, partner, random_look(f"{key}/free look"))
-    style = None if across_draw < options.across else structure.style
+        return Recipe("free", structure, look, partner, random_look(f"{key}/free look"))
+    style = None if across_draw < options.across_share else structure.style
     label = render_label(structure, options.size)
     best, missing = None, np.ones(len(CLASSES), dtype=bool)
     for draw in range(1 + MAX_REDRAWS):
@@ -124,7 +128,7 @@ def plan_pair(split: str, index: int, options: AvatarOptions) -> Plan:
             break
     for place in np.flatnonzero(missing):
         look = look.replace(CLASSES[place], DEFAULT_LOOK.paints[place])
-    return Plan("retrieved", structure, look, best, look)
+    return Recipe("retrieved", structure, look, best, look)
 
 
 def uncovered(label: np.ndarray, exemplar_label: np.ndarray) -> np.ndarray:
@@ -136,17 +140,19 @@ def uncovered(label: np.ndarray, exemplar_label: np.ndarray) -> np.ndarray:
 
 def render_pair(split: str, index: int, options: AvatarOptions) -> Pair:
     """Draw one pair; same arguments and package versions, same bytes."""
-    plan, size = plan_pair(split, index, options), options.size
-    label = render_label(plan.structure, size)
-    if plan.kind == "free":
+    recipe, size = choose_pair(split, index, options), options.size
+    label = render_label(recipe.structure, size)
+    if recipe.kind == "free":
         target = np.zeros((size, size, 3), dtype=np.uint8)
     else:
-        target = render_image(plan.structure, plan.look, size)
-    if plan.partner is None:
+        target = render_image(recipe.structure, recipe.look, size)
+    if recipe.partner is None:
         flow = random_flow(f"{options.seed}/{split}/{index}/flow", size)
-        return Pair(plan.kind, label, target, warp_nearest(label, flow), warp_bilinear(target, flow))
-    partner = plan.partner
-    return Pair(plan.kind, label, target, render_label(partner, size), render_image(partner, plan.partner_look, size))
+        return Pair(recipe.kind, label, target, warp_nearest(label, flow), warp_bilinear(target, flow))
+    partner = recipe.partner
+    return Pair(
+        recipe.kind, label, target, render_label(partner, size), render_image(partner, recipe.partner_look, size)
+    )
 
 
 def random_flow(key: str, size: int) -> np.ndarray:
@@ -183,11 +189,6 @@ def warp_bilinear(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
     return np.rint(top * (1 - part_y) + bottom * part_y).astype(np.uint8)
 
 
-def cache_folder() -> Path:
-    """Where pairs are kept unless told otherwise: `flashcocos` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashcocos"
-
-
 def prepare_pairs(
     split: str,
     options: AvatarOptions,
@@ -196,18 +197,30 @@ def prepare_pairs(
     folder: str | os.PathLike[str] | None = None,
     workers: int | None = None,
 ) -> Path:
-    """Render the first `count` pairs of a split (all by default) unless they are there, and return their file.
+    """Render the first pairs of a split, those that are missing. An interrupted run keeps what it has done.
 
-    The file is an SQLite database in `folder` (`cache_folder()` by default), named after everything that decides the
-    pairs, package versions included; an interrupted run keeps what it has done. `workers`: processes, by default one
-    per CPU. Raises `InputError` for a damaged file and a count outside the split.
+    Args:
+        split: "train", "validation" or "test".
+        options: what decides the pairs.
+        count: number of pairs; all by default.
+        folder: where the file is kept; `files.cache_folder()` by default.
+        workers: processes that render; one per CPU by default.
+
+    Returns:
+        The SQLite file, named after everything that decides the pairs, package versions included.
+
+    Raises:
+        InputError: the file is damaged, or the split or the count does not exist.
+        BackendError: a package of the extra `avatars` is missing.
     """
     if split not in SPLITS:
         raise InputError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     count = SPLITS[split] if count is None else count
     if not 1 <= count <= SPLITS[split]:
         raise InputError(f"count: {split} has 1 to {SPLITS[split]} pairs, got {count}")
-    identity = {"format": FORMAT, "split": split, **dataclasses.asdict(options), **package_versions()}
+    # the options' first names, under which pairs are kept already
+    named = {name.removesuffix("_share"): value for name, value in dataclasses.asdict(options).items()}
+    identity = {"format": FORMAT, "split": split, **named, **package_versions()}
     text = json.dumps(identity, sort_keys=True)
     name = f"avatars-{split}-{options.size}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.sqlite"
     path = Path(cache_folder() if folder is None else folder) / name

@@ -1,4 +1,4 @@
-"""Photographs with labels and exemplars: the four published data sets, and a folder of one's own.
+"""Photographs with labels and exemplars: the four published data sets, and a folder of the user's own.
 
 A retrieval list says which exemplars suit a photograph: lines of `name,easy,...,hard`, as the published `*_ref.txt` are
 and `flashcocos pairs` writes them. Training draws the hard exemplar, the easy one, or the photograph itself; a test
@@ -8,7 +8,7 @@ takes the easy one. Source of the shares, sizes and flips: the options that the 
     published  the layouts of `preprocess.layouts`, whose raw label files are prepared as they are read;
                ade20k: exemplars come from `training/`, for the samples of `validation/` too
                celebahq, celebahqedge, deepfashion: `train.txt` and `val.txt` name the samples
-    one's own  images/NAME.<any> with labels/NAME.png or .npz, as `flashcocos prepare` writes them
+    own        images/NAME.<any> with labels/NAME.png or .npz, as `flashcocos prepare` writes them
 """
 
 from __future__ import annotations
@@ -38,22 +38,26 @@ _FOLDERS = {"ade20k": {"train": "training", "test": "validation"}}
 class PhotoOptions:
     """What decides the items of a photo data set in training; a test has its size and nothing random.
 
-    size: side of the items. load_size: side that pictures are resized to before a square of `size` is cut out.
-    retrieved: share of the items whose exemplar is of the list, hard: share (of all) whose exemplar is the hard one;
-    the others show the photograph itself. flip: whether half of the pictures are mirrored, exemplars independently.
+    Attributes:
+        size: side of the items.
+        load_size: side that pictures are resized to before a square of `size` is cut out.
+        retrieved_share: of the items, those whose exemplar is of the list; the others show the photograph itself.
+        hard_share: of all items, those whose exemplar is the hard one.
+        flip: whether half of the pictures are mirrored, exemplars independently.
     """
 
     size: int = 256
     load_size: int = 286
-    retrieved: float = 0.7
-    hard: float = 0.2
+    retrieved_share: float = 0.7
+    hard_share: float = 0.2
     flip: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.hard <= self.retrieved <= 1:
+        if not 0 <= self.hard_share <= self.retrieved_share <= 1:
             raise InputError(
-                f"photo pairs: expected 0 <= hard <= retrieved <= 1, got hard {self.hard}, retrieved {self.retrieved}"
+                "photo pairs: expected 0 <= hard_share <= retrieved_share <= 1, "
+                f"got {self.hard_share} and {self.retrieved_share}"
             )
         if not 1 <= self.size <= self.load_size:
             raise InputError(
@@ -68,7 +72,7 @@ class PhotoOptions:
         """
         fields: dict[str, Any] = {"size": config.image_size, "load_size": round(config.image_size * 286 / 256)}
         if config.task == "deepfashion":
-            fields.update(retrieved=0.0, hard=0.0, flip=False)
+            fields.update(retrieved_share=0.0, hard_share=0.0, flip=False)
         return cls(**{**fields, **changes})
 
 
@@ -116,14 +120,14 @@ class PhotoPairs:
         exemplars = find_photos(self._base / self._part("train"), suffixes)
         retrieval = _Names(pairs, exemplars, self._base.name)
         shown = samples if samples is not None else root / _LISTS[split] if (root / _LISTS[split]).is_file() else None
-        own = _Names(pairs if shown is None else shown, photos, self._base.name)
+        wanted = _Names(pairs if shown is None else shown, photos, self._base.name)
         together = _Names(same, exemplars, self._base.name)
-        if not own.lines:
-            raise InputError(f"{own.path or root}: names no samples; give a list of `name,exemplar,...` as `pairs`")
+        if not wanted.lines:
+            raise InputError(f"{wanted.path or root}: names no samples; give a list of `name,exemplar,...` as `pairs`")
         self._samples: list[_Sample] = []
-        for name in sorted(own.lines):
-            photo = own.photo(name)
-            retrieved = retrieval.line(name) if self.options.retrieved or not self._training else []
+        for name in sorted(wanted.lines):
+            photo = wanted.photo(name)
+            retrieved = retrieval.line(name) if self.options.retrieved_share or not self._training else []
             itself = together.line(name)[0] if name in together.lines else photo
             self._samples.append(_Sample(photo, itself, retrieved))
         self._epoch = 0
@@ -166,9 +170,9 @@ class PhotoPairs:
         if not self._training:
             return sample.retrieved[0]
         draw = rng.random()
-        if draw < self.options.hard:
+        if draw < self.options.hard_share:
             return sample.retrieved[-1]
-        return sample.retrieved[0] if draw < self.options.retrieved else sample.itself
+        return sample.retrieved[0] if draw < self.options.retrieved_share else sample.itself
 
     def _load(self, photo: Path, rng: random.Random) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
         """Label and picture of one file, cut and mirrored alike."""
@@ -220,11 +224,11 @@ class _Names:
 
     def photo(self, name: str) -> Path:
         """The photograph `name`."""
-        found = self.photos.get(name, [])
-        if len(found) != 1:
-            there = f"several photographs have that name: {', '.join(map(str, found))}" if found else "not found"
-            raise InputError(f"{name}, listed in {self.path}: {there}")
-        return found[0]
+        files = self.photos.get(name, [])
+        if len(files) != 1:
+            reason = f"several photographs have that name: {', '.join(map(str, files))}" if files else "not found"
+            raise InputError(f"{name}, listed in {self.path}: {reason}")
+        return files[0]
 
 
 def find_photos(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, list[Path]]:

@@ -19,8 +19,8 @@ from .generator import Generator
 from .layers import add_spectral_norm
 
 
-class Translation(NamedTuple):
-    """What one forward pass gives; images in [-1, 1], H = 4 h."""
+class ModelOutput(NamedTuple):
+    """What a forward pass returns; images in [-1, 1], H = 4 h."""
 
     image: Tensor  # (B, 3, H, W)
     warped_image: Tensor  # (B, 3, H, W)
@@ -88,8 +88,21 @@ class CoCosNet(nn.Module):
 
     def forward(
         self, label: Tensor, exemplar: Tensor, exemplar_label: Tensor | None = None, *, backend: str = "auto"
-    ) -> Translation:
-        """The whole translation; `backend` chooses the warp's kernel (`flashcocos.kernels.corr_warp`)."""
+    ) -> ModelOutput:
+        """The whole translation.
+
+        Args:
+            label: class ids (B, H, W), or planes (B, nc, H, W).
+            exemplar: (B, 3, h, w) float in [-1, 1].
+            exemplar_label: as `label`, of the exemplar's size; not needed without `condition_on_label`.
+            backend: of the warp (`flashcocos.kernels.corr_warp`).
+
+        Returns:
+            The image, and what it was made of.
+
+        Raises:
+            InputError: a size is no multiple of 32, or the exemplar's label is missing or of another size.
+        """
         from ...kernels import corr_warp
 
         planes = self.label_planes(label)
@@ -100,7 +113,7 @@ class CoCosNet(nn.Module):
             theta, phi, values, patch=config.patch, temperature=config.temperature, backend=backend
         )  # (B, V, h, w)
         image, warped_image = self.synthesize(warped, planes)
-        return Translation(image, warped_image, warped, theta, phi)
+        return ModelOutput(image, warped_image, warped, theta, phi)
 
     def label_planes(self, label: Tensor) -> Tensor:
         """Class ids (B, H, W) or planes (B, nc, H, W) -> planes (B, nc, H, W) of the weights' dtype."""

