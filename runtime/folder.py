@@ -20,6 +20,7 @@ from ..errors import FlashcocosError, InputError, printable
 from ..files import atomic_path, require_distinct
 from ..preprocess.images import PathLike, UInt8Array, load_rgb
 from ..preprocess.labels import load_label, resize_nearest
+from ..preprocess.palette import label_colors
 from .jobs import EXTRAS, Job, match_files
 from .pipeline import Exemplar
 from .translator import Size, Translation, Translator, resolve_size
@@ -124,23 +125,6 @@ def translate_folder(
     return Summary(done, skipped, tuple(failed))
 
 
-def label_colors(config: ModelConfig, label: npt.NDArray[Any]) -> UInt8Array:
-    """A label as a picture (H, W, 3): a color a class, or the planes' colors weighted by their values.
-
-    label: as `preprocess.load_label` gives it.
-    """
-    if config.label_kind == "classes":
-        return _palette(256)[label]
-    if config.task == "deepfashion":  # its first planes are the drawn pose itself, in RGB
-        mixed = label[:3]
-    elif config.task == "celebahqedge":  # plane 0 holds all edges; the distance maps would hide them
-        mixed = label[:1].repeat(3, 0)
-    else:
-        colors = _palette(config.label_channels + 1)[1:].astype(np.float32) / 255
-        mixed = np.einsum("nhw,nc->chw", label, colors).clip(0, 1)
-    return np.rint(mixed * 255).astype(np.uint8).transpose(1, 2, 0)
-
-
 def _check_exemplar_label(config: ModelConfig, job: Job) -> None:
     if config.condition_on_label and job.exemplar_label is None:
         raise InputError(
@@ -194,13 +178,3 @@ def _grid(
     colors = label_colors(config, resize_nearest(label, size))
     shown = np.asarray(load_rgb(picture(exemplar), size))
     return np.concatenate([colors, shown, result.warped, result.image], axis=1)
-
-
-def _palette(count: int) -> UInt8Array:
-    """`count` colors (count, 3), class 0 black: the bits of a number spread over the channels, as PASCAL VOC does."""
-    numbers = np.arange(count)
-    colors = np.zeros((count, 3), np.uint8)
-    for bit in range(3):
-        for channel in range(3):
-            colors[:, channel] |= ((numbers >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return colors

@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_tiny_bundle
 
-from flashcocos.config import ModelConfig
 from flashcocos.errors import InputError
 from flashcocos.preprocess import save_label
 from flashcocos.runtime import Translator
-from flashcocos.runtime.folder import Summary, label_colors, translate_folder
+from flashcocos.runtime.folder import Summary, translate_folder
 
 
 @pytest.fixture(scope="module")
@@ -168,22 +167,3 @@ def test_planes_from_npz(work: Path, tmp_path: Path) -> None:
         assert summary == Summary(1, 0, ())
         with pytest.raises(InputError, match="takes no exemplar labels"):
             translate_folder(translator, tmp_path / "planes", work / "pictures", tmp_path / "planes", work / "out")
-
-
-def test_label_colors() -> None:
-    ids = np.arange(151, dtype=np.uint8).reshape(1, -1)
-    colors = label_colors(ModelConfig.preset("ade20k"), ids)
-    assert (colors.shape, colors.dtype) == ((1, 151, 3), np.uint8)
-    assert len(np.unique(colors[0], axis=0)) == 151
-    assert not colors[0, 0].any()
-    planes = np.zeros((5, 2, 2), np.float32)
-    planes[0], planes[4, 0, 0] = 0.5, 1
-    mixed = label_colors(CHANNELS, planes)
-    assert (mixed[0, 1] == mixed[1, 1]).all()
-    assert mixed[0, 1].any()
-    assert (mixed[0, 0] != mixed[0, 1]).any()
-    pose = np.random.default_rng(0).random((20, 4, 4)).astype(np.float32)
-    drawn = label_colors(ModelConfig.preset("deepfashion"), pose)
-    np.testing.assert_allclose(drawn / 255, pose[:3].transpose(1, 2, 0), atol=0.5 / 255 + 1e-6)
-    edges = label_colors(ModelConfig.preset("celebahqedge"), pose[:15])
-    np.testing.assert_allclose(edges[..., 1] / 255, pose[0], atol=0.5 / 255 + 1e-6)

@@ -76,7 +76,7 @@ def test_translator(bundle: Bundle) -> None:
             exemplar = translator.encode_exemplar(random_picture(64, 64), random_label(CLASSES, 64, 64, 1))
             pictures.append(translator.translate(random_label(CLASSES, 64, 64, 2), exemplar).image)
             described = translator.describe()
-        assert {one["backend"].split()[0] for name, one in described.items() if name != "warp"} == {backend}
+        assert {info["backend"].split()[0] for name, info in described.items() if name != "warp"} == {backend}
     assert np.abs(pictures[0].astype(int) - pictures[1]).max() <= 1
 
 
