@@ -30,7 +30,7 @@ def _add_prepare(command: AddCommand) -> None:
         "They have the form that training and translation read.",
     )
     parser.add_argument(
-        "task", choices=("ade20k", "celebahq", "celebahqedge", "deepfashion"), help="what the labels are for"
+        "task", choices=("avatars", "ade20k", "celebahq", "celebahqedge", "deepfashion"), help="what the labels are for"
     )
     parser.add_argument(
         "source", metavar="FOLDER", help="pictures and raw label files, in the task's published layout or flat"
@@ -41,6 +41,9 @@ def _add_prepare(command: AddCommand) -> None:
         "--canny", choices=("upstream", "modern"), default="upstream", help="edge detector of celebahqedge"
     )
     parser.add_argument("--list", metavar="FILE", help="prepare only the samples that this list names")
+    parser.add_argument(
+        "--nearest", action="store_true", help="of avatars: colors not in the palette become the nearest"
+    )
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -50,7 +53,13 @@ def _prepare(options: argparse.Namespace) -> int:
     if options.list is not None:
         require_file(options.list)
     summary = prepare_folder(
-        options.task, options.source, options.output, size=options.size, canny=options.canny, list_file=options.list
+        options.task,
+        options.source,
+        options.output,
+        size=options.size,
+        canny=options.canny,
+        list_file=options.list,
+        nearest=options.nearest,
     )
     for message in summary.messages:
         print(printable(f"{message.name}: {message.text}"), file=sys.stderr)
