@@ -11,7 +11,7 @@ from ..files import require_distinct, require_file
 from ..runtime.options import DEVICES
 from .arguments import AddCommand, show, sides
 
-TITLE = "Train"
+TITLE = "Data and training"
 
 
 def add_commands(command: AddCommand) -> None:
@@ -82,7 +82,7 @@ def _add_pairs(command: AddCommand) -> None:
     parser.add_argument("--vgg", metavar="PATH", help="compare by VGG19, its weights from this file")
     parser.add_argument("--model", metavar="PATH", help="or by the features of a trained model, .safetensors")
     parser.add_argument("--exemplars", metavar="FOLDER", help="retrieve from these pictures (default: FOLDER itself)")
-    parser.add_argument("-k", "--count", type=int, default=10, metavar="K", help="exemplars a picture (default: 10)")
+    parser.add_argument("-k", "--count", type=int, default=10, metavar="K", help="exemplars per picture (default: 10)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="pictures that run together (default: 8)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="where the network runs (default: auto)")
 
