@@ -22,6 +22,7 @@ SLOW = (
     "export/test_graphs.py",
     "runtime/test_end_to_end.py",
     "train/test_parity.py",
+    "bundle/test_model_file.py",
     "export/test_verify.py",
     "export/test_bundle.py",
     "export/test_bundle_kernels.py",
