@@ -6,8 +6,9 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import FlashcocosError, InputError
 from . import __doc__ as scheme
@@ -64,14 +65,14 @@ def _model(options: argparse.Namespace) -> int:
 
     folder = Path(options.output)
     file = folder / "model.safetensors"
-    steps = (
-        (file, lambda: seeded_model(ModelConfig.preset(options.preset), file)),
-        (folder / "bundle", lambda: export_bundle(file, folder / "bundle")),
-        (folder / "naive.onnx", lambda: export_naive(file, folder / "naive.onnx")),
-    )
-    for path, make in steps:
+    makers: dict[Path, Callable[[Path], Any]] = {
+        file: lambda path: seeded_model(ModelConfig.preset(options.preset), path),
+        folder / "bundle": lambda path: export_bundle(file, path),
+        folder / "naive.onnx": lambda path: export_naive(file, path),
+    }
+    for path, make in makers.items():
         if not path.exists():
-            make()
+            make(path)
         print(path)
     return 0
 

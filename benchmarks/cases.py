@@ -18,7 +18,6 @@ def ablation_cases(device: str, extra_bundles: Sequence[str], config: ModelConfi
     """256 px, step by step; about 15 s a case, and a minute for the compiler."""
     size = 256
     yield _eager("ablation/eager-256", "eager", size, config, device, repeats=3)
-    yield _eager("ablation/eager-fused-256", "eager-fused", size, config, device, repeats=3, published=False)
     yield _eager("ablation/eager-tiled-256", "eager-tiled", size, config, device, repeats=2)
     yield _eager("ablation/compiled-256", "compiled", size, config, device, repeats=2)
     if device == "cuda":
@@ -46,9 +45,8 @@ def resolution_cases(device: str, extra_bundles: Sequence[str], config: ModelCon
     for size in (512, 768, 1024):
         reference = f"resolution/eager-tiled-{size}"
         options: dict[str, Any] = {"reference": reference, "repeats": 1, "warmup": False}
-        for method in ("eager-tiled", "eager", "eager-fused"):
-            published = method != "eager-fused"
-            yield _eager(f"resolution/{method}-{size}", method, size, config, device, published=published, **options)
+        for method in ("eager-tiled", "eager"):
+            yield _eager(f"resolution/{method}-{size}", method, size, config, device, **options)
         yield _naive(f"resolution/naive-{size}", "naive", size, config, **options)
         yield _runtime(f"resolution/runtime-{size}", size, cached=False, published=size == 512, **options)
         yield _runtime(f"resolution/runtime-cached-{size}", size, published=True, **options)
@@ -81,8 +79,7 @@ def _eager(
     **options: Any,
 ) -> Case:
     width = 2 if dtype == "float16" else 4
-    warp, attention = (size // 4) ** 4, (size // 2) ** 2 * (size // 4) ** 2 * config.attention
-    matrix = {"eager": max(warp, attention), "eager-fused": warp, "compiled": max(warp, attention)}.get(method, 0)
+    matrix = 0 if method == "eager-tiled" else _largest_matrix(size, config)
     is_reference = reference == name
     return Case(
         name,
@@ -109,7 +106,6 @@ def _naive(
     published: bool = True,
     **options: Any,
 ) -> Case:
-    matrix = max((size // 4) ** 4, (size // 2) ** 2 * (size // 4) ** 2 * config.attention)
     engine = "openvino" if method == "naive-openvino" else "onnxruntime"
     return Case(
         name,
@@ -119,11 +115,16 @@ def _naive(
         Gate("psnr_db", EXACT),
         reference,
         seconds=40.0,
-        memory=4 * matrix,
+        memory=4 * _largest_matrix(size, config),
         requires=(engine, "naive"),
         published=published,
         **options,
     )
+
+
+def _largest_matrix(size: int, config: ModelConfig) -> int:
+    """Elements of the larger of the two matrices of the published form: the warp's and the self-attention's."""
+    return max((size // 4) ** 4, (size // 2) ** 2 * (size // 4) ** 2 * config.attention)
 
 
 def _runtime(
@@ -165,13 +166,14 @@ def runtime_parameters(size: int, **changes: Any) -> dict[str, Any]:
 
 def warp_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """N = 32^2 to 256^2 positions, all methods; patch 1 and 3; 3, 48 and 151 values; with the backward pass."""
-    plain = ["numba", "numpy", "cpu", "sdpa", "reference"]
+    arrays, trained = ("numba", "numpy"), ["cpu", "sdpa", "reference"]
     if device == "cuda":
-        plain = ["triton", "sdpa", "reference", "compiled"]
-    trained = [method for method in plain if method not in ("numba", "numpy")]
+        # the forward pass has two kernels, of which plain "triton" takes one by a rule
+        arrays, trained = ("triton-nine-tap", "triton-straightforward"), ["triton", "sdpa", "reference", "compiled"]
+    plain = [*arrays, *trained]
     for size in (32, 64, 128, 256):
         for method in plain:
-            published = size < 256 or method in ("numba", "triton", "reference", "sdpa")
+            published = size < 256 or method not in ("numpy", "cpu", "compiled")
             yield _warp(method, size, device=device, published=published)
     for method in ("numba", "numpy") if device == "cpu" else ():
         for size in (64, 128):
@@ -183,6 +185,8 @@ def warp_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -
         for method in plain:
             yield _warp(method, 64, device=device, values=values, published=method in ("numba", "triton", "reference"))
     for method in plain:
+        if method == "triton-nine-tap":
+            continue  # for patch 3 alone
         yield _warp(method, 64, device=device, patch=1, published=method in ("numba", "triton", "reference"))
 
 
@@ -197,24 +201,27 @@ def _warp(
     backward: bool = False,
     published: bool = False,
 ) -> Case:
-    arrays, tensors = ("numba", "numpy"), ("torch", "triton", "cuda")
     parameters: dict[str, Any] = {"method": method, "size": size, "patch": patch, "values": values}
     parameters |= {"channels": CHANNELS, "inputs": inputs, "backward": backward}
-    parameters |= {"dtype": "float16" if device == "cuda" else "float32", "product": method in arrays and patch == 3}
+    parameters |= {
+        "dtype": "float16" if device == "cuda" else "float32",
+        "product": method in ("numba", "numpy") and patch == 3,
+    }
     extras = [f"v{values}"] * (values != 3) + [inputs] * (inputs != "noise") + ["backward"] * backward
     positions, width = size * size, 2 if device == "cuda" else 4
-    matrices = (0, 2, 3)[backward + 1] if method in ("reference", "sdpa", "compiled") else 0
-    needs = {"numba": ("numba",), "numpy": (), "triton": tensors, "compiled": ("torch", "c++")}.get(method, ("torch",))
+    matrices = (3 if backward else 2) if method in ("reference", "sdpa", "compiled") else 0
+    needs = {"numba": ("numba",), "numpy": (), "compiled": ("torch", "c++")}.get(method, ("torch",))
+    needs += ("triton", "cuda") if method.startswith("triton") else ()
     return Case(
         "-".join([f"warp/{method}-p{patch}-n{positions}", *extras]),
         ".speed.warp:prepare",
         f"the warp by {method}: {size} x {size} maps, patch {patch}, {values} values{', with gradients' * backward}",
         parameters,
         Gate("max_error", 2e-2 if device == "cuda" else 1e-3 if backward else 1e-4, at_least=False),
-        repeats=5 if size < 256 else 1,
+        repeats=100 if device == "cuda" else 5 if size < 256 else 1,
         seconds=4.0,
         limit=300.0,
-        warmup=size < 256,
+        warmup=device == "cuda" or size < 256,
         memory=matrices * positions**2 * width,
         requires=needs,
         published=published,
@@ -227,10 +234,9 @@ def training_cases(device: str, extra_bundles: Sequence[str], config: ModelConfi
     With whole matrices 512 px take 30 GiB, so that case is not published.
     """
     for size in (256, 512):
-        attention = (size // 2) ** 2 * (size // 4) ** 2
         for method, matrices, text in (
             ("tiled", 0, "no matrix formed"),
-            ("matrix", 3 * max(attention, (size // 4) ** 4), "whole matrices, as published"),
+            ("matrix", 3 * _largest_matrix(size, config), "whole matrices, as published"),
         ):
             yield Case(
                 f"training/{method}-{size}",
@@ -320,15 +326,10 @@ CASE_FACTORIES = (
 
 
 def all_cases(device: str = "cpu", extra_bundles: Sequence[str] = (), config: ModelConfig | None = None) -> list[Case]:
-    """Every case of every group.
+    """Every case of every group for `device`, "cpu" or "cuda".
 
-    Args:
-        device: "cpu" or "cuda".
-        extra_bundles: Names of further bundles of the same model, each a step of the ablation.
-        config: Of the model, whose matrices the memory of a case depends on; the published ade20k network's by default.
-
-    Returns:
-        The cases, group by group.
+    extra_bundles: names of further bundles of the same model, each a step of the ablation. config: of the model, whose
+    matrices the memory of a case depends on; the published ade20k network's by default.
     """
     config = config or ModelConfig.preset("ade20k")
     return [case for make in CASE_FACTORIES for case in make(device, extra_bundles, config)]

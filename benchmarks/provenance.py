@@ -1,8 +1,7 @@
-"""Where and with what a number was measured; memory, percentiles and the results of a script."""
+"""Where and with what a number was measured; memory and percentiles."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -18,7 +17,6 @@ import numpy as np
 
 from .. import __version__
 from ..errors import BackendError
-from ..files import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("numpy", "numba", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "triton")
@@ -86,15 +84,6 @@ def free_memory(device: str = "cpu") -> int | None:
 def percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
     """p5, median, p95 and p99; of few runs they lie between the runs' own times."""
     return {name: round(float(np.quantile(milliseconds, share)), 3) for name, share in QUANTILES.items()}
-
-
-def write_results(name: str, command: str, rows: list[dict[str, Any]]) -> Path:
-    """Write `rows` with provenance and the command that made them to results/`name`.json; returns the path."""
-    content = {"command": command, **provenance(), "rows": rows}
-    path = RESULTS / f"{name}.json"
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-    return path
 
 
 def _revision() -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from ..runtime.options import EngineOptions
 
 GROUPS = {
     "machine": "the copy bandwidth and matrix rate of this machine, which bound all of the others",
@@ -27,7 +28,6 @@ GROUPS = {
     "startup": "process start to first picture, and what has to be installed",
 }
 CHANNELS = 256  # of the published networks' features
-MAX_THREADS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,6 @@ class Case:
         """The part of the name before the slash; also the results file's name."""
         return self.name.partition("/")[0]
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Case:
-        """The inverse of `dataclasses.asdict`, after a trip through JSON."""
-        gate = Gate(**fields["gate"]) if fields["gate"] else None
-        return cls(**{**fields, "gate": gate, "requires": tuple(fields["requires"])})
-
 
 class Sample(NamedTuple):
     """What one run returns: the result that is checked, and the milliseconds of its parts where it knows them."""
@@ -134,13 +128,16 @@ class Assets:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        check_threads(self.threads)
+        EngineOptions(num_threads=self.threads)  # checks them
 
 
-def check_threads(threads: int | None) -> None:
-    """Raise `InputError` unless `threads` is None or 1 to `MAX_THREADS`."""
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise InputError(f"threads: expected 1 to {MAX_THREADS}, got {threads}")
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a process of its own runs: it gets this as JSON. Not `timed`: the case is run once and checked."""
+
+    case: Case
+    assets: Assets
+    timed: bool = True
 
 
 def select(

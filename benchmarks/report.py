@@ -261,7 +261,8 @@ def throughput(rows: Sequence[Row]) -> str:
 
 def startup(rows: Sequence[Row]) -> str:
     """First pictures, then sizes of installations."""
-    starts, sizes = [], []
+    starts: list[list[str]] = []
+    sizes: list[list[str]] = []
     for row in rows:
         facts, lines = row.get("facts", {}), sizes if "extra" in row["parameters"] else starts
         if row["status"] == "timed":

@@ -10,7 +10,6 @@ from .runner import Row
 
 METHODS = {
     "eager": "eager PyTorch, as published",
-    "eager-fused": "eager PyTorch, full matrix in the warp alone",
     "eager-tiled": "flashcocos's networks in PyTorch",
     "compiled": "torch.compile, as published",
     "naive": "one naive ONNX graph, ONNX Runtime",
@@ -22,6 +21,8 @@ WARPS = {
     "numpy": "runtime, numpy",
     "cpu": "tiled PyTorch",
     "triton": "Triton",
+    "triton-nine-tap": "Triton, nine-tap",
+    "triton-straightforward": "Triton, straightforward",
     "sdpa": "torch's SDPA on patches",
     "reference": "published, full matrix",
     "compiled": "published, compiled",

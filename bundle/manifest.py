@@ -50,6 +50,7 @@ _MAX_RATIO = 100  # of a zip's content to its size; weights shrink little, a meg
 _DAMAGE = (
     OSError, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+_Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -77,7 +78,11 @@ class FileSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a bundle says of itself. `provenance` and `license` are the exporter's words, shown but never acted on."""
+    """What a bundle says of itself.
+
+    license, provenance: the exporter's words, shown but never acted on.
+    class_names, palette: the name and the color (red, green, blue) of each class by id; both may be left out.
+    """
 
     config: ModelConfig
     precision: str
@@ -86,6 +91,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, FileSpec]
     license: str = ""
     provenance: dict[str, Any] = {}
+    class_names: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=60)], ...] = ()
+    palette: tuple[tuple[_Byte, _Byte, _Byte], ...] = ()
 
     def to_json(self) -> str:
         """This manifest as a JSON object."""
@@ -117,6 +124,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in self.files:
             if not _NAME.fullmatch(name) or name == MANIFEST:
                 raise BundleError(f"{MANIFEST}: file name {name!r} is not allowed in a bundle")
+        for field, values in (("class_names", self.class_names), ("palette", self.palette)):
+            if values and len(values) != self.config.label_channels:
+                raise BundleError(
+                    f"{MANIFEST}: {field}: expected one for each of {self.config.label_channels} classes, "
+                    f"got {len(values)}"
+                )
+        if wrong := [name for name in self.class_names if not name.isprintable()]:
+            raise BundleError(f"{MANIFEST}: class_names: {wrong[0]!r} is not printable")
         if self.precision not in PRECISIONS:
             raise BundleError(f"{MANIFEST}: precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if set(self.stages) != set(STAGES):

@@ -7,17 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import printable
+from ..runtime.options import BACKENDS, DEVICES, MAX_THREADS, PRECISIONS, WARPS
 
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[..., argparse.ArgumentParser]  # (name, run, summary, example, details=""); see main.py
 
 BUNDLE = "model bundle: a folder, a .zip, or avatars-128, the model that ships"
-BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
-CPU_BACKENDS = BACKENDS[:2]
-DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("float32", "bfloat16", "float16")
-WARPS = ("auto", "numba", "numpy", "cuda")
-MAX_THREADS = 256
 
 
 def show(text: object) -> None:
@@ -63,7 +58,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what runs a model; `engine` reads them."""
+    """Add the options that choose what runs a model; `engine` reads them."""
     parser.add_argument(
         "--backend", choices=BACKENDS, default="onnxruntime", help="what runs the graphs (default: onnxruntime)"
     )
@@ -79,8 +74,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 def engine(options: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `Translator` for the options of `add_engine`."""
-    names = ("backend", "device", "precision", "warp")
-    return {name: getattr(options, name) for name in names} | {"num_threads": options.threads}
+    choices = {name: getattr(options, name) for name in ("backend", "device", "precision", "warp")}
+    return {**choices, "num_threads": options.threads}
 
 
 def add_pairing(parser: argparse.ArgumentParser) -> None:

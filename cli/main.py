@@ -128,8 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         listed.append(f"\n{family.TITLE}:")
         family.add_commands(command)
     parser.description = (
-        "Exemplar-based image translation (CoCosNet): a label map says what is where in a picture,\n"
-        "an exemplar what it looks like.\n" + "\n".join(listed)
+        "Exemplar-based image translation (CoCosNet): a label map says what is where in\n"
+        "a picture, an exemplar what it looks like.\n" + "\n".join(listed)
     )
     parser.epilog = (
         "start with:\n  flashcocos demo\n  flashcocos COMMAND --help      options and an example of a command"

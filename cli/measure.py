@@ -6,7 +6,8 @@ import argparse
 
 from ..errors import InputError
 from ..files import require_distinct, require_file
-from .arguments import BUNDLE, CPU_BACKENDS, AddCommand, add_engine, add_threads, engine, names, show
+from ..runtime.options import CPU_BACKENDS
+from .arguments import BUNDLE, AddCommand, add_engine, add_threads, engine, names, show
 
 TITLE = "Measure"
 
@@ -43,6 +44,7 @@ def _add_evaluate(command: AddCommand) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help="write the scores as JSON")
     parser.add_argument("--sheet", metavar="FILE", help="write a picture of the first 24 pairs")
     add_engine(parser)
+    parser.set_defaults(precision="float32")  # so that the scores of two machines can be compared
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -104,7 +106,7 @@ def _add_bench(command: AddCommand) -> None:
         "--size", type=int, action="append", default=[], metavar="SIDE", help="in pixels; repeat for several"
     )
     parser.add_argument("--backend", choices=CPU_BACKENDS, action="append", default=[], help="repeat for several")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed translations a case (default: 5)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed translations per case (default: 5)")
     add_threads(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="rows to write, .jsonl; continues a run that stopped")
     parser.add_argument("--fresh", action="store_true", help="start the output anew")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..runtime.options import EXEMPLAR_CACHE_MIB
 from .arguments import BUNDLE, AddCommand, add_engine, add_pairing, engine, names, show, sides_or_input
 
 TITLE = "Translate"
@@ -17,7 +18,9 @@ def add_commands(command: AddCommand) -> None:
         "Translate the labels that ship with flashcocos; a first try.",
         "flashcocos demo -o demo_output",
     )
-    parser.add_argument("-o", "--output", default="demo_output", metavar="FOLDER", help="default: demo_output")
+    parser.add_argument(
+        "-o", "--output", default="demo_output", metavar="FOLDER", help="folder for the pictures (default: demo_output)"
+    )
     parser = command(
         "translate",
         _translate,
@@ -42,7 +45,10 @@ def add_commands(command: AddCommand) -> None:
     add_engine(parser)
     parser.add_argument("--engines", metavar="DIR", help="what `flashcocos build` wrote (default: beside the bundle)")
     parser.add_argument(
-        "--exemplar-cache-mib", type=int, metavar="MIB", help="GPU memory for encoded exemplars (default: 512)"
+        "--exemplar-cache-mib",
+        type=int,
+        metavar="MIB",
+        help=f"GPU memory for encoded exemplars (default: {EXEMPLAR_CACHE_MIB})",
     )
 
 

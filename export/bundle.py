@@ -17,7 +17,8 @@ from ..bundle import PRECISIONS, STAGES, Manifest, StageSpec, write_bundle
 from ..bundle.stages import stage_tensors
 from ..config import ModelConfig
 from ..errors import InputError
-from ..files import sha256
+from ..files import require_distinct, sha256
+from ..preprocess.palette import legend
 from ..train.checkpoint import load_model, read_metadata
 from .graphs import OPSET, export_stage, store_float16
 
@@ -30,15 +31,28 @@ def export_bundle(
     license: str = "",
     targets: Sequence[int] = (),
 ) -> Path:
-    """Export the model file `model_path` to the bundle `output`, a zip file if it ends in ".zip", else a folder.
+    """Export a model file to a bundle.
 
-    precision: how the weights are stored, "float32" or "float16" (half the size; arithmetic stays float32).
-    license: of the weights, free text for the manifest.
-    targets: compute capabilities, 89 for 8.9, for which the warp's kernels are compiled into the bundle (needs triton).
-    Returns `output`. Raises `InputError` for a bad option or weights that do not fit float16, `CheckpointError` for a
-    bad model file. The same model file gives the same content again under the same versions of torch and onnx.
+    The same model file gives the same content again under the same versions of torch and onnx.
+
+    Args:
+        model_path: Model file (.safetensors) of `flashcocos train` or `convert`.
+        output: Bundle to write, a zip file if it ends in ".zip", else a folder.
+        precision: How the weights are stored, "float32" or "float16" (half the size; arithmetic stays float32).
+        license: License of the weights, free text for the manifest.
+        targets: Compute capabilities, 89 for 8.9, for which the warp's kernels are compiled into the bundle; this
+            needs triton.
+
+    Returns:
+        Path of the bundle, `output`.
+
+    Raises:
+        InputError: A bad option, weights that do not fit float16, or an output that is the input.
+        CheckpointError: A bad model file.
+        BackendError: Kernels are to be compiled, and triton is missing.
     """
     check_precision(precision)
+    require_distinct(output, model_path)
     model = load_model(model_path)
     files, stages = {}, {}
     with tqdm(desc="export", total=len(STAGES), unit="graph", disable=None) as progress:
@@ -51,17 +65,20 @@ def export_bundle(
             progress.update()
     if targets:
         files |= compiled_kernels(model.config, targets)
-    manifest = Manifest(model.config, precision, OPSET, stages, {}, license, provenance(model_path))
+    class_names, palette = legend(model.config)
+    manifest = Manifest(
+        model.config, precision, OPSET, stages, {}, license, provenance(model_path), class_names, palette
+    )
     return write_bundle(output, manifest, files)
 
 
 def compiled_kernels(
     config: ModelConfig, targets: Sequence[int], dtypes: Sequence[str] = ("float16", "float32")
 ) -> dict[str, bytes]:
-    """The warp of a network of `config` for the compute capabilities `targets`: file name -> content.
+    """Compile the warp of a network of `config` for the compute capabilities `targets`, with `kernels.gpu.aot`.
 
-    A cubin and its JSON description for each kernel, architecture and dtype; see `kernels.gpu.aot`. Raises `InputError`
-    for a target that the kernels have no line for, `BackendError` where triton is missing.
+    Returns file name -> content, a cubin and its JSON description for each kernel, architecture and dtype. Raises
+    `InputError` for an unknown target, `BackendError` where triton is missing.
     """
     from ..kernels.gpu.aot import compile_kernels
 
@@ -79,12 +96,12 @@ def compiled_kernels(
 
 
 def provenance(model_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Where an export came from: the model file's hash and own provenance, and the versions that exported it."""
+    """Where an export came from: the model file's hash and its own provenance, and the versions that exported it."""
     return {
         "model_sha256": sha256(model_path),
         "model": read_metadata(model_path)[1],
         "flashcocos": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of torch's own
         "onnx": onnx.__version__,
     }
 

@@ -12,7 +12,6 @@ import http.client
 import os
 import shutil
 import ssl
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import CheckpointError, FlashcocosError, InputError
+from ..files import cache_folder
 
 BASE_URL = "https://storage.openvinotoolkit.org/repositories/open_model_zoo/public/2022.1/cocosnet/model_files/ckpt/"
 ATTEMPTS = 4
@@ -56,12 +56,22 @@ PUBLISHED: dict[str, tuple[RemoteFile, RemoteFile]] = {
 def download(
     name: str = "ade20k", cache: str | os.PathLike[str] | None = None, *, base_url: str = BASE_URL
 ) -> tuple[Path, Path]:
-    """The checkpoint `name` on this machine: paths of the correspondence network and of the generator.
+    """Fetch a published checkpoint, unless this machine has it already.
 
-    cache: folder to keep it in, `cache_folder()` by default. base_url: a mirror that holds the same files.
-    A file that is there with the right hash is not fetched again; one that was cut off is resumed.
-    Raises `InputError` for an unknown name or URL, `CheckpointError` for a file that is not the published one, and
-    `FlashcocosError` where the network or the disk gives out.
+    A file with the right hash is not fetched again; one that was cut off is resumed.
+
+    Args:
+        name: One of `PUBLISHED`.
+        cache: Folder to keep it in, `files.cache_folder()` by default.
+        base_url: A mirror that has the same files.
+
+    Returns:
+        Paths of the correspondence network and of the generator.
+
+    Raises:
+        InputError: An unknown name or a URL of another scheme than http and https.
+        CheckpointError: A file is not the published one.
+        FlashcocosError: The network or the disk failed.
     """
     if name not in PUBLISHED:
         raise InputError(
@@ -73,20 +83,6 @@ def download(
     folder = (cache_folder() if cache is None else Path(cache)) / name
     corr, generator = PUBLISHED[name]
     return _fetch(corr, folder, base_url), _fetch(generator, folder, base_url)
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: the platform's cache folder, or `XDG_CACHE_HOME` where it is an absolute path."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(home):
-        base = Path(home)
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path.home() / ".cache"
-    return base / "flashcocos"
 
 
 def _fetch(remote: RemoteFile, folder: Path, base_url: str) -> Path:

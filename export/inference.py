@@ -164,7 +164,8 @@ class _PresentConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         columns = torch.cat([torch.arange(self.others), self.others + self.present.classes])
         weight = self.convolution.weight.index_select(1, columns)
-        return self.convolution._conv_forward(x, weight, self.convolution.bias)
+        result: Tensor = self.convolution._conv_forward(x, weight, self.convolution.bias)
+        return result
 
 
 def _matrix_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

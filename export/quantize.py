@@ -2,19 +2,18 @@
 
 Convolutions of the synthesis get explicit QuantizeLinear and DequantizeLinear around them: symmetric int8, a scale for
 each output channel of a weight and one for each activation, from the least and largest values that calibration saw.
-Float32 stay what small errors go far in: the query and exemplar stages, whose features are compared at temperature
-0.01; the last convolution, which is the picture (worth 6 dB on avatars-128); the self-attention, with which ONNX
-Runtime 1.32 aborts; and the convolutions over label planes, whose weights a run chooses.
+Four parts stay in float32: the query and exemplar stages, whose features are compared at temperature 0.01; the last
+convolution, which is the picture (worth 6 dB on avatars-128); the self-attention, with which ONNX Runtime 1.32 aborts;
+and the convolutions over label planes, whose weights a run chooses.
 
-Quantization is ONNX Runtime's (`onnxruntime.quantization`); here are the choice of operators and the check of what
-comes out, on pairs that calibration did not see.
+Quantization is ONNX Runtime's (`onnxruntime.quantization`); here are the choice of operators and the check of the
+result, on pairs that calibration did not see.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
@@ -41,20 +39,28 @@ from ..bundle import Bundle, write_bundle
 from ..bundle.stages import check_stages, stage_inputs
 from ..config import ModelConfig
 from ..errors import BackendError, InputError
-from ..preprocess.images import load_image, to_uint8
+from ..files import require_distinct
+from ..preprocess.images import load_image, psnr, to_uint8
 from ..preprocess.labels import load_label, resize_nearest
 from ..runtime.cpu.onnxruntime import OnnxRuntimeEngine
 from ..runtime.jobs import Job
 from .graphs import check_graph, clean
 from .verify import run_stages
 
+_log = logging.getLogger("flashcocos.export")
+
 MIN_PSNR = 32.0  # dB, of a held-out picture against the float one; less is refused unless asked for
+ENOUGH_HELD_OUT = 8  # pairs; the least PSNR of fewer says little about the next picture
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """What came of it: where it was written, PSNR in dB of each held-out pair, convolutions quantized and in all."""
+    """A quantized bundle.
+
+    path: where it was written. psnr: dB of each held-out pair. quantized, convolutions: how many convolutions are in
+    int8, of how many.
+    """
 
     path: Path
     psnr: list[float]
@@ -69,13 +75,24 @@ def quantize_bundle(
     *,
     min_psnr: float = MIN_PSNR,
 ) -> Quantized:
-    """Write the bundle at `bundle` to `output` with its generator in int8.
+    """Write a bundle again with its generator in int8.
 
-    pairs: labels, exemplars and their labels, at least two, of which a quarter is held out to measure; a few dozen of
-    the kind that will be translated are enough. Sizes are the model's own.
-    Raises `InputError` for too few pairs or files that cannot be read, `BundleError` for a bundle that cannot be used,
-    `BackendError` where a held-out picture is below `min_psnr`; nothing is written then.
+    Args:
+        bundle: Model bundle in float32 or float16, a folder or a zip file.
+        output: Bundle to write, a zip file if it ends in ".zip", else a folder.
+        pairs: Labels, exemplars and their labels, read at the model's own size. At least two, of which a quarter is
+            held out to measure; a few dozen of the kind that will be translated are enough.
+        min_psnr: Least PSNR in dB of a held-out picture against the float one.
+
+    Returns:
+        The bundle written and the PSNR of every held-out pair.
+
+    Raises:
+        InputError: Too few pairs, files that cannot be read, or an output that is the input.
+        BundleError: The bundle cannot be used.
+        BackendError: A held-out picture is below `min_psnr`; nothing is written.
     """
+    require_distinct(output, bundle)
     opened = Bundle(bundle)
     config = opened.manifest.config
     check_stages(opened.manifest)
@@ -101,14 +118,23 @@ def quantize_bundle(
     with tempfile.TemporaryDirectory() as folder:
         # measured as it will be read
         trial = Bundle(write_bundle(Path(folder) / "trial", manifest, files))
-        psnr = [_psnr(_synthesize(trial, arrays), arrays["image"]) for arrays in feeds[:held_out]]
-    if min(psnr) < min_psnr:
+        decibels = [
+            psnr(to_uint8(_synthesize(trial, arrays)[0]), to_uint8(arrays["image"][0])) for arrays in feeds[:held_out]
+        ]
+    if held_out < ENOUGH_HELD_OUT:
+        _log.warning(
+            "measured on %d held-out pairs: %.1f dB means little; give %d pairs or more",
+            held_out,
+            min(decibels),
+            4 * ENOUGH_HELD_OUT,
+        )
+    if min(decibels) < min_psnr:
         raise BackendError(
-            f"{bundle}: int8 gives {min(psnr):.1f} dB on a held-out pair, expected {min_psnr:g} or more; calibrate on "
-            "more pairs of the kind that will be translated, or keep the float bundle"
+            f"{bundle}: int8 gives {min(decibels):.1f} dB on a held-out pair, expected {min_psnr:g} or more; calibrate "
+            "on more pairs of the kind that will be translated, or keep the float bundle"
         )
     path = write_bundle(output, manifest, files)
-    return Quantized(path, psnr, quantized, convolutions)
+    return Quantized(path, decibels, quantized, convolutions)
 
 
 def _quantize_stage(bundle: Bundle, stage: str, feeds: Sequence[Arrays]) -> tuple[onnx.ModelProto, tuple[int, int]]:
@@ -142,7 +168,7 @@ def _quantizable(graph: onnx.GraphProto, node: onnx.NodeProto) -> bool:
 
 
 def _quantize(graph: onnx.ModelProto, feeds: Sequence[Arrays], kept: Sequence[str]) -> onnx.ModelProto:
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def __init__(self) -> None:
             self._feeds: Iterator[Arrays] = iter(feeds)
 
@@ -194,9 +220,3 @@ def _inputs(config: ModelConfig, pair: Job) -> Arrays:
             raise InputError(f"{pair.exemplar}: a model for {config.task} needs the exemplar's label")
         inputs["exemplar_label"] = label(pair.exemplar_label)
     return inputs
-
-
-def _psnr(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    difference = to_uint8(found[0]).astype(np.float64) - to_uint8(expected[0])
-    mean_square = float(np.mean(np.square(difference)))
-    return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf

@@ -46,11 +46,22 @@ def export_single(
     precision: str = "float32",
     license: str = "",
 ) -> Path:
-    """Export the model file `model_path` to the single ONNX file `output`, which must end in ".onnx".
+    """Export a model file to a single ONNX file.
 
-    precision: how the weights are stored, as for `export_bundle`. license: of the weights, free text.
-    Configuration, license and provenance are JSON in the model's metadata under "flashcocos". Returns `output`;
-    raises as `export_bundle`.
+    Configuration, license and provenance are JSON in the graph's metadata under "flashcocos".
+
+    Args:
+        model_path: Model file (.safetensors) of `flashcocos train` or `convert`.
+        output: File to write; its name must end in ".onnx".
+        precision: How the weights are stored, "float32" or "float16" (half the size; arithmetic stays float32).
+        license: License of the weights, free text.
+
+    Returns:
+        Path of the ONNX file, `output`.
+
+    Raises:
+        InputError: A bad option, weights that do not fit float16, or a graph larger than an ONNX file can be.
+        CheckpointError: A bad model file.
     """
     output = Path(output)
     if output.suffix != ".onnx":

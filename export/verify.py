@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..bundle import STAGES, Bundle
 from ..bundle.graph_check import refuse_external_data
 from ..bundle.stages import check_stages, stage_inputs
-from ..config import MIN_SIDE, SIZE_MULTIPLE, ModelConfig
+from ..config import MIN_SIDE, SIZE_MULTIPLE, ModelConfig, is_side
 from ..errors import BundleError, InputError
 from ..kernels.corr_warp import corr_warp, warp_arrays
 from ..runtime.cpu.onnxruntime import OnnxRuntimeEngine
@@ -80,7 +80,7 @@ class Comparison(NamedTuple):
 
 @dataclasses.dataclass
 class Report:
-    """What `verify` found; `ok` only if everything is."""
+    """The findings of `verify`; `ok` only if every one is."""
 
     title: str
     checks: list[Check] = dataclasses.field(default_factory=list)
@@ -91,7 +91,7 @@ class Report:
         return all(check.ok for check in self.checks) and all(comparison.ok for comparison in self.comparisons)
 
     def add(self, name: str, ok: bool, detail: str = "") -> bool:
-        """Record a check and give back `ok`."""
+        """Add a check; returns `ok`."""
         self.checks.append(Check(name, bool(ok), detail))
         return bool(ok)
 
@@ -125,17 +125,27 @@ def verify(
     sizes: Sequence[Size] = ((256, 256), (192, 320)),
     batches: Sequence[int] = (1, 2),
 ) -> Report:
-    """Check the bundle at `bundle_path`, against the model file `checkpoint` where one is given.
+    """Check a bundle, and compare it with the model that it was exported from.
 
-    sizes: (height, width) of the label; the exemplar has the two exchanged. batches: every batch runs at every size.
-    Raises `InputError` for bad options or a missing file, `BundleError` for something that is no bundle at all,
-    `CheckpointError` for a bad model file; whatever else is wrong is in the report.
+    Args:
+        bundle_path: Model bundle, a folder or a zip file.
+        checkpoint: Model file to compare with; None checks the bundle alone.
+        sizes: (height, width) of labels; the exemplars have the two exchanged.
+        batches: Images at once; every batch runs at every size.
+
+    Returns:
+        The checks and comparisons. Its `ok` is true if all passed, and `table()` is text to print.
+
+    Raises:
+        InputError: Bad options or a missing file.
+        BundleError: The file is no bundle. Whatever else is wrong with a bundle is in the report.
+        CheckpointError: A bad model file.
     """
     for height, width in sizes:
-        if min(height, width) < MIN_SIDE or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
+        if not (is_side(height) and is_side(width)):
             raise InputError(f"size {(height, width)}: expected multiples of {SIZE_MULTIPLE}, {MIN_SIDE} at least")
     if not sizes or not batches or min(batches) < 1:
-        raise InputError(f"sizes {sizes} and batches {batches}: expected one of each at least, and batches from 1")
+        raise InputError(f"sizes {sizes} and batches {batches}: expected at least one of each, and batches from 1")
     bundle = Bundle(bundle_path)
     config, precision = bundle.manifest.config, bundle.manifest.precision
     report = Report(f"{bundle.path}: task {config.task}, {precision} weights")

@@ -201,7 +201,8 @@ def _warp_tensors(
         return reference.warp(theta, phi, values, patch, temperature)
     from .op import corr_warp_op
 
-    return corr_warp_op(theta, phi, values, patch, float(temperature), backend)
+    result: tuple[torch.Tensor, torch.Tensor] = corr_warp_op(theta, phi, values, patch, float(temperature), backend)
+    return result
 
 
 def _tensor_backend(theta: torch.Tensor, backend: str) -> str:

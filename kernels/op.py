@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ def corr_warp_op(
     theta (B, C, Hq, Wq), phi (B, C, Hk, Wk), values (B, V, Hk, Wk); backend "cpu" or "triton". Shapes are those that
     `flashcocos.kernels.corr_warp` has checked. Raises `BackendError` where the backend cannot run.
     """
-    return implementation(backend).warp_forward(theta, phi, values, patch, temperature)
+    result: tuple[Tensor, Tensor] = implementation(backend).warp_forward(theta, phi, values, patch, temperature)
+    return result
 
 
 @corr_warp_op.register_fake
@@ -92,7 +94,7 @@ def _channels_last(features: Tensor) -> Tensor:
     return features.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, patch, temperature, backend = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
@@ -100,7 +102,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = patch, temperature, backend
 
 
-def _backward(ctx, grad_out, _):
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     grads = iter(corr_warp_backward_op(*ctx.saved_tensors, grad_out, *ctx.options, needs))
     return (*(next(grads) if need else None for need in needs), None, None, None)

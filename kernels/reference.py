@@ -18,7 +18,8 @@ def patch_vectors(features: torch.Tensor, patch: int) -> torch.Tensor:
     """The centered and normalized patch around each position: (B, C, H, W) -> (B, D, H * W), zero padded."""
     vectors = F.unfold(features, patch, padding=patch // 2)
     vectors = vectors - vectors.mean(dim=1, keepdim=True)
-    return vectors / (vectors.norm(dim=1, keepdim=True) + EPSILON)
+    norms: torch.Tensor = vectors.norm(dim=1, keepdim=True)
+    return vectors / (norms + EPSILON)
 
 
 def logits(theta: torch.Tensor, phi: torch.Tensor, patch: int, temperature: float) -> torch.Tensor:
@@ -32,4 +33,5 @@ def warp(
     """The warp (B, V, Hq, Wq) and the log-sum-exp of the logits (B, Hq, Wq), both in the dtype of the inputs."""
     scores = logits(theta, phi, patch, temperature)  # (B, N, M)
     out = values.flatten(2) @ scores.softmax(dim=-1).transpose(1, 2)  # (B, V, M) @ (B, M, N)
-    return out.unflatten(2, theta.shape[2:]), scores.logsumexp(dim=-1).unflatten(1, theta.shape[2:])
+    batch, _, height, width = theta.shape
+    return out.reshape(batch, -1, height, width), scores.logsumexp(dim=-1).reshape(batch, height, width)

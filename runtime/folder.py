@@ -20,6 +20,7 @@ from ..errors import FlashcocosError, InputError, printable
 from ..files import atomic_path, require_distinct
 from ..preprocess.images import PathLike, UInt8Array, load_rgb
 from ..preprocess.labels import load_label, resize_nearest
+from ..preprocess.palette import label_colors
 from .jobs import EXTRAS, Job, match_files
 from .pipeline import Exemplar
 from .translator import Size, Translation, Translator, resolve_size
@@ -92,10 +93,10 @@ def translate_folder(
         extras=save,
     )
     for job in jobs:
-        for path in (job.output, *(job.extra(kind) for kind in save)):
+        _check_exemplar_label(translator.config, job)
+        for path in job.outputs(save):
             require_distinct(path, translator.bundle.path)
     resolve_size(translator.config, size, (256, 256))  # a size that is wrong for all is an error at once
-    _check_exemplar_labels(translator.config, jobs)
     # the last picture only: several large ones would take much memory, and the grid follows the encoding at once
     picture = functools.lru_cache(1)(load_rgb)
 
@@ -106,7 +107,7 @@ def translate_folder(
     done, skipped = 0, 0
     failed: list[tuple[Path, str]] = []
     for job in tqdm(jobs, desc="translate", unit="image", disable=None if progress else True):
-        if resume and all(path.is_file() for path in (job.output, *(job.extra(kind) for kind in save))):
+        if resume and all(path.is_file() for path in job.outputs(save)):
             skipped += 1
             continue
         try:
@@ -120,39 +121,25 @@ def translate_folder(
             reason = (str(error) or type(error).__name__).replace("\n", " ")
             failed.append((job.label, reason))
             if progress:
-                line = reason if reason.startswith(str(job.label)) else f"{job.label}: {reason}"
-                with contextlib.suppress(OSError):  # standard error may be full or closed
-                    tqdm.write(printable(line), file=sys.stderr)
+                _print_failure(job.label, reason)
     return Summary(done, skipped, tuple(failed))
 
 
-def label_colors(config: ModelConfig, label: npt.NDArray[Any]) -> UInt8Array:
-    """A label as a picture (H, W, 3): a color a class, or the planes' colors weighted by their values.
-
-    label: as `preprocess.load_label` gives it.
-    """
-    if config.label_kind == "classes":
-        return _palette(256)[label]
-    if config.task == "deepfashion":  # its first planes are the drawn pose itself, in RGB
-        mixed = label[:3]
-    elif config.task == "celebahqedge":  # plane 0 holds all edges; the distance maps would hide them
-        mixed = label[:1].repeat(3, 0)
-    else:
-        colors = _palette(config.label_channels + 1)[1:].astype(np.float32) / 255
-        mixed = np.einsum("nhw,nc->chw", label, colors).clip(0, 1)
-    return np.rint(mixed * 255).astype(np.uint8).transpose(1, 2, 0)
+def _check_exemplar_label(config: ModelConfig, job: Job) -> None:
+    if config.condition_on_label and job.exemplar_label is None:
+        raise InputError(
+            f"{job.exemplar}: a model for {config.task} needs the exemplars' labels; give --exemplar-label"
+        )
+    if not config.condition_on_label and job.exemplar_label is not None:
+        raise InputError(
+            f"{job.exemplar_label}: a model for {config.task} takes no exemplar labels; leave --exemplar-label out"
+        )
 
 
-def _check_exemplar_labels(config: ModelConfig, jobs: list[Job]) -> None:
-    for job in jobs:
-        if config.condition_on_label and job.exemplar_label is None:
-            raise InputError(
-                f"{job.exemplar}: a model for {config.task} needs the exemplars' labels; give --exemplar-label"
-            )
-        if not config.condition_on_label and job.exemplar_label is not None:
-            raise InputError(
-                f"{job.exemplar_label}: a model for {config.task} takes no exemplar labels; leave --exemplar-label out"
-            )
+def _print_failure(label: Path, reason: str) -> None:
+    line = reason if reason.startswith(str(label)) else f"{label}: {reason}"
+    with contextlib.suppress(OSError):  # standard error may be full or closed
+        tqdm.write(printable(line), file=sys.stderr)
 
 
 def _path(path: PathLike | None) -> Path | None:
@@ -191,13 +178,3 @@ def _grid(
     colors = label_colors(config, resize_nearest(label, size))
     shown = np.asarray(load_rgb(picture(exemplar), size))
     return np.concatenate([colors, shown, result.warped, result.image], axis=1)
-
-
-def _palette(count: int) -> UInt8Array:
-    """`count` colors (count, 3), class 0 black: the bits of a number spread over the channels, as PASCAL VOC does."""
-    numbers = np.arange(count)
-    colors = np.zeros((count, 3), np.uint8)
-    for bit in range(3):
-        for channel in range(3):
-            colors[:, channel] |= ((numbers >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return colors

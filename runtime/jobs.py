@@ -46,6 +46,10 @@ class Job:
         """Where the extra output `kind`, a key of `EXTRAS`, goes: out.png -> out.warped.png."""
         return self.output.with_name(f"{self.output.stem}.{kind}{EXTRAS[kind]}")
 
+    def outputs(self, extras: Iterable[str] = ()) -> list[Path]:
+        """Every file that is written: the picture and the extra outputs `extras`."""
+        return [self.output, *(self.extra(kind) for kind in extras)]
+
     def check(self) -> None:
         """Raise `InputError` where one of the files is missing or is no file."""
         for what, path in (("label", self.label), ("picture", self.exemplar), ("label", self.exemplar_label)):
@@ -91,7 +95,9 @@ def match_files(
     if pairs is not None:
         triples = _listed(pairs, inputs, exemplars, exemplar_labels)
     elif inputs is None or exemplars is None:
-        raise InputError("nothing to translate: give an input and an exemplar, or a list of pairs")
+        raise InputError(
+            "nothing to translate: give an input and an exemplar (--input, --exemplar), or a list of pairs (--pairs)"
+        )
     else:
         triples = _matched(inputs, exemplars, exemplar_labels)
         if inputs.is_dir() and output.resolve().is_relative_to(inputs.resolve()):
@@ -215,10 +221,10 @@ def _check_outputs(jobs: list[Job], extras: Collection[str], pairs: Path | None)
     sources = {path.resolve() for job in jobs for path in (job.label, job.exemplar, job.exemplar_label, pairs) if path}
     seen: dict[Path, Path] = {}
     for job in jobs:
-        for target in (job.output, *(job.extra(kind) for kind in extras)):
+        for target in job.outputs(extras):
             resolved = target.resolve()
             if resolved in sources:
-                raise InputError(f"output {target} would overwrite an input; choose another output folder")
+                raise InputError(f"output {target} would overwrite an input; choose another output")
             if resolved in seen:
                 raise InputError(f"{seen[resolved]} and {job.label} would both be written to {target}; rename one")
             seen[resolved] = job.label

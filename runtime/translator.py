@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle import Bundle
-from ..bundle.default_model import default_model_path
+from ..bundle.default_model import resolve_model
 from ..bundle.stages import check_stages
 from ..config import MAX_SIDE, MIN_SIDE, SIZE_MULTIPLE, ModelConfig, is_side
 from ..errors import InputError
@@ -267,11 +267,9 @@ class Translator:
 def _open_bundle(bundle: object) -> Bundle:
     if isinstance(bundle, Bundle):
         return bundle
-    if bundle is None:  # and not "", which is a mistake and no wish for the default model
-        return Bundle(default_model_path())
-    if not isinstance(bundle, str | os.PathLike):
+    if bundle is not None and not isinstance(bundle, str | os.PathLike):
         raise InputError(f"bundle: expected the path of a model bundle, a Bundle or None; got {bundle!r}")
-    return Bundle(bundle)
+    return Bundle(resolve_model(bundle))
 
 
 def resolve_size(config: ModelConfig, size: Size, source_size: tuple[int, ...]) -> tuple[int, int]:

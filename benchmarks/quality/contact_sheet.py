@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 from ...config import ModelConfig
 from ...files import atomic_path
 from ...preprocess.images import PathLike, UInt8Array, to_uint8
+from ...preprocess.palette import label_colors
 from ...train.data import Item
 from .predictors import Prediction
 
@@ -24,8 +25,6 @@ class ContactSheet:
 
     def add(self, item: Item, prediction: Prediction) -> None:
         """Take one pair, unless the sheet is full."""
-        from ...runtime.folder import label_colors
-
         if len(self.rows) < self.count:
             label = label_colors(self.config, item["label"])
             exemplar, image = to_uint8(item["exemplar"]), to_uint8(item["image"])

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ...errors import InputError
 from ...preprocess.images import PathLike, to_uint8
+from ...runtime.options import EngineOptions
 from ...train.data import Item, PairData
 from .contact_sheet import ContactSheet
 from .metrics import ExactSums, class_mean_baseline, correspondence_accuracy
@@ -124,11 +125,7 @@ def evaluate_model(
     vgg: PathLike | None = None,
     inception: PathLike | None = None,
     sheet: PathLike | None = None,
-    backend: str = "onnxruntime",
-    device: str = "auto",
-    precision: str = "float32",
-    warp: str = "auto",
-    num_threads: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Score a bundle or model file.
 
@@ -144,7 +141,7 @@ def evaluate_model(
         vgg: For photographs, a file with the weights of VGG19.
         inception: For photographs, a file with an Inception network as TorchScript.
         sheet: Where to write a contact sheet of the first pairs.
-        backend: As for the runtime's `Translator`, and so are device, precision, warp and num_threads.
+        **options: Those of `EngineOptions`.
 
     Returns:
         What was scored and the scores, JSON.
@@ -157,16 +154,15 @@ def evaluate_model(
         check_networks(metrics, vgg, inception)
         if split != "test":
             raise InputError(f"split {split!r}: a folder of photographs is scored as a test; its list says which")
-    predictor = open_predictor(
-        model, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads
-    )
+    engine = EngineOptions(**options)
+    predictor = open_predictor(model, engine)
     contact_sheet = None if sheet is None else ContactSheet(predictor.config)
     if exact:
         from ...train.data.avatars import AvatarOptions, AvatarPairs
         from ...train.data.avatars_paint import CLASSES
 
-        options = AvatarOptions(size=predictor.config.image_size, retrieved_share=1.0, pseudo_share=0.0)
-        exact_pairs = AvatarPairs(split, options, count=count)
+        avatars = AvatarOptions(size=predictor.config.image_size, retrieved_share=1.0, pseudo_share=0.0)
+        exact_pairs = AvatarPairs(split, avatars, count=count)
         scores = dataclasses.asdict(evaluate_exact(predictor, exact_pairs, CLASSES, sheet=contact_sheet))
     else:
         from ...train.data.photos import PhotoPairs
@@ -174,7 +170,9 @@ def evaluate_model(
 
         config = msgspec.structs.replace(predictor.config, task=task or predictor.config.task)
         photos = PhotoPairs(config, data, pairs, split="test", labels=labels)
-        photo_metrics = open_metrics(metrics, vgg, inception, torch_device(device) if vgg or inception else "cpu")
+        photo_metrics = open_metrics(
+            metrics, vgg, inception, torch_device(engine.device) if vgg or inception else "cpu"
+        )
         scores = evaluate_photos(predictor, photos, photo_metrics, count=count, sheet=contact_sheet)
     if sheet is not None and contact_sheet is not None:
         contact_sheet.write(sheet)

@@ -83,7 +83,7 @@ class Inception(nn.Module):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
         try:
-            self.network = torch.jit.load(os.fspath(path), map_location="cpu").eval()
+            self.network = torch.jit.load(os.fspath(path), map_location="cpu").eval()  # type: ignore[no-untyped-call] # torch's
             arguments = {argument.name for argument in self.network.forward.schema.arguments}
             self.options = {"return_features": True} if "return_features" in arguments else {}
             features = self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
@@ -95,7 +95,8 @@ class Inception(nn.Module):
         self.num_features = features.shape[1]
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.network(pictures, **self.options)
+        features: Tensor = self.network(pictures, **self.options)
+        return features
 
 
 class FrechetDistance:

@@ -99,7 +99,9 @@ def coarse_label(label: Ids, classes: int) -> npt.NDArray[np.int64]:
     """The most frequent class (H / 4, W / 4) of each 4 x 4 pixels."""
     height, width = label.shape
     blocks = label.reshape(height // STEP, STEP, width // STEP, STEP)
-    return (blocks[..., None] == np.arange(classes)).sum((1, 3)).argmax(-1)
+    counts = (blocks[..., None] == np.arange(classes)).sum((1, 3))
+    coarse: npt.NDArray[np.int64] = counts.argmax(-1)
+    return coarse
 
 
 class ExactSums:
@@ -183,7 +185,8 @@ class PatchSet:
         height, width = level.shape[:2]
         y = self._rng.integers(0, height - PATCH + 1, (PATCHES, 1, 1)) + np.arange(PATCH)[:, None]
         x = self._rng.integers(0, width - PATCH + 1, (PATCHES, 1, 1)) + np.arange(PATCH)
-        return level[y, x]
+        patches: FloatArray = level[y, x]
+        return patches
 
 
 def laplacian_pyramid(image: UInt8Array) -> list[FloatArray]:

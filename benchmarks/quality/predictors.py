@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,7 +11,8 @@ import numpy.typing as npt
 
 from ...config import ModelConfig
 from ...errors import InputError
-from ...preprocess.images import UInt8Array, to_uint8
+from ...preprocess.images import PathLike, UInt8Array, to_uint8
+from ...runtime.options import EngineOptions
 from ...train.data import Item
 
 if TYPE_CHECKING:
@@ -84,20 +84,12 @@ class ModelPredictor:
         return Prediction(image, warped, match.index[0].cpu().numpy())
 
 
-def open_predictor(
-    path: str | os.PathLike[str],
-    *,
-    backend: str = "onnxruntime",
-    device: str = "auto",
-    precision: str = "float32",
-    warp: str = "auto",
-    num_threads: int | None = None,
-) -> Predictor:
+def open_predictor(path: PathLike, options: EngineOptions) -> Predictor:
     """Open a model file (.safetensors) or a bundle.
 
     Args:
         path: The file, or the bundle's folder or .zip.
-        backend: As for the runtime's `Translator`, and so are the others. A model file has its own kernels for `warp`.
+        options: For a bundle. A model file runs in PyTorch on their device and has its own kernels for the warp.
 
     Returns:
         The predictor.
@@ -107,14 +99,13 @@ def open_predictor(
         FlashcocosError: Any error of `checkpoint.load_model` and of `Translator`.
     """
     if Path(path).suffix == ".safetensors":
-        if (backend, precision) != ("onnxruntime", "float32"):
-            raise InputError(f"{path}: PyTorch runs a model file; backend {backend!r} and {precision} need a bundle")
+        if options.backend != "onnxruntime" or options.precision not in (None, "float32"):
+            wanted = f"backend {options.backend!r}, precision {options.precision!r}"
+            raise InputError(f"{path}: a model file runs in PyTorch in float32; {wanted} needs a bundle")
         from ...train.checkpoint import load_model
         from ...train.device import torch_device
 
-        return ModelPredictor(load_model(path).to(torch_device(device)))
+        return ModelPredictor(load_model(path).to(torch_device(options.device)))
     from ...runtime import Translator
 
-    return BundlePredictor(
-        Translator(path, backend=backend, device=device, precision=precision, warp=warp, num_threads=num_threads)
-    )
+    return BundlePredictor(Translator(path, **vars(options)))

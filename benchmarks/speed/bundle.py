@@ -13,6 +13,7 @@ from typing import Any
 
 from ...bundle import Bundle
 from ...errors import BackendError, InputError
+from ...runtime.options import CPU_BACKENDS
 from ...runtime.translator import resolve_size
 from ..cases import TRANSLATION, runtime_parameters
 from ..registry import Assets, Case, Gate
@@ -20,7 +21,6 @@ from ..runner import Row, run_cases
 from ..tables import table as markdown
 from ..tables import unmeasured
 
-BACKENDS = ("onnxruntime", "openvino")  # that run on a CPU
 MIN_PSNR = {"float32": 50.0, "bfloat16": 30.0}  # dB between the pictures of a case and of ONNX Runtime in float32
 STAGES = ("query", "warp", "synthesis")
 SECONDS, QUICK_SECONDS = 60.0, 8.0  # of repeats
@@ -43,7 +43,7 @@ def bench(
     Args:
         bundle: A folder or a .zip.
         sizes: Sides in pixels; the model's own by default.
-        backends: Some of `BACKENDS`; all that are installed by default.
+        backends: Some of `CPU_BACKENDS`; all that are installed by default.
         repeats: Timed translations a case.
         threads: CPU threads, 1 to 256; one a core by default.
         quick: Take two minutes a size at the most, for which cases may be cut off, and add a batch of 4.
@@ -76,9 +76,9 @@ def bench(
 def cases(size: int, backends: Sequence[str] = (), *, repeats: int = 5, quick: bool = False) -> Iterator[Case]:
     """Every backend at `size` pixels in every precision that it has on this CPU; arguments as for `bench`."""
     for backend in backends:
-        if backend not in BACKENDS:
-            raise InputError(f"unknown backend {backend!r}; expected some of {', '.join(BACKENDS)}")
-    backends = backends or [name for name in BACKENDS if importlib.util.find_spec(name)]
+        if backend not in CPU_BACKENDS:
+            raise InputError(f"unknown backend {backend!r}; expected some of {', '.join(CPU_BACKENDS)}")
+    backends = backends or [name for name in CPU_BACKENDS if importlib.util.find_spec(name)]
     pairs = []
     for backend in backends:
         precisions: tuple[str, ...] = ("float32",)

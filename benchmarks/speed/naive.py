@@ -28,26 +28,17 @@ OPSET = 20
 
 
 def matrix_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query key^T) value as published, by its N x M matrix.
-
-    Args:
-        query: (B, N, D).
-        key: (B, M, D).
-        value: (B, M, V).
-
-    Returns:
-        (B, N, V).
-    """
+    """softmax(query key^T) value as published, by its N x M matrix: (B, N, D), (B, M, D), (B, M, V) -> (B, N, V)."""
     return torch.softmax(query @ key.mT, -1) @ value
 
 
 class Published(nn.Module):
-    """`model` in the published form, sharing its weights; with `attention` also the self-attention's matrix."""
+    """`model` in the published form, sharing its weights."""
 
-    def __init__(self, model: CoCosNet, *, attention: bool = True) -> None:
+    def __init__(self, model: CoCosNet) -> None:
         super().__init__()
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-        if attention and isinstance(block := self.model.generator.attention, SelfAttention):
+        if isinstance(block := self.model.generator.attention, SelfAttention):
             block.attend = matrix_attention
 
     def forward(self, label: Tensor, exemplar: Tensor, exemplar_label: Tensor | None = None) -> Tensor:
@@ -57,7 +48,7 @@ class Published(nn.Module):
         theta = model.encode_query(planes)
         phi, values = model.encode_exemplar(exemplar, exemplar_label)
         weights = reference.logits(theta, phi, config.patch, config.temperature).softmax(-1)  # (B, N, M)
-        warped = (values.flatten(2) @ weights.mT).unflatten(2, theta.shape[2:])
+        warped = torch.unflatten(values.flatten(2) @ weights.mT, 2, theta.shape[2:])
         return model.synthesize(warped, planes)[0]
 
 

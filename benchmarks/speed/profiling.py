@@ -22,8 +22,8 @@ from tqdm import tqdm
 from ...bundle import STAGES, Bundle
 from ...bundle.stages import stage_inputs
 from ...errors import InputError
+from ...runtime.options import EngineOptions
 from ...runtime.translator import resolve_size
-from ..registry import check_threads
 from ..tables import table
 from .inputs import inputs
 
@@ -65,7 +65,7 @@ def profile(
     side = resolve_size(config, size, ())[0]
     if repeats < 1:
         raise InputError(f"repeats: expected at least 1, got {repeats}")
-    check_threads(threads)
+    EngineOptions(num_threads=threads)  # checks them
     label, image, image_label = inputs(config, side)
     arrays: Arrays = {"label": load_label(config, label)[None], "image": load_image(image)[None]}
     if config.condition_on_label:

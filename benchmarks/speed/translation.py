@@ -1,7 +1,6 @@
 """One translation, label and exemplar to picture, by everything that can do it.
 
     eager            CoCosNet in PyTorch as published: whole matrices in the warp and in the self-attention
-    eager-fused      the same with torch's fused attention in place of the self-attention's matrix
     eager-tiled      flashcocos's own networks in PyTorch: tiled warp and fused attention, no matrix at all
     compiled         torch.compile of `eager`; the compilation is in first_ms
     naive            `eager` as one ONNX graph in ONNX Runtime
@@ -28,18 +27,13 @@ from .inputs import UInt8Array, differences, inputs, similarity
 
 
 def prepare(case: Case, assets: Assets) -> Benchmark:
-    """Prepare a translation.
+    """A translation; its results are uint8 pictures (H, W, 3).
 
-    Args:
-        case: Its parameters are method and size; for the runtime also bundle, backend, precision, cached, batch and
-            tile; for PyTorch dtype and batch.
-        assets: The model, its naive graph or the bundle.
-
-    Returns:
-        The benchmark; results are uint8 pictures (H, W, 3).
+    parameters: method and size; of the runtime also bundle, backend, precision, cached, batch and tile; of PyTorch also
+    dtype and batch.
     """
     methods: dict[str, Callable[[Mapping[str, Any], Assets], tuple[Callable[[], Sample], dict[str, Any]]]] = {
-        **dict.fromkeys(("eager", "eager-fused", "eager-tiled", "compiled"), _eager),
+        **dict.fromkeys(("eager", "eager-tiled", "compiled"), _eager),
         "runtime": _runtime,
         "naive": _naive,
         "naive-openvino": _naive_openvino,
@@ -72,7 +66,7 @@ def _eager(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], 
     model = load_model(assets.model).to(assets.device, dtype).eval()
     tensors = [torch.from_numpy(array).to(assets.device) for array in _arrays(model.config, parameters["size"])]
     tensors = [x.repeat(batch, *[1] * (x.ndim - 1)).to(dtype if x.is_floating_point() else x.dtype) for x in tensors]
-    network: Callable[..., Any] = Published(model, attention=method != "eager-fused")
+    network: Callable[..., Any] = Published(model)
     if method == "compiled":
         torch.compiler.config.force_disable_caches = True  # else only the machine's first run compiles
         network = torch.compile(network, dynamic=False)

@@ -1,7 +1,8 @@
 """The correspondence warp alone: flashcocos's implementations against the published form and torch's attention.
 
     numpy, numba    arrays, what the runtime has on a CPU
-    cpu, triton     tensors: tiled torch, and the Triton kernels on a GPU
+    cpu             tensors: tiled torch
+    triton          tensors on a GPU; triton-nine-tap and triton-straightforward name the kernel of the forward pass
     reference       the published form: unfold, center, normalize, N x N matrix, softmax, product
     compiled        torch.compile of the same
     sdpa            torch's scaled_dot_product_attention on the unfolded and normalized features
@@ -13,6 +14,7 @@ the bare product theta^T phi in numpy, in blocks into one buffer, so that a busy
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,21 +25,17 @@ from ..registry import Assets, Benchmark, Case, Sample
 from .inputs import warp_inputs
 
 ARRAYS = ("numba", "numpy")
+TRITON_KERNELS = {"triton": "auto", "triton-nine-tap": "nine_tap", "triton-straightforward": "straightforward"}
 BLOCK = 2048
 SMALL = 16  # side of the maps that warm up and whose gradients are compared
 TEMPERATURE = 0.01
 
 
 def prepare(case: Case, assets: Assets) -> Benchmark:
-    """Prepare the warp.
+    """The warp; its results are the warped values (1, values, size, size).
 
-    Args:
-        case: Its parameters are method, size (side of the maps), patch, values, channels, inputs, dtype, backward and
-            product (whether to time the bare product too).
-        assets: The device.
-
-    Returns:
-        The benchmark; results are the warped values (1, values, size, size).
+    parameters: method, size (side of the maps), patch, values, channels, inputs, dtype, backward and product (whether
+    to time the bare product too).
     """
     parameters = case.parameters
     arrays = warp_inputs(parameters["size"], parameters["values"], parameters["inputs"], parameters["channels"])
@@ -60,7 +58,7 @@ def _tensors(
     import torch
 
     dtype, patch, backward = getattr(torch, parameters["dtype"]), parameters["patch"], parameters["backward"]
-    warp = implementation(parameters["method"], patch)
+    warp = _method(parameters["method"], patch)
 
     def pass_of(inputs: tuple[np.ndarray, ...], dtype: torch.dtype, device: str, warp: Any) -> Callable[[], Any]:
         leaves = [torch.from_numpy(array).to(device, dtype).requires_grad_(backward) for array in inputs]
@@ -75,7 +73,7 @@ def _tensors(
 
     wrong = 0.0
     if backward:
-        exact = pass_of(small, torch.float64, device, implementation("reference", patch))()[1]
+        exact = pass_of(small, torch.float64, device, _method("reference", patch))()[1]
         for got, expected in zip(pass_of(small, dtype, device, warp)()[1], exact, strict=True):
             wrong = max(wrong, float((got.double() - expected).abs().max() / expected.abs().max()))
     else:
@@ -88,7 +86,7 @@ def _tensors(
     return Benchmark(lambda: Sample(run()[0]), check)
 
 
-def implementation(name: str, patch: int) -> Callable[..., Any]:
+def _method(name: str, patch: int) -> Callable[..., Any]:
     """The tensor method `name`: a function of theta, phi (1, C, H, W) and values (1, V, H, W)."""
     import torch
 
@@ -96,23 +94,32 @@ def implementation(name: str, patch: int) -> Callable[..., Any]:
 
     def published(theta: Any, phi: Any, values: Any) -> Any:
         weights = reference.logits(theta, phi, patch, TEMPERATURE).softmax(-1)
-        return (values.flatten(2) @ weights.mT).unflatten(2, theta.shape[2:])
+        return torch.unflatten(values.flatten(2) @ weights.mT, 2, theta.shape[2:])
 
     def sdpa(theta: Any, phi: Any, values: Any) -> Any:
         query, key = (reference.patch_vectors(side, patch).mT[:, None] for side in (theta, phi))
         out = torch.nn.functional.scaled_dot_product_attention(
             query, key, values.flatten(2).mT[:, None], scale=1 / TEMPERATURE
         )
-        return out[:, 0].mT.unflatten(2, theta.shape[2:])
+        return torch.unflatten(out[:, 0].mT, 2, theta.shape[2:])
 
-    if name == "reference":
-        return published
+    def triton(theta: Any, phi: Any, values: Any) -> Any:
+        from ...kernels.gpu.triton_warp import choose_forward
+
+        with choose_forward(TRITON_KERNELS[name]):
+            return corr_warp(theta, phi, values, patch=patch, temperature=TEMPERATURE, backend="triton")
+
     if name == "compiled":
         compiled: Callable[..., Any] = torch.compile(published, dynamic=False)
         return compiled
-    if name == "sdpa":
-        return sdpa
-    return lambda *tensors: corr_warp(*tensors, patch=patch, temperature=TEMPERATURE, backend=name)
+    tiled = functools.partial(corr_warp, patch=patch, temperature=TEMPERATURE, backend="cpu")
+    methods: dict[str, Callable[..., Any]] = {
+        "reference": published,
+        "sdpa": sdpa,
+        "cpu": tiled,
+        **dict.fromkeys(TRITON_KERNELS, triton),
+    }
+    return methods[name]
 
 
 def _error(arrays: tuple[np.ndarray, ...], out: np.ndarray, patch: int) -> float:

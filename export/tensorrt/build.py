@@ -5,12 +5,12 @@ One builder for both variants, whose Python API is the same where it is used her
     tensorrt-rtx    TensorRT for RTX: consumer GPUs; builds for any architecture it knows on a machine with no GPU
     tensorrt        TensorRT proper: data-center and consumer GPUs; builds for the GPU at hand
 
-Networks are strongly typed: `tensorrt_graphs` declares every tensor's type and the builder keeps it, int8 included in
-a bundle of `flashcocos quantize` (`tensorrt_int8`). Each stage is built for every profile that is asked for, static by
+Networks are strongly typed: `graphs.py` declares every tensor's type and the builder keeps it, int8 included in a
+bundle of `flashcocos quantize` (`int8.py`). Each stage is built for every profile that is asked for, static by
 default. What has been built is kept under a key of all that decides it (`runtime.gpu.store`) and not built again.
 
-Engines have been built with tensorrt-rtx 1.7 for sm 86, 89 and 120; none has ever run, for no GPU was at hand, and the
-variant tensorrt could not be installed here: its calls are checked against its type stubs alone.
+Engines have been built with tensorrt-rtx 1.7 for sm 86, 89 and 120. The calls of the variant tensorrt are checked
+against its type stubs alone.
 """
 
 from __future__ import annotations
@@ -75,15 +75,25 @@ def build(
     output: str | os.PathLike[str] | None = None,
     tile: int | None = None,
 ) -> Iterator[Built]:
-    """Build what is missing and yield every engine, stage by stage and profile by profile, once it is stored.
+    """Build the TensorRT engines of a bundle that are missing in a folder.
 
-    targets: compute capabilities, 89 for 8.9; all go into one engine, which shares their weights. tensorrt takes none
-        but that of the GPU at hand.
-    precision: "float32" or "float16", of all but what a bundle of `quantize` has in int8.
-    profiles: the shapes; without any, one picture of the model's own size. output: folder, beside the bundle.
-    tile: side of the fine stage's tiles, as `Translator` takes it; None builds it for whole pictures.
-    Raises `InputError` for options that do not fit, `BundleError` for a bundle that cannot be used, and `BackendError`
-    where the variant is missing, does not know a target, or fails, say for memory.
+    Args:
+        bundle: Model bundle, a folder or a zip file.
+        targets: Compute capabilities, 89 for 8.9; all go into one engine, which shares their weights. The variant
+            "tensorrt" takes only that of the GPU at hand, which is the default.
+        precision: "float32" or "float16", of all but the convolutions that a bundle of `quantize` has in int8.
+        variant: "tensorrt-rtx" or "tensorrt".
+        profiles: Shapes to build for, by default one picture of the model's own size.
+        output: Folder of the engines, by default beside the bundle.
+        tile: Side in pixels of the fine stage's tiles, as for `Translator`; None builds it for whole pictures.
+
+    Yields:
+        Every engine, stage by stage and profile by profile, once it is stored.
+
+    Raises:
+        InputError: Options that do not fit.
+        BundleError: The bundle cannot be used.
+        BackendError: The variant is missing, does not know a target, or fails, for example for lack of memory.
     """
     opened = Bundle(bundle)
     check_stages(opened.manifest)
@@ -99,8 +109,8 @@ def build(
     known = {record.key: record for record in list_engines(folder)}
     for stage in STAGES:
         graph = None
-        for asked in profiles:
-            profile = asked.tiled(tile) if stage == "fine" else asked
+        for picture_profile in profiles:
+            profile = picture_profile.tiled(tile) if stage == "fine" else picture_profile
             sha256 = opened.manifest.files[opened.manifest.stages[stage].file].sha256
             key = EngineKey(stage, sha256, variant, str(trt.__version__), architectures, precision, profile)
             path = folder / f"{key.stem}.engine"
@@ -148,7 +158,7 @@ def stage_shapes(bundle: Bundle, stage: str, profile: Profile, which: int) -> di
 
 
 def build_kernels(bundle: str | os.PathLike[str], folder: Path, targets: Sequence[int], precision: str) -> list[str]:
-    """Compile the warp of `bundle` for `targets` into `folder`/kernels; the cubins' names. See `compiled_kernels`."""
+    """Compile the warp of `bundle` for `targets` into `folder`/kernels; returns the cubins' names."""
     files = compiled_kernels(Bundle(bundle).manifest.config, targets, [precision])
     for name, content in files.items():
         with atomic_path(folder / FOLDER / name) as temporary:
@@ -252,7 +262,7 @@ def _check_network(
 def _logger(trt: Any) -> Any:
     """A logger that keeps errors and the figures of memory, and prints nothing."""
 
-    class Logger(trt.ILogger):
+    class Logger(trt.ILogger):  # type: ignore[misc]  # of either variant's module, which has no type
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -270,7 +280,7 @@ def _logger(trt: Any) -> Any:
 def _monitor(trt: Any, progress: tqdm) -> Any:
     """The builder's progress monitor: counts the steps of all its phases, which become known one by one."""
 
-    class Monitor(trt.IProgressMonitor):
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # as above
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 
@@ -302,9 +312,10 @@ def current_architecture() -> int:
 
     try:
         with contextlib.closing(PycudaDevice()) as device:
-            return device.capability
+            capability: int = device.capability
+            return capability
     except BackendError as error:
-        raise BackendError(f"which GPU is at hand cannot be told ({error}); name a target: sm_89") from error
+        raise BackendError(f"the GPU at hand is unknown ({error}); name a target: sm_89") from error
 
 
 def _check_targets(trt: Any, variant: str, architectures: Sequence[int]) -> None:

@@ -1,18 +1,16 @@
-"""How near the graphs that TensorRT is given stay to the bundle's own: both run on the CPU, end to end, before a build.
+"""How close TensorRT's graphs stay to the bundle's own: both run on the CPU, end to end, before a build.
 
 ONNX Runtime rounds what is declared float16 as TensorRT does, if not in the same order, so what float16 costs is known
-on a machine without a GPU. The picture that leaves is compared: PSNR over the 256 levels of uint8.
+on a machine without a GPU. The pictures are compared: PSNR over the 256 levels of uint8.
 
-What int8 costs is no part of it: `flashcocos quantize` has measured that, on pictures of the kind that it calibrated
-for, which random ones are not. Neither form of such a bundle rounds activations to int8 here.
+What int8 costs is no part of it: `flashcocos quantize` has measured that, on pictures of the kind that it was
+calibrated for, which random ones are not. Neither form of such a bundle rounds activations to int8 here.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
@@ -20,7 +18,7 @@ import onnxruntime
 from ...bundle import Bundle
 from ...bundle.graph_check import refuse_external_data
 from ...errors import BackendError
-from ...preprocess.images import to_uint8
+from ...preprocess.images import psnr, to_uint8
 from ...runtime.cpu.onnxruntime import OnnxRuntimeEngine
 from ..verify import random_inputs, run_stages
 from .graphs import bundle_graph
@@ -45,23 +43,21 @@ def agreement(bundle: Bundle, precision: str, size: int) -> float:
         return _run(unrounded(bundle_graph(bundle, stage, precision)), feeds)
 
     expected = run_stages(config, lambda stage, feeds: _run_own(bundle, stage, feeds), inputs)
-    found = run_stages(config, rewritten, inputs)
-    if found["invalid"]:
+    outputs = run_stages(config, rewritten, inputs)
+    if outputs["invalid"]:
         raise BackendError(f"{bundle.path}: gives NaN in {precision}: its weights overflow; use precision float32")
-    difference = found["image"][0].astype(np.float64) - to_uint8(expected["image"][0])
-    mean_square = float(np.mean(np.square(difference)))
-    return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
+    return psnr(outputs["image"][0], to_uint8(expected["image"][0]))
 
 
 def require_agreement(bundle: Bundle, precision: str, size: int) -> float:
     """`agreement`, or `BackendError` where it is below `MIN_PSNR`."""
-    found = agreement(bundle, precision, size)
-    if found < MIN_PSNR[precision]:
+    decibels = agreement(bundle, precision, size)
+    if decibels < MIN_PSNR[precision]:
         raise BackendError(
-            f"{bundle.path}: {precision} gives {found:.1f} dB against the bundle's own graphs at {size} px, "
+            f"{bundle.path}: {precision} gives {decibels:.1f} dB against the bundle's own graphs at {size} px, "
             f"expected {MIN_PSNR[precision]:g} or more; use precision float32"
         )
-    return found
+    return decibels
 
 
 def _run_own(bundle: Bundle, stage: str, feeds: Arrays) -> Arrays:

@@ -12,9 +12,8 @@ Casts, which TensorRT fuses with Q and with what follows the convolution, join t
 
 Source: the plans that tensorrt-rtx 1.7 makes for sm 80, 86, 89 and 120. Each of these convolutions reads int8 and an
 int8 weight there, and a test takes that from the builder's log; float16 scales give the same plan. For sm 75 it makes
-them float again. Which kernel computes a convolution is chosen where the engine is loaded, which has never been done,
-for no GPU was at hand: that int8 is faster is not shown, and NVIDIA's table of precisions (TensorRT for RTX 1.5) has
-int8 for the weights of matrix products alone.
+them float again. Which kernel computes a convolution is chosen where the engine is loaded: that int8 is faster is not
+shown, and NVIDIA's table of precisions (TensorRT for RTX 1.5) has int8 for the weights of matrix products alone.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from numba.core import cgutils, config
 from numba.extending import models, overload, register_model
 
 from .numpy_warp import LOWEST, Array, Match, empty_match, statistics_of_sums
-from .tiling import Sweep, plan_sweep
+from .tiling import CacheBlocks, choose_cache_blocks
 
 LANES = 8
 ROWS, COLUMNS = 6, 16  # the register tile: 12 of 16 AVX registers accumulate, the rest hold operands
@@ -481,7 +481,7 @@ def write_results(shape, state, x, first, last, out, lse, index, probability, en
 
 
 @_jit
-def sweep(shape, inputs, slots, x, first, last, cutoff, results):
+def warp_task(shape, inputs, slots, x, first, last, cutoff, results):
     """One task: the warp of the queries of rows first to last, from column x on. `slots` holds `patch` offsets."""
     half, rows = len(slots) // 2, (last - first) * shape.weight_rows
     products = np.zeros(len(slots) * shape.group * shape.rows * shape.line + LANES, np.float32)
@@ -514,11 +514,11 @@ def warp_forward(
     out, lse = np.empty((batch, channels, hq * wq), np.float32), np.empty((batch, hq * wq), np.float32)
     matches = empty_match(batch, hq * wq)
     threads = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    plan = plan_sweep(theta.shape[2:], phi.shape[2:], patch, threads, rows=ROWS, columns=COLUMNS)
+    blocks = choose_cache_blocks(theta.shape[2:], phi.shape[2:], patch, threads, rows=ROWS, columns=COLUMNS)
     with ThreadPoolExecutor(threads) as pool:
         for i in range(batch):
             results = (out[i], lse[i], *(field[i] for field in matches))
-            _warp_item(pool, plan, theta[i], phi[i], values[i], patch, temperature, results)
+            _warp_item(pool, blocks, theta[i], phi[i], values[i], patch, temperature, results)
     return out, lse, matches if match else None
 
 
@@ -528,7 +528,7 @@ def _round_up(length: int, multiple: int) -> int:
 
 def _warp_item(
     pool: ThreadPoolExecutor,
-    plan: Sweep,
+    blocks: CacheBlocks,
     theta: Array,
     phi: Array,
     values: Array,
@@ -539,12 +539,12 @@ def _warp_item(
     (channels, hq, wq), (_, hk, wk) = theta.shape, phi.shape
     columns = _round_up(wk, COLUMNS)
     few = len(values) <= SMALL
-    rows = _round_up(plan.block + patch - 1, ROWS)
+    rows = _round_up(blocks.block + patch - 1, ROWS)
     shape = Shape(
-        hq, wq, hk, wk, channels, len(values), columns, columns + LANES, plan.block, rows,
-        _round_up(plan.block, ROWS), plan.group, _round_up(len(values), 4 if few else COLUMNS),
+        hq, wq, hk, wk, channels, len(values), columns, columns + LANES, blocks.block, rows,
+        _round_up(blocks.block, ROWS), blocks.group, _round_up(len(values), 4 if few else COLUMNS),
     )  # fmt: skip
-    starts = range(0, wq, plan.block)
+    starts = range(0, wq, blocks.block)
     queries = np.zeros((hq, starts[-1] + rows, channels), np.float32)
     keys = np.zeros((hk, columns // COLUMNS, channels, COLUMNS), np.float32)
     query_statistics = _pack(pool, pack_queries, theta, queries, patch)
@@ -564,8 +564,8 @@ def _warp_item(
     slots = tuple(range(0, patch * shape.group * rows * shape.line, shape.group * rows * shape.line))
     # all weights left out together are below 2^-25 of the sum, half a unit in its last place
     cutoff = np.float32(25 + math.log2(hk * wk))
-    tasks = [(x, top, min(top + plan.strip, hq)) for top in range(0, hq, plan.strip) for x in starts]
-    list(pool.map(lambda task: sweep(shape, inputs, slots, *task, cutoff, results), tasks))
+    tasks = [(x, top, min(top + blocks.strip, hq)) for top in range(0, hq, blocks.strip) for x in starts]
+    list(pool.map(lambda task: warp_task(shape, inputs, slots, *task, cutoff, results), tasks))
 
 
 def _pack(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .tiling import plan
+from .tiling import fit_tiles
 
 Array = npt.NDArray[np.float32]
 
@@ -40,7 +40,7 @@ def box_sum(plane: npt.NDArray[np.float64], patch: int) -> npt.NDArray[np.float6
     half, (height, width) = patch // 2, plane.shape
     padded = np.pad(plane, half)
     rows = np.sum([padded[i : i + height] for i in range(patch)], axis=0)
-    return np.sum([rows[:, i : i + width] for i in range(patch)], axis=0)
+    return np.asarray(np.sum([rows[:, i : i + width] for i in range(patch)], axis=0))
 
 
 def patch_statistics(features: Array, patch: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -80,7 +80,7 @@ def warp_forward(
     for i in range(batch):
         queries, keys = _Side(theta[i], patch, 1.0 / temperature), _Side(phi[i], patch, 1.0)
         weighed = _weighed(values[i], patch)
-        tiles = plan(theta.shape[2:], phi.shape[2:], patch, BUDGET, buffers=BUFFERS)
+        tiles = fit_tiles(theta.shape[2:], phi.shape[2:], patch, BUDGET, buffers=BUFFERS)
         size = (tiles.query_rows + patch - 1) * queries.stride * (tiles.key_rows + patch - 1) * keys.stride
         buffers = np.empty((BUFFERS, size), np.float32)
         for top in range(0, hq, tiles.query_rows):

@@ -17,7 +17,7 @@ class Tiles(NamedTuple):
     key_rows: int
 
 
-def plan(
+def fit_tiles(
     query_map: tuple[int, int], key_map: tuple[int, int], patch: int, budget: int, *, buffers: int, itemsize: int = 4
 ) -> Tiles:
     """The largest tiles of which `buffers` copies of `itemsize` bytes an element stay within `budget` bytes.
@@ -36,8 +36,11 @@ def plan(
     return Tiles(_even(hq, max(padded_q - halo, 1)), _even(hk, max(padded_k - halo, 1)))
 
 
-class Sweep(NamedTuple):
-    """Tiles of the fused kernel: query columns of a task, query rows of a task, key rows followed at once."""
+class CacheBlocks(NamedTuple):
+    """Blocks of the fused kernel that stay in the cache.
+
+    block: query columns of a task. strip: query rows of a task. group: key rows followed at once.
+    """
 
     block: int
     strip: int
@@ -49,9 +52,9 @@ KEYS = 256  # keys of one pass: enough to spread the cost of a pass, few enough 
 SHORTEST = 4  # query rows of a strip: shorter ones spend as much on the strip's ends as on its inside
 
 
-def plan_sweep(
+def choose_cache_blocks(
     query_map: tuple[int, int], key_map: tuple[int, int], patch: int, threads: int, *, rows: int, columns: int
-) -> Sweep:
+) -> CacheBlocks:
     """Tasks for `threads` threads, whose products of `patch` steps fit in `CACHE`; register tile (rows, columns)."""
     (hq, wq), (_, wk) = query_map, key_map
     width = math.ceil(wk / columns) * columns
@@ -59,7 +62,7 @@ def plan_sweep(
     lines = CACHE // (patch * group * width * 4) // rows * rows  # whole register tiles, halo included
     block = _even(wq, max(lines, 2 * rows) - patch + 1)
     strips = math.ceil(threads / math.ceil(wq / block))
-    return Sweep(block, max(math.ceil(hq / strips), min(SHORTEST, hq)), group)
+    return CacheBlocks(block, max(math.ceil(hq / strips), min(SHORTEST, hq)), group)
 
 
 def _even(length: int, limit: int) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .tiling import plan
+from .tiling import fit_tiles
 
 BUDGET = 24 << 20  # bytes of the tile buffers
 LOWEST = -1e30  # stands for minus infinity: its weight is 0 too, and 0 times it is 0, not nan
@@ -135,7 +135,7 @@ class _Side:
         self.flat = F.pad(features, (half, half, half, half)).flatten(1)  # (C, flat)
         self.length = patch * patch * self.channels
         sums, squares = (features.new_zeros(features.shape[1:], dtype=torch.float64) for _ in range(2))
-        for part in features.split(16):  # sums in float64 copy their input to float64
+        for part in torch.split(features, 16):  # sums in float64 copy their input to float64
             sums += part.sum(dim=0, dtype=torch.float64)
             squares += part.double().square().sum(dim=0)
         total, squares = _box(sums, patch), _box(squares, patch)
@@ -162,7 +162,8 @@ class _Side:
     def dense(self, gapped: torch.Tensor) -> torch.Tensor:
         """(..., rows * stride), the last gap present or not -> (..., rows, width)."""
         missing = -gapped.shape[-1] % self.stride
-        return F.pad(gapped, (0, missing)).unflatten(-1, (-1, self.stride))[..., : self.width]
+        rows = F.pad(gapped, (0, missing))
+        return rows.reshape(*rows.shape[:-1], -1, self.stride)[..., : self.width]
 
     def feature_gradient(self) -> torch.Tensor:
         """The gradient of the features (C, H, W): through the taps, and through means and norms."""
@@ -178,7 +179,7 @@ class _Side:
         )
 
         def inner(flat: torch.Tensor) -> torch.Tensor:
-            return flat.unflatten(1, (-1, self.stride))[:, half : half + self.height, half : half + self.width]
+            return flat.reshape(len(flat), -1, self.stride)[:, half : half + self.height, half : half + self.width]
 
         assert self.d_flat is not None
         return inner(self.d_flat).addcmul_(inner(self.flat), through_norm).add_(through_mean)
@@ -191,7 +192,7 @@ class _Tiler:
         self, query_map: Sequence[int], key_map: Sequence[int], patch: int, dtype: torch.dtype, *, buffers: int
     ) -> None:
         (hq, wq), (hk, wk) = query_map, key_map
-        tiles = plan((hq, wq), (hk, wk), patch, BUDGET, buffers=buffers, itemsize=dtype.itemsize)
+        tiles = fit_tiles((hq, wq), (hk, wk), patch, BUDGET, buffers=buffers, itemsize=dtype.itemsize)
         self.patch, halo = patch, patch - 1
         size = (tiles.query_rows + halo) * (wq + halo) * (tiles.key_rows + halo) * (wk + halo)
         self.buffers = torch.empty((buffers, size), dtype=dtype)

@@ -9,10 +9,9 @@ What a torch-free runtime launches, in this order, all through the driver API:
     pack        theta, phi (padded = C) and values (padded = V rounded up to 8): float32 (B, C, H, W) -> rows of `dtype`
     statistics  mean and inverse norm of the patches, once for theta and once for phi
     warp        out (B, V, Hq, Wq) and lse, float32; or `match`: index, probability and entropy
-Of the two forward kernels the rule of `configs.nine_tap_tile` takes one; their arguments are the same, in one launch.
+Of the two forward kernels the rule of `configs.nine_tap_blocks` takes one; their arguments are the same, in one launch.
 The nine-tap kernel is not split over the keys here, and has smaller bands of queries for it.
 Strides and sizes are in elements. Shared memory is dynamic: above 48 KiB the function's limit has to be raised first.
-The cubins have been compiled and inspected, never launched: no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class _Job:
 
     name: str
     kernel: Any
-    tile: configs.Tile
+    blocks: configs.BlockSizes
     types: dict[str, str]
     constants: dict[str, Any]
     grid: tuple[str, str, str]
@@ -95,25 +94,25 @@ def _jobs(sm: int, dtype: str, values: Sequence[int], patch: int, channels: int)
     if not isinstance(forward_kernel, triton.JITFunction):
         raise BackendError("TRITON_INTERPRET is set, so Triton interprets and cannot compile; unset it")
     element, itemsize = "*" + DTYPES[dtype], 4 if dtype == "float32" else 2
-    tile = configs.PACK
+    blocks = configs.PACK
     integers = ("width", "positions", "channels", "padded", "stride_b", "stride_c", "stride_y", "stride_x")
     yield _Job(
         f"pack_{dtype}",
         pack_kernel,
-        tile,
+        blocks,
         {"source": "*fp32", "target": element, **dict.fromkeys(integers, "i32")},
-        {"BN": tile.queries, "BC": tile.channels},
-        (f"ceil(positions / {tile.queries})", f"ceil(padded / {tile.channels})", "batch"),
+        {"BN": blocks.queries, "BC": blocks.channels},
+        (f"ceil(positions / {blocks.queries})", f"ceil(padded / {blocks.channels})", "batch"),
     )
-    tile = configs.STATISTICS
+    blocks = configs.STATISTICS
     feature = {"C": channels, "PATCH": patch}
     yield _Job(
         f"statistics_p{patch}_c{channels}_{dtype}",
         statistics_kernel,
-        tile,
+        blocks,
         {"packed": element, "mean": "*fp32", "inverse": "*fp32", "height": "i32", "width": "i32"},
-        {**feature, "BN": tile.queries, "BC": tile.channels},
-        (f"ceil(height * width / {tile.queries})", "batch", "1"),
+        {**feature, "BN": blocks.queries, "BC": blocks.channels},
+        (f"ceil(height * width / {blocks.queries})", "batch", "1"),
     )
     sizes = {**dict.fromkeys(("height_q", "width_q", "height_k", "width_k"), "i32"), "scale": "fp32"}
     maps = {"theta": element, "phi": element, **dict.fromkeys(("mu", "a", "nu", "b"), "*fp32"), **sizes}
@@ -121,34 +120,34 @@ def _jobs(sm: int, dtype: str, values: Sequence[int], patch: int, channels: int)
         match = count is None
         width = 1 if count is None else count
         # of unknown size, and taken to have less than 2^31 elements
-        nine_tap = configs.nine_tap_tile(sm, itemsize, patch, channels, 0)
-        tile = nine_tap or configs.forward_tile(sm, itemsize, width)
+        nine_tap = configs.nine_tap_blocks(sm, itemsize, patch, channels, 0)
+        blocks = nine_tap or configs.forward_blocks(sm, itemsize, width)
         outputs = {"index": "*i64", "probability": "*fp32", "entropy": "*fp32"}
         carried = {"values": element, "out": "*fp32", "lse": "*fp32"}
         yield _Job(
             f"match_p{patch}_c{channels}_{dtype}" if match else f"warp_p{patch}_c{channels}_v{count}_{dtype}",
             nine_tap_kernel if nine_tap else forward_kernel,
-            tile,
+            blocks,
             {**maps, **(outputs if match else carried)},
             {
                 **dict.fromkeys(carried if match else outputs),
                 **feature,
                 "V": width,
                 "VP": configs.padded_values(width),
-                "BN": tile.queries,
-                "BM": tile.keys,
-                "BC": tile.channels,
+                "BN": blocks.queries,
+                "BM": blocks.keys,
+                "BC": blocks.channels,
                 "BV": configs.NINE_TAP_VALUES if nine_tap else configs.value_block(width),
                 "MATCH": match,
                 **({"BAND": configs.WHOLE_BAND} if nine_tap else {}),
             },
-            (_lanes_grid(tile) if nine_tap else f"ceil(height_q * width_q / {tile.queries})", "batch", "1"),
+            (_lanes_grid(blocks) if nine_tap else f"ceil(height_q * width_q / {blocks.queries})", "batch", "1"),
         )
 
 
-def _lanes_grid(tile: configs.Tile) -> str:
+def _lanes_grid(blocks: configs.BlockSizes) -> str:
     """`triton_nine_tap.query_tiles` as a rule."""
-    return f"ceil(ceil(height_q / {configs.WHOLE_BAND}) * width_q / {tile.queries - 2})"
+    return f"ceil(ceil(height_q / {configs.WHOLE_BAND}) * width_q / {blocks.queries - 2})"
 
 
 def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
@@ -164,7 +163,7 @@ def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
     compiled = triton.compile(
         ASTSource(job.kernel, signature, job.constants, aligned),
         target=GPUTarget("cuda", sm, 32),
-        options={"num_warps": job.tile.warps, "num_stages": job.tile.stages, "enable_fp_fusion": True},
+        options={"num_warps": job.blocks.warps, "num_stages": job.blocks.stages, "enable_fp_fusion": True},
     )
     parameters = re.search(r"\.entry\s+\w+\s*\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
     hidden = (parameters[1].count(".param") if parameters else 0) - len(arguments)
@@ -174,7 +173,7 @@ def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
     if compiled.metadata.shared > limit:
         raise BackendError(
             f"{job.name} takes {compiled.metadata.shared} bytes of shared memory, sm {sm} has {limit}; "
-            "choose a smaller tile in kernels/configs.py"
+            "choose smaller blocks in kernels/gpu/configs.py"
         )
     cubin, stem = compiled.asm["cubin"], f"{job.name}_sm{sm}"
     with atomic_path(output / f"{stem}.cubin") as path:

@@ -1,7 +1,7 @@
-"""Tile sizes of the Triton kernels: one line per architecture, with the reason for each.
+"""Block sizes of the Triton kernels: one line per architecture, with the reason for each.
 
 No line has been timed: all were chosen by count (shared memory, registers) and by compiling without a GPU.
-`tests/kernels/test_aot.py` compiles every line and fails past the shared-memory limit or on a register spill.
+`tests/kernels/gpu/test_aot.py` compiles every line and fails past the shared-memory limit or on a register spill.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from ...errors import BackendError
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-    """Queries, keys and channels of one step, with the warps and pipeline stages that serve it."""
+class BlockSizes:
+    """Queries, keys and channels of one tile, with the warps and pipeline stages that serve it."""
 
     queries: int
     keys: int
@@ -24,17 +24,17 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The shared memory a block may use, what the chip multiplies, and the tiles for float16 and bfloat16 maps.
+    """The shared memory a block may use, what the chip multiplies, and the block sizes for 16-bit maps.
 
     narrow, wide: `forward_kernel` with at most, and with more than, `NARROW` value channels; backward: its score tiles;
     nine_tap: `nine_tap_kernel` for any number, None where the products are no tensor-core products.
     """
 
     shared_kib: int
-    narrow: Tile
-    wide: Tile
-    backward: Tile
-    nine_tap: Tile | None
+    narrow: BlockSizes
+    wide: BlockSizes
+    backward: BlockSizes
+    nine_tap: BlockSizes | None
     bfloat16: bool = True
     tf32: bool = True
 
@@ -43,39 +43,45 @@ NARROW = 64  # value channels whose output tile leaves the registers to the scor
 MAX_VALUES = 256  # value channels of one launch; more are warped in several
 
 # the output tile of 64 x 256 takes 64 registers a thread, so the score tile shrinks to 16 registers a thread
-_WIDE = Tile(64, 64, 64, 8, 3)
+_WIDE = BlockSizes(64, 64, 64, 8, 3)
 # the backward holds three score tiles at once (logits, d weights, d logits): 128 x 128 spills, and on 80 even 128 x 64
-_BACKWARD = Tile(64, 64, 64, 8, 3)
+_BACKWARD = BlockSizes(64, 64, 64, 8, 3)
 
 # three tiles of 64 x 64 are in flight, two sums and a product, 16 registers each; with 4 warps or 128 keys it spills
-_NINE_TAP = Tile(64, 64, 64, 8, 3)
+_NINE_TAP = BlockSizes(64, 64, 64, 8, 3)
 
 ARCHITECTURES: dict[int, Architecture] = {
     # Turing: Triton has no tensor-core products below 80 (its pull request 5066) and uses FMA, with the operands and
     # the next loads in registers: every larger tile spills
     75: Architecture(
-        64, Tile(64, 32, 32, 8, 2), Tile(32, 16, 32, 8, 2), Tile(64, 32, 32, 8, 2), None, bfloat16=False, tf32=False
+        64,
+        BlockSizes(64, 32, 32, 8, 2),
+        BlockSizes(32, 16, 32, 8, 2),
+        BlockSizes(64, 32, 32, 8, 2),
+        None,
+        bfloat16=False,
+        tf32=False,
     ),
     # A100: registers allow one 128 x 128 block a multiprocessor, so it may take 64 channels in three stages, 64 KiB
-    80: Architecture(163, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
+    80: Architecture(163, BlockSizes(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
     # A40, A6000, RTX 30: as 80, since its 64 KiB are within 99
-    86: Architecture(99, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
+    86: Architecture(99, BlockSizes(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
     # RTX 40, L4, L40: as 86; the larger L2 changes no tile
-    89: Architecture(99, Tile(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
+    89: Architecture(99, BlockSizes(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
     # H100, H200: warpgroup products read both operands from shared memory, so one stage more, 128 KiB
-    90: Architecture(227, Tile(128, 128, 64, 8, 4), _WIDE, _BACKWARD, _NINE_TAP),
+    90: Architecture(227, BlockSizes(128, 128, 64, 8, 4), _WIDE, _BACKWARD, _NINE_TAP),
     # RTX 50: Ampere-style products; 128 x 128 spills with 64 channels and not with 32, nine taps in a third stage too
-    120: Architecture(99, Tile(128, 128, 32, 8, 3), _WIDE, _BACKWARD, Tile(64, 64, 32, 8, 2)),
+    120: Architecture(99, BlockSizes(128, 128, 32, 8, 3), _WIDE, _BACKWARD, BlockSizes(64, 64, 32, 8, 2)),
 }
 
 # float32 maps are multiplied exactly, by FMA, on every architecture: operands and sums live in registers, so the tiles
 # are small, and the arithmetic hides the loads; 64 x 64 spills on 80
-_SINGLE = Tile(64, 32, 16, 4, 2)
-_SINGLE_WIDE = Tile(64, 32, 16, 8, 2)
+_SINGLE = BlockSizes(64, 32, 16, 4, 2)
+_SINGLE_WIDE = BlockSizes(64, 32, 16, 8, 2)
 
 # fold_kernel: target positions, source positions, channels; the nine loads of a tile serve all its channels, so many
-_FOLD = Tile(64, 64, 128, 8, 2)
-_FOLD_SINGLE = Tile(64, 32, 64, 4, 2)
+_FOLD = BlockSizes(64, 64, 128, 8, 2)
+_FOLD_SINGLE = BlockSizes(64, 32, 64, 4, 2)
 
 # query rows of a band of `nine_tap_kernel`: 16 multiply 18 percent more than the scores, 4 half as much again, but 4
 # make four times the programs, for launches that are not split over the keys
@@ -83,10 +89,10 @@ SPLIT_BAND = 16
 WHOLE_BAND = 4
 NINE_TAP_CHANNELS = 128  # with fewer, what it does beside the products is predicted to cost more than it saves
 NINE_TAP_VALUES = 16  # value channels of one product there; more take turns, so that no number of them spills
-MERGE = Tile(256, 0, 16, 4, 1)  # merge_kernel: positions and value channels
+MERGE = BlockSizes(256, 0, 16, 4, 1)  # merge_kernel: positions and value channels
 
-PACK = Tile(64, 0, 64, 4, 1)  # pack_kernel: a square of positions and channels, transposed through shared memory
-STATISTICS = Tile(64, 0, 64, 4, 2)  # statistics_kernel: a warp reads 64 channels of a position as one line
+PACK = BlockSizes(64, 0, 64, 4, 1)  # pack_kernel: a square of positions and channels, transposed through shared memory
+STATISTICS = BlockSizes(64, 0, 64, 4, 2)  # statistics_kernel: a warp reads 64 channels of a position as one line
 
 
 def architecture(capability: int) -> Architecture:
@@ -104,8 +110,8 @@ def architecture(capability: int) -> Architecture:
     return ARCHITECTURES[max(known)]
 
 
-def forward_tile(capability: int, itemsize: int, values: int) -> Tile:
-    """The tile of the forward for maps of `itemsize` bytes an element and `values` value channels."""
+def forward_blocks(capability: int, itemsize: int, values: int) -> BlockSizes:
+    """The block sizes of the forward for maps of `itemsize` bytes an element and `values` value channels."""
     wide = values > NARROW
     if itemsize == 4:
         return _SINGLE_WIDE if wide else _SINGLE
@@ -113,10 +119,10 @@ def forward_tile(capability: int, itemsize: int, values: int) -> Tile:
     return line.wide if wide else line.narrow
 
 
-def nine_tap_tile(
+def nine_tap_blocks(
     capability: int, itemsize: int, patch: int, channels: int, elements: int, least: int = NINE_TAP_CHANNELS
-) -> Tile | None:
-    """The rule that chooses the forward kernel: the tile of `nine_tap_kernel`, or None for `forward_kernel`.
+) -> BlockSizes | None:
+    """The rule that chooses the forward kernel: the block sizes of `nine_tap_kernel`, or None for `forward_kernel`.
 
     Nine taps are for a patch of 3, 16-bit maps, chips on which Triton's products of them run on tensor cores (80 on),
     and at least `least` channels. Float32 maps are multiplied by FMA from registers, which this kernel needs for its
@@ -139,19 +145,19 @@ def splits(programs: int, walks: int, multiprocessors: int, most: int) -> int:
 
     counts = range(1, min(most, walks) + 1)
     least = min(map(time, counts))
-    chosen = next(count for count in counts if 8 * time(count) <= 9 * least)
-    return -(-walks // -(-walks // chosen))
+    fewest = next(count for count in counts if 8 * time(count) <= 9 * least)
+    return -(-walks // -(-walks // fewest))
 
 
-def backward_tile(capability: int, itemsize: int) -> Tile:
-    """The tile of `score_gradient_kernel`."""
+def backward_blocks(capability: int, itemsize: int) -> BlockSizes:
+    """The block sizes of `score_gradient_kernel`."""
     return _SINGLE if itemsize == 4 else architecture(capability).backward
 
 
-def fold_tile(itemsize: int, channels: int) -> Tile:
-    """The tile of `fold_kernel` for a source of `itemsize` bytes an element, its channels no more than needed."""
-    tile = _FOLD_SINGLE if itemsize == 4 else _FOLD
-    return dataclasses.replace(tile, channels=min(tile.channels, value_block(channels)))
+def fold_blocks(itemsize: int, channels: int) -> BlockSizes:
+    """The block sizes of `fold_kernel` for a source of `itemsize` bytes an element; no more channels than needed."""
+    blocks = _FOLD_SINGLE if itemsize == 4 else _FOLD
+    return dataclasses.replace(blocks, channels=min(blocks.channels, value_block(channels)))
 
 
 def value_block(values: int) -> int:

@@ -20,9 +20,7 @@ an output of its own, and `merge_kernel` joins them.
 
 Skipping. A tile whose largest logit lies `skip` below the running maximum of each of its queries is dropped before the
 exponential and the product with the values. All that can be dropped weighs at most M 2^-skip = 2^-24 of the largest
-weight, so the result is exact to float32 rounding. Offsets are 32 bits: `configs.nine_tap_tile` sees to it.
-
-Has run in Triton's interpreter only, never on a GPU.
+weight, so the result is exact to float32 rounding. Offsets are 32 bits: `configs.nine_tap_blocks` sees to it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The warp in Triton on the host side: what is launched, in which order, and the gradient that is assembled from it.
 
 Forward: pack theta and phi channels last and the values likewise (`pack_kernel`, skipped for a channels-last tensor),
-patch statistics (`statistics_kernel`), then by the rule of `configs.nine_tap_tile` either `nine_tap_kernel`, split over
-the keys where the queries do not fill the GPU, with `merge_kernel` after it; or one launch of `forward_kernel`.
-`choose_forward` overrides the rule. Memory beside inputs and outputs, at 128 x 128 maps,
-C = 256, V = 3, float16: 0.25 MiB of statistics, 0.25 MiB of packed values, 0.25 MiB for each split, and 8 MiB for each
-of theta and phi that does not come in torch's channels_last memory format.
+patch statistics (`statistics_kernel`), then by the rule of `configs.nine_tap_blocks` either `nine_tap_kernel`, split
+over the keys where the queries do not fill the GPU, with `merge_kernel` after it; or one launch of `forward_kernel`.
+`choose_forward` overrides the rule. Memory beside inputs and outputs, at 128 x 128 maps, C = 256, V = 3, float16:
+0.25 MiB of statistics, 0.25 MiB of packed values, 0.25 MiB for each split, and 8 MiB for each of theta and phi that
+does not come in torch's channels_last memory format.
 
 Precision: theta and phi are multiplied as they come, float16 and bfloat16 on tensor cores (from compute capability 80
 on), float32 by FMA (no tf32), and summed in float32; statistics, logits and softmax are float32. Weights meet the
@@ -21,7 +21,7 @@ formed a chunk at a time (`score_gradient_kernel`) in a scratch buffer, and each
 gradients, in units of theta + phi: 1 if they must be packed, 2 for float32 sums of float16 gradients (0 for float32),
 scratch of one half but at least 8 MiB, and a few floats a position: 3.6 at 128 x 128, C = 256, float16.
 
-Has run in Triton's interpreter only, never on a GPU; the forward compiles for every line of `configs.ARCHITECTURES`.
+Tested in Triton's interpreter; the forward compiles for every line of `configs.ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ def warp_forward(
     require_runnable(theta, phi, values)
     with torch.cuda.device_of(theta):
         query, key = _side(theta, patch), _side(phi, patch)
-        parts = [_forward(query, key, part, patch, temperature) for part in values.split(configs.MAX_VALUES, dim=1)]
+        parts = [
+            _forward(query, key, part, patch, temperature) for part in torch.split(values, configs.MAX_VALUES, dim=1)
+        ]
     out = parts[0][0] if len(parts) == 1 else torch.cat([out for out, _ in parts], dim=1)
     return out, parts[0][1]
 
@@ -136,11 +138,11 @@ def match_forward(
         probability = torch.empty(shape, dtype=torch.float32, device=theta.device)
         entropy = torch.empty_like(probability)
         match = index, probability, entropy
-        tile = _nine_tap_tile(query, key, 1, patch)
-        if tile is None:
+        blocks = _nine_tap_blocks(query, key, 1, patch)
+        if blocks is None:
             _launch_forward(query, key, None, None, None, match, 1, patch, temperature)
         else:
-            _launch_nine_tap(query, key, None, None, None, match, 1, temperature, tile, 1)
+            _launch_nine_tap(query, key, None, None, None, match, 1, temperature, blocks, 1)
     return index, probability, entropy
 
 
@@ -195,10 +197,10 @@ def _side(features: torch.Tensor, patch: int) -> _Side:
     pixels = _pack(features, channels)
     mean = torch.empty((batch, height * width), dtype=torch.float32, device=features.device)
     inverse = torch.empty_like(mean)
-    tile = configs.STATISTICS
-    grid = (triton.cdiv(height * width, tile.queries), batch)
-    sizes = {"C": channels, "PATCH": patch, "BN": tile.queries, "BC": tile.channels}
-    statistics_kernel[grid](pixels, mean, inverse, height, width, **sizes, **_options(tile))
+    blocks = configs.STATISTICS
+    grid = (triton.cdiv(height * width, blocks.queries), batch)
+    sizes = {"C": channels, "PATCH": patch, "BN": blocks.queries, "BC": blocks.channels}
+    statistics_kernel[grid](pixels, mean, inverse, height, width, **sizes, **_options(blocks))
     return _Side(pixels, mean, inverse, height, width)
 
 
@@ -209,10 +211,12 @@ def _pack(planes: torch.Tensor, padded: int) -> torch.Tensor:
     if padded == channels and last.is_contiguous():
         return last.view(batch, height * width, channels)
     packed = torch.empty((batch, height * width, padded), dtype=planes.dtype, device=planes.device)
-    tile = configs.PACK
-    grid = (triton.cdiv(height * width, tile.queries), triton.cdiv(padded, tile.channels), batch)
+    blocks = configs.PACK
+    grid = (triton.cdiv(height * width, blocks.queries), triton.cdiv(padded, blocks.channels), batch)
     sizes = (width, height * width, channels, padded)
-    pack_kernel[grid](planes, packed, *sizes, *planes.stride(), BN=tile.queries, BC=tile.channels, **_options(tile))
+    pack_kernel[grid](
+        planes, packed, *sizes, *planes.stride(), BN=blocks.queries, BC=blocks.channels, **_options(blocks)
+    )
     return packed
 
 
@@ -223,17 +227,17 @@ def _forward(
     out = torch.empty((batch, channels, query.height, query.width), dtype=values.dtype, device=values.device)
     lse = torch.empty((batch, query.height, query.width), dtype=torch.float32, device=values.device)
     packed = _pack(values, configs.padded_values(channels))
-    tile = _nine_tap_tile(query, key, channels, patch)
-    if tile is None:
+    blocks = _nine_tap_blocks(query, key, channels, patch)
+    if blocks is None:
         _launch_forward(query, key, packed, out, lse, None, channels, patch, temperature)
         return out, lse
-    count = _splits(query, key, channels, tile)
+    count = _splits(query, key, channels, blocks)
     if count == 1 and out.dtype == torch.float32:
-        _launch_nine_tap(query, key, packed, out, lse, None, channels, temperature, tile, 1)
+        _launch_nine_tap(query, key, packed, out, lse, None, channels, temperature, blocks, 1)
         return out, lse
     parts = torch.empty((count, *out.shape), dtype=torch.float32, device=out.device)
     part_lse = torch.empty((count, *lse.shape), dtype=torch.float32, device=out.device)
-    _launch_nine_tap(query, key, packed, parts, part_lse, None, channels, temperature, tile, count)
+    _launch_nine_tap(query, key, packed, parts, part_lse, None, channels, temperature, blocks, count)
     merge = configs.MERGE
     grid = (triton.cdiv(query.positions, merge.queries), batch, triton.cdiv(channels, merge.channels))
     sizes = {"V": channels, "BN": merge.queries, "BV": merge.channels}
@@ -241,26 +245,26 @@ def _forward(
     return out, lse
 
 
-def _nine_tap_tile(query: _Side, key: _Side, channels: int, patch: int) -> configs.Tile | None:
-    """The tile of the nine-tap kernel if it is to run, for `channels` value channels."""
+def _nine_tap_blocks(query: _Side, key: _Side, channels: int, patch: int) -> configs.BlockSizes | None:
+    """The block sizes of the nine-tap kernel if it is to run, for `channels` value channels."""
     if _choice.get() == "straightforward":
         return None
     pixels, forced = query.pixels, _choice.get() == "nine_tap"
     maps = max(query.positions, key.positions) * max(pixels.shape[-1], configs.padded_values(channels))
     least = 1 if forced else configs.NINE_TAP_CHANNELS
-    tile = configs.nine_tap_tile(_capability(pixels), pixels.element_size(), patch, pixels.shape[-1], maps, least)
-    if tile is None and forced:
+    blocks = configs.nine_tap_blocks(_capability(pixels), pixels.element_size(), patch, pixels.shape[-1], maps, least)
+    if blocks is None and forced:
         raise InputError(
             "the nine-tap kernel takes patch 3 and float16 or bfloat16 maps of less than 2^31 elements on compute "
             f"capability 80 or newer, got patch {patch}, {pixels.dtype} and {maps} elements on "
             f'{_capability(pixels)}; choose "auto"'
         )
-    return tile
+    return blocks
 
 
-def _splits(query: _Side, key: _Side, channels: int, tile: configs.Tile) -> int:
-    programs = query.pixels.shape[0] * query_tiles(query.height, query.width, configs.SPLIT_BAND, tile.queries)
-    count = walks(query.height, key.height, key.width, configs.SPLIT_BAND, tile.keys)
+def _splits(query: _Side, key: _Side, channels: int, blocks: configs.BlockSizes) -> int:
+    programs = query.pixels.shape[0] * query_tiles(query.height, query.width, configs.SPLIT_BAND, blocks.queries)
+    count = walks(query.height, key.height, key.width, configs.SPLIT_BAND, blocks.keys)
     part = 4 * query.pixels.shape[0] * query.positions * (channels + 1)
     # together as large as the two packed maps, at the most
     most = max(1, (query.pixels.nbytes + key.pixels.nbytes) // part)
@@ -276,12 +280,12 @@ def _launch_nine_tap(
     match: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     value_channels: int,
     temperature: float,
-    tile: configs.Tile,
+    blocks: configs.BlockSizes,
     count: int,
 ) -> None:
     batch, _, channels = query.pixels.shape
     band = configs.WHOLE_BAND if match else configs.SPLIT_BAND
-    nine_tap_kernel[(query_tiles(query.height, query.width, band, tile.queries), batch, count)](
+    nine_tap_kernel[(query_tiles(query.height, query.width, band, blocks.queries), batch, count)](
         query.pixels,
         key.pixels,
         values,
@@ -302,12 +306,12 @@ def _launch_nine_tap(
         VP=configs.padded_values(value_channels),
         PATCH=3,
         BAND=band,
-        BN=tile.queries,
-        BM=tile.keys,
-        BC=tile.channels,
+        BN=blocks.queries,
+        BM=blocks.keys,
+        BC=blocks.channels,
         BV=configs.NINE_TAP_VALUES,
         MATCH=match is not None,
-        **_options(tile),
+        **_options(blocks),
     )
 
 
@@ -323,8 +327,8 @@ def _launch_forward(
     temperature: float,
 ) -> None:
     batch, _, channels = query.pixels.shape
-    tile = configs.forward_tile(_capability(query.pixels), query.pixels.element_size(), value_channels)
-    forward_kernel[(triton.cdiv(query.positions, tile.queries), batch)](
+    blocks = configs.forward_blocks(_capability(query.pixels), query.pixels.element_size(), value_channels)
+    forward_kernel[(triton.cdiv(query.positions, blocks.queries), batch)](
         query.pixels,
         key.pixels,
         values,
@@ -344,12 +348,12 @@ def _launch_forward(
         V=value_channels,
         VP=configs.padded_values(value_channels),
         PATCH=patch,
-        BN=tile.queries,
-        BM=tile.keys,
-        BC=tile.channels,
+        BN=blocks.queries,
+        BM=blocks.keys,
+        BC=blocks.channels,
         BV=configs.value_block(value_channels),
         MATCH=match is not None,
-        **_options(tile),
+        **_options(blocks),
     )
 
 
@@ -368,7 +372,7 @@ def _backward_one(
     values, grad_out, lse, delta = forward
     d_theta, d_phi, d_values = targets
     patch, temperature, scratch_bytes = settings
-    tile = configs.backward_tile(_capability(query.pixels), query.pixels.element_size())
+    blocks = configs.backward_blocks(_capability(query.pixels), query.pixels.element_size())
     buffers = 1 if d_values is None else 2
     chunk_q, chunk_k = chunk_size(query.positions, key.positions, scratch_bytes // (4 * buffers))
     scratch = query.mean.new_empty((buffers, chunk_q * chunk_k))
@@ -376,7 +380,7 @@ def _backward_one(
     for first_q in range(0, query.positions, chunk_q):
         for first_k in range(0, key.positions, chunk_k):
             count_q, count_k = min(chunk_q, query.positions - first_q), min(chunk_k, key.positions - first_k)
-            grid = (triton.cdiv(count_q, tile.queries), triton.cdiv(count_k, tile.keys))
+            grid = (triton.cdiv(count_q, blocks.queries), triton.cdiv(count_k, blocks.keys))
             row_sums, column_sums = scratch.new_empty((2, grid[1], count_q)), scratch.new_empty((2, grid[0], count_k))
             score_gradient_kernel[grid](
                 query.pixels,
@@ -406,12 +410,12 @@ def _backward_one(
                 C=query.pixels.shape[-1],
                 V=values.shape[0],
                 PATCH=patch,
-                BN=tile.queries,
-                BM=tile.keys,
-                BC=tile.channels,
+                BN=blocks.queries,
+                BM=blocks.keys,
+                BC=blocks.channels,
                 BV=16,
                 STORE_WEIGHT=d_values is not None,
-                **_options(tile),
+                **_options(blocks),
             )
             sums_q[:, first_q : first_q + count_q] += row_sums.sum(1)
             sums_k[:, first_k : first_k + count_k] += column_sums.sum(1)
@@ -441,9 +445,9 @@ def _fold(
     first_x, end_x = _reach(side_x, first_i, count_i, patch)
     first_y, end_y = _reach(side_y, first_j, count_j, patch)
     channels, half = target.shape[1], source.element_size() == 2
-    tile = configs.fold_tile(source.element_size(), channels)
+    blocks = configs.fold_blocks(source.element_size(), channels)
     tf32 = half and configs.architecture(_capability(source)).tf32
-    fold_kernel[(triton.cdiv(end_x - first_x, tile.queries), triton.cdiv(channels, tile.channels))](
+    fold_kernel[(triton.cdiv(end_x - first_x, blocks.queries), triton.cdiv(channels, blocks.channels))](
         chunk,
         source,
         target,
@@ -465,12 +469,12 @@ def _fold(
         side_y.width,
         C=channels,
         PATCH=patch,
-        BX=tile.queries,
-        BY=tile.keys,
-        BC=tile.channels,
+        BX=blocks.queries,
+        BY=blocks.keys,
+        BC=blocks.channels,
         # G has no bounded scale, so it stays float32: tf32 keeps as many bits of it as float16 would, and its range
         PRECISION="tf32" if tf32 else "ieee",
-        **_options(tile),
+        **_options(blocks),
     )
 
 
@@ -527,6 +531,6 @@ def _multiprocessors(tensor: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
-def _options(tile: configs.Tile) -> dict[str, int]:
+def _options(blocks: configs.BlockSizes) -> dict[str, int]:
     # contraction to FMA is named because Triton's default for it changes with its version
-    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}

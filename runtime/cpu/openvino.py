@@ -126,13 +126,13 @@ def _let_every_class_occur(graph: Any, classes: int) -> None:
 
 def _tensors(ports: list[Any], stated: tuple[TensorSpec, ...]) -> list[TensorSpec]:
     """What the graph's inputs or outputs are; of a tensor's several names the stated one."""
-    found = []
+    specs = []
     for port in ports:
         names = sorted(port.get_names())
         name = next((tensor.name for tensor in stated if tensor.name in names), names[0] if names else "")
         kind = port.get_element_type().to_string()
-        found.append(TensorSpec(name, _TYPES.get(kind, kind), _shape(port)))
-    return found
+        specs.append(TensorSpec(name, _TYPES.get(kind, kind), _shape(port)))
+    return specs
 
 
 def _shape(port: Any) -> tuple[int | str, ...]:

@@ -267,7 +267,7 @@ def _dtype(module: Any, kind: Any) -> str:
 def _logger(module: Any, messages: collections.deque[str]) -> Any:
     """A logger that keeps errors instead of printing them; its base class comes from the module."""
 
-    class Logger(module.ILogger):
+    class Logger(module.ILogger):  # type: ignore[misc]  # of either variant's module, which has no type
         def __init__(self) -> None:
             module.ILogger.__init__(self)
 

@@ -135,5 +135,5 @@ def total_bytes(tensors: Sequence[Tensors]) -> int:
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> int:
-    size = math.prod(shape) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * int(np.dtype(dtype).itemsize)
     return -(-size // 512) * 512

@@ -20,7 +20,7 @@ from flashcocos.benchmarks.__main__ import main
 from flashcocos.benchmarks.cases import all_cases
 from flashcocos.benchmarks.registry import Assets, Case
 from flashcocos.benchmarks.runner import References, open_assets
-from flashcocos.benchmarks.speed import machine, naive, translation
+from flashcocos.benchmarks.speed import machine, naive, translation, warp
 from flashcocos.benchmarks.speed.inputs import differences, inputs
 from flashcocos.benchmarks.speed.naive import Published
 from flashcocos.benchmarks.speed.naive import seeded_model as random_model
@@ -55,7 +55,7 @@ def shrunk(case: Case) -> Case:
         # once with VGG19, which is large whatever the network
         parameters["changes"] = SMALL_TRAINING + ["perceptual=none"] * (parameters["method"] == "matrix")
     if case.group == "estimate":
-        parameters |= {"changes": SMALL_ESTIMATE, "budgets_gib": [0.1], "checkpointing": False}
+        parameters |= {"changes": SMALL_ESTIMATE, "budgets_gib": [0.025], "checkpointing": False}
     if "batch" in parameters:
         parameters["batch"] = min(parameters["batch"], 2)
     if "side" in parameters:
@@ -127,6 +127,17 @@ def _here(case: Case, assets: Assets, *, timed: bool) -> dict[str, Any]:
     return worker.measure(case, assets, timed=timed)
 
 
+@pytest.mark.parametrize("method", warp.TRITON_KERNELS)
+def test_the_cases_of_a_gpu_run_in_triton(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="times the Triton kernels")
+    monkeypatch.setattr(warp, "SMALL", 4)
+    (case,) = [one for one in all_cases("cuda") if one.name == f"warp/{method}-p3-n4096"]
+    case = dataclasses.replace(shrunk(case), parameters={**case.parameters, "size": 4, "channels": 16})
+    row = worker.measure(case, Assets(device="cuda" if torch.cuda.is_available() else "cpu"))
+    assert row["status"] == "timed", row
+    assert 0 < row["quality"]["max_error"] < 2e-3
+
+
 class StandIn(torch.nn.Module):
     """What takes a label and an exemplar to a picture of the exemplar's size, and exports in a moment."""
 
@@ -175,12 +186,12 @@ def test_the_published_form_is_the_network(assets: Assets) -> None:
     calls = []
     with torch.inference_mode():
         expected = model(*arrays).image
-        for attention in (True, False):
-            form = Published(model, attention=attention).eval()
-            form.model.generator.attention.register_forward_hook(lambda *_: calls.append(1))
-            assert (form(*arrays) - expected).abs().max() < 1e-4
-    assert len(calls) == 2
-    assert model.generator.attention.attend is form.model.generator.attention.attend  # of the form without its matrix
+        form = Published(model).eval()
+        form.model.generator.attention.register_forward_hook(lambda *_: calls.append(1))
+        assert (form(*arrays) - expected).abs().max() < 1e-4
+    assert len(calls) == 1
+    assert form.model.generator.attention.attend is naive.matrix_attention
+    assert model.generator.attention.attend is not naive.matrix_attention
 
 
 def test_a_random_model_keeps_the_scale_of_its_maps(tmp_path: Path) -> None:
@@ -227,11 +238,13 @@ def test_the_command_line_lists_and_runs(
     assert main(["run", "--group", "ablation", "-o", str(tmp_path)]) == 1
     assert "give --model FOLDER" in capsys.readouterr().err
     bundle = f"other={folder / 'bundle'}"
-    words = ["run", "--model", str(folder), "--only", "machine/rates", "--bundle", bundle, "-o", str(tmp_path)]
+    words = ["run", "--model", str(folder), "--only", "warp/numpy-p3-n1024", "--bundle", bundle, "-o", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["benchmarks", *words])
     assert main(words) == 0
-    row = json.loads((tmp_path / "machine.jsonl").read_text())
-    assert row["command"].startswith(f"python -m flashcocos.benchmarks run --model {folder.name} --only machine/rates")
+    row = json.loads((tmp_path / "warp.jsonl").read_text())
+    assert row["command"].startswith(
+        f"python -m flashcocos.benchmarks run --model {folder.name} --only warp/numpy-p3-n1024"
+    )
     assert "--bundle other=bundle" in row["command"]
     assert str(folder.parent) not in json.dumps(row)
 

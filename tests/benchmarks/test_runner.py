@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from flashcocos import __version__
 from flashcocos.benchmarks import provenance, worker
 from flashcocos.benchmarks.cases import all_cases
-from flashcocos.benchmarks.registry import Assets, Case, Gate, select
+from flashcocos.benchmarks.registry import Assets, Case, Gate, Task, select
 from flashcocos.benchmarks.runner import open_assets, read_rows, run_cases
 from flashcocos.errors import BackendError, InputError
 
@@ -181,7 +182,8 @@ def test_selection() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_case_survives_the_trip_to_its_process(device: str) -> None:
     for one in all_cases(device, ["int8"]):
-        assert Case.from_dict(json.loads(json.dumps(dataclasses.asdict(one)))) == one
+        task = Task(one, Assets(bundles={"model": "a folder"}, threads=2), timed=False)
+        assert msgspec.json.decode(msgspec.json.encode(task), type=Task) == task
         assert one.reference == "" or one.reference in {other.name for other in all_cases(device)}
 
 
@@ -214,6 +216,6 @@ def test_without_psutil_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("threads", [0, -1, 257, 100_000])
 def test_a_number_of_threads_out_of_range_is_refused(threads: int) -> None:
-    with pytest.raises(InputError, match=f"threads: expected 1 to 256, got {threads}"):
+    with pytest.raises(InputError, match=f"num_threads: expected a whole number from 1 to 256, .*; got {threads}$"):
         Assets(threads=threads)
     assert Assets(threads=256).threads == 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from flashcocos.bundle.default_model import FOLDER, MODEL
+from flashcocos.bundle.default_model import FOLDER, MODEL, NAME, PAIRS, SOURCE, resolve_model
 from flashcocos.config import ModelConfig
-from flashcocos.errors import FlashcocosError
+from flashcocos.errors import FlashcocosError, InputError
 from flashcocos.preprocess.images import UInt8Array
 from flashcocos.runtime import Translator
 
@@ -75,6 +76,40 @@ def test_an_empty_name_is_not_the_shipped_model(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)  # an empty path is the folder at hand
     with pytest.raises(FlashcocosError, match=r"manifest\.json"):
         Translator("")
+
+
+def test_what_a_model_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model() == resolve_model(None) == resolve_model(NAME) == MODEL
+    assert resolve_model("own.zip") == resolve_model(Path("own.zip")) == Path("own.zip")
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(InputError, match=r"write \./avatars-128 for what lies here"):
+        resolve_model(NAME)
+    assert resolve_model(f"./{NAME}") == Path(NAME)
+
+
+def test_a_missing_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashcocos.bundle.default_model.MODEL", tmp_path / "gone.zip")
+    with pytest.raises(InputError, match=r"has no model at .*gone\.zip; name a bundle, or install"):
+        resolve_model()
+
+
+def test_the_model_file_is_exported_to_the_shipped_pictures(translator: Translator, tmp_path: Path) -> None:
+    export_bundle = pytest.importorskip("flashcocos.export.bundle").export_bundle
+    path = export_bundle(SOURCE, tmp_path / "again.zip", precision="float16")
+    with Translator(path, device="cpu") as again, PAIRS.open(newline="") as file:
+        assert again.config == translator.config
+        assert again.bundle.manifest.class_names == translator.bundle.manifest.class_names
+        assert again.bundle.manifest.palette == translator.bundle.manifest.palette
+        pairs = list(csv.DictReader(file))
+        for pair in pairs:
+            label, exemplar, exemplar_label = (DEMO / pair[key] for key in ("input", "exemplar", "exemplar_label"))
+            images = [
+                runs.translate(label, runs.encode_exemplar(exemplar, exemplar_label)).image
+                for runs in (translator, again)
+            ]
+            np.testing.assert_array_equal(*images)
+    assert len(pairs) == 6
 
 
 @pytest.mark.parametrize("change", [jpeg, crop, noise, mirror])

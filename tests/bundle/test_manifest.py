@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from flashcocos.bundle import MANIFEST, STAGES, Bundle, Manifest, StageSpec, TensorSpec, write_bundle
@@ -47,6 +48,14 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     assert (bundle.manifest.license, bundle.manifest.provenance) == ("CC0-1.0", {"model": {"epochs": 3}})
 
 
+def test_names_and_colors_of_classes_are_optional(tmp_path: Path) -> None:
+    named = msgspec.structs.replace(manifest(), class_names=("a",) * 12, palette=((1, 2, 3),) * 12)
+    bundle = Bundle(write_bundle(tmp_path / "bundle", named, FILES))
+    assert (bundle.manifest.class_names, bundle.manifest.palette) == (named.class_names, named.palette)
+    edit(tmp_path / "bundle", lambda m: [m.pop(key) for key in ("class_names", "palette", "license", "provenance")])
+    assert (Bundle(tmp_path / "bundle").manifest.class_names, Bundle(tmp_path / "bundle").manifest.palette) == ((), ())
+
+
 def test_an_unlisted_file_is_not_read(tmp_path: Path) -> None:
     bundle = Bundle(write(tmp_path / "bundle"))
     (bundle.path / "other.onnx").write_bytes(b"unlisted")
@@ -76,6 +85,12 @@ def test_an_unlisted_file_is_not_read(tmp_path: Path) -> None:
         (lambda m: m["files"]["query.onnx"].update(bytes=True), "bytes: expected `int`, got `bool`"),
         (lambda m: m["files"]["query.onnx"].update(sha256="00"), "sha256: expected `str` matching regex"),
         (lambda m: m["files"]["query.onnx"].update(sha256=None), "sha256: expected `str`, got `null`"),
+        (lambda m: m.update(class_names=["a"] * 11), "class_names: expected one for each of 12 classes, got 11"),
+        (lambda m: m.update(class_names=["\x1b[2J"] * 12), "class_names: '.x1b.2J' is not printable"),
+        (lambda m: m.update(class_names=["x" * 61] * 12), r"class_names\[0\]: expected `str` of length <= 60"),
+        (lambda m: m.update(palette=[[0, 0, 0]] * 13), "palette: expected one for each of 12 classes, got 13"),
+        (lambda m: m.update(palette=[[0, 0, 256]] * 12), r"palette\[0\]\[2\]: expected `int` <= 255"),
+        (lambda m: m.update(palette=[[0, 0]] * 12), r"palette\[0\]: expected `array` of length 3"),
         (lambda m: m["stages"].pop("query"), "expected the stages"),
         (lambda m: m["stages"].update(more=m["stages"]["query"]), "expected the stages"),
         (lambda m: m["stages"]["query"].update(file="absent.onnx"), "which is not among its files"),

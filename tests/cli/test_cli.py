@@ -2,31 +2,97 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+import flashcocos
+from flashcocos.bundle.default_model import MODEL, PAIRS
 from flashcocos.cli import main
 
-COMMANDS = ("translate", "demo", "info", "prepare", "download", "convert", "train", "export", "verify")
-HEAVY = ("torch", "triton", "onnx", "onnxruntime", "numba", "numpy", "PIL", "cv2", "skimage")
+HEAVY = ("torch", "triton", "onnx", "onnxruntime", "numba", "numpy", "PIL", "cv2", "skimage", "tqdm")
+DEMO = PAIRS.parent
+INPUT, EXEMPLAR, EXEMPLAR_LABEL = (str(DEMO / f"lorelei_12{name}.png") for name in ("", "_exemplar", "_exemplar_label"))
+# at least one bad input of every command
+BAD_INPUTS = [
+    (["translate", "--model", "no.zip", "--input", "a", "--exemplar", "b", "-o", "c"], "no model bundle at no.zip"),
+    (["translate", "--input", "a", "--exemplar", "b", "-o", "c"], "a does not exist"),
+    (["translate", "--input", INPUT, "-o", "c"], "give an input and an exemplar (--input, --exemplar)"),
+    (["translate", "--input", INPUT, "--exemplar", EXEMPLAR, "-o", "c"], "give --exemplar-label"),
+    (["translate", "--input", INPUT, "--exemplar", EXEMPLAR, "-o", "c.webp"], "ending in .png, .jpg, .jpeg"),
+    (["translate", "--input", "folder", "--exemplar", EXEMPLAR, "-o", "c"], "no label files in this folder"),
+    (["translate", "--input", "fifo", "--exemplar", EXEMPLAR, "-o", "c"], "fifo is a FIFO; expected a file"),
+    (["translate", "--input", INPUT, "--exemplar", "socket", "-o", "c"], "socket is a socket; expected a file"),
+    (["translate", "--pairs", "folder", "-o", "c"], "folder is a folder; expected a file"),
+    (["demo", "-o", "file"], "output file: expected a folder, because the input"),
+    (["info", "no.zip"], "no model bundle at no.zip"),
+    (["verify", "no.zip"], "no model bundle at no.zip"),
+    (["verify", "avatars-128", "--checkpoint", "folder"], "folder is a folder; expected a file"),
+    (["prepare", "ade20k", "no_folder", "-o", "out"], "no_folder"),
+    (["prepare", "ade20k", "folder", "-o", "folder"], "output folder would overwrite the input folder"),
+    (["download", "ade20k", "--cache", "file"], "file"),
+    (["convert", "no.pth", "no.pth", "-o", "out.safetensors"], "no.pth does not exist"),
+    (["convert", "file", "fifo", "-o", "out.safetensors"], "fifo is a FIFO; expected a file"),
+    (["convert", "file", "file", "-o", "link"], "output link would overwrite the input file"),
+    (["export", "no.safetensors", "-o", "out"], "no.safetensors does not exist"),
+    (["export", "no.safetensors", "-o", "out.onnx", "--single"], "no.safetensors does not exist"),
+    (["export", "file", "-o", "out.onnx"], "a bundle is a folder or a .zip"),
+    (["export", "file", "-o", "file"], "output file would overwrite the input file"),
+    (["build", "no.zip"], "no model bundle at no.zip"),
+    (["build", "avatars-128", "--size", "big"], "size: expected one number or least:optimal:most, got 'big'"),
+    (["quantize", "avatars-128", "-o", "out.zip"], "give an input and an exemplar (--input, --exemplar)"),
+    (["quantize", "file", "--pairs", str(PAIRS), "-o", "link"], "output link would overwrite the input file"),
+    (["pairs", "folder", "-o", "pairs.txt", "--vgg", "no.pth"], "no.pth does not exist"),
+    (["pairs", "folder", "-o", "pairs.txt"], "--vgg"),
+    (["train", "no.toml"], "no.toml does not exist"),
+    (["train", "fifo.toml"], "fifo.toml is a FIFO; expected a file"),
+    (["train", "avatars"], "neither a .toml file nor a preset"),
+    (["evaluate", "no.zip", "--data", "avatars"], "no model bundle at no.zip"),
+    (["evaluate", "file", "--data", "avatars", "--sheet", "file"], "output file would overwrite the input file"),
+    (["evaluate", "avatars-128", "--data", "avatars", "-o", "a", "--sheet", "a"], "overwrite the input a"),
+    (["bench", "no.zip"], "no model bundle at no.zip"),
+    (["bench", "avatars-128", "-o", "rows.txt"], "name the file *.jsonl"),
+    (["bench", "--profile", "--quick"], "leave --quick out"),
+]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def commands() -> list[str]:
+    """Every command that the parser has."""
+    parser = importlib.import_module("flashcocos.cli.main")._parser()
+    return [
+        name for action in parser._actions if isinstance(action, argparse._SubParsersAction) for name in action.choices
+    ]
+
+
+@pytest.mark.parametrize("command", commands())
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert f"example:\n  flashcocos {command}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: flashcocos {command} ")
+    assert f"example:\n  flashcocos {command}" in text
 
 
-def test_every_command_is_tested(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_is_tested_and_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {arguments[0] for arguments, _ in BAD_INPUTS} == {*commands()}
     with pytest.raises(SystemExit):
         main(["--help"])
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
-    assert [name for name in listed if name.isalpha() and name.islower() and name in COMMANDS] == list(COMMANDS)
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")][: len(commands())] == commands()
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -39,32 +105,32 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stdout.endswith("LOADED []\n")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["translate", "--model", "no.zip", "--input", "a", "--exemplar", "b", "-o", "c"], "no model bundle at no.zip"),
-        (["info", "no.zip"], "no model bundle at no.zip"),
-        (["verify", "no.zip"], "no model bundle at no.zip"),
-        (["prepare", "ade20k", "no_folder", "-o", "out"], "no_folder"),
-        (["convert", "no.pth", "no.pth", "-o", "out.safetensors"], "no.pth"),
-        (["export", "no.safetensors", "-o", "out"], "no.safetensors"),
-        (["export", "no.safetensors", "-o", "out.onnx", "--single"], "no.safetensors"),
-    ],
-)
-def test_an_error_is_one_line(
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with one of each kind of file in it."""
     monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").write_bytes(b"no model")
+    Path("link").symlink_to("file")
+    os.mkfifo("fifo")
+    os.mkfifo("fifo.toml")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUTS)
+def test_an_error_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    before = sorted(folder.rglob("*"))
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"flashcocos {arguments[0]}: error: ")
     assert message in error
     assert error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(folder.rglob("*")) == before
+    assert Path("file").read_bytes() == b"no model"
 
 
 def test_debug_raises(tmp_path: Path) -> None:
@@ -74,27 +140,81 @@ def test_debug_raises(tmp_path: Path) -> None:
         main(["info", str(tmp_path / "no.zip"), "--debug"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "function", "package", "extra"),
+    [
+        (["convert", "file", "file", "-o", "c.safetensors"], "train.upstream.convert", "torch", "export"),
+        (["train", "avatars-128", "-o", "training"], "train.trainer.train", "torch", "train"),
+        (["evaluate", "avatars-128", "--data", "avatars"], "benchmarks.quality.evaluate.evaluate_model",
+         "torchmetrics.image", "eval"),
+        (["evaluate", "avatars-128", "--data", "avatars"], "benchmarks.quality.evaluate.evaluate_model",
+         "dicebear", "eval"),
+        (["bench"], "benchmarks.speed.bundle.bench", "onnxruntime", "cpu"),
+    ],
+)  # fmt: skip
 def test_a_missing_package_names_its_extra(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: list[str],
+    function: str,
+    package: str,
+    extra: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "flashcocos.train.upstream", None)
-    monkeypatch.delitem(sys.modules, "flashcocos.train.upstream")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert main(["convert", "a.pth", "b.pth", "-o", str(tmp_path / "c.safetensors")]) == 1
-    assert "the package torch is missing; pip install 'flashcocos[export]'" in capsys.readouterr().err
-    # what `export` brings is not enough to train with
-    monkeypatch.setitem(sys.modules, "flashcocos.train.trainer", None)
-    monkeypatch.delitem(sys.modules, "flashcocos.train.trainer")
-    assert main(["train", "avatars-128", "-o", str(tmp_path / "training")]) == 1
-    assert "the package torch is missing; pip install 'flashcocos[train]'" in capsys.readouterr().err
+    def lacks(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr(f"flashcocos.{function}", lacks)
+    assert main(arguments) == 1
+    expected = f"error: the package {package} is missing; pip install 'flashcocos[{extra}]'\n"
+    assert capsys.readouterr().err == f"flashcocos {arguments[0]}: {expected}"
+    metadata = tomllib.loads((Path(flashcocos.__file__).parent / "pyproject.toml").read_text())
+    assert extra in metadata["project"]["optional-dependencies"]
 
 
-@pytest.mark.parametrize("text", ["0", "-32", "axb", "1x2x3", "", "256x"])
-def test_bad_size_is_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *((["prepare", "ade20k", "x", "-o", "y", f"--size={text}"], "expected SIDE or HEIGHTxWIDTH")
+          for text in ("0", "-32", "axb", "1x2x3", "", "256x")),
+        *(([command, "x", *more, f"--threads={text}"], "expected 1 to 256 threads, got")
+          for command, more in (("translate", ["-o", "y"]), ("evaluate", ["--data", "avatars"]), ("bench", []))
+          for text in ("0", "257", "100000", "-1", "two", "²")),
+        (["translate", "--inptu\x1b[31m", "x", "-o", "y"], r"--inptu\x1b[31m"),
+        (["nothing"], "invalid choice: 'nothing'"),
+        ([], "required: COMMAND"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["prepare", "ade20k", "x", "-o", "y", f"--size={text}"])
+        main(arguments)
     assert stop.value.code == 2
-    assert "expected SIDE or HEIGHTxWIDTH" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("flashcocos")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_no_model_is_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = folder / "m.png"
+    shutil.copy(MODEL, model)
+    what = ["--input", INPUT, "--exemplar", EXEMPLAR, "--exemplar-label", EXEMPLAR_LABEL]
+    for arguments in (
+        ["translate", "--model", "m.png", *what, "-o", "m.png"],
+        ["translate", "--model", "m.png", *what, "-o", str(folder / "folder" / ".." / "m.png")],
+        ["quantize", "m.png", *what, "-o", "m.png"],
+        ["evaluate", "m.png", "--data", "avatars", "-o", "m.png"],
+        ["bench", "m.png", "-o", "m.png"],
+        ["build", "m.png", "--target", "sm_89", "-o", "m.png"],
+    ):
+        assert main(arguments) == 1
+        assert "m.png would overwrite the input" in capsys.readouterr().err
+    assert model.read_bytes() == MODEL.read_bytes()
+
+
+def test_names_reach_the_terminal_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "a\x1b[2Jb\n\u202e.zip"]) == 1
+    assert r"no model bundle at a\x1b[2Jb \u202e.zip" in capsys.readouterr().err
 
 
 def test_the_demo_translates_what_ships(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

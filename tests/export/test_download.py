@@ -15,7 +15,7 @@ import pytest
 
 from flashcocos.errors import CheckpointError, FlashcocosError, InputError
 from flashcocos.export import download as module
-from flashcocos.export.download import RemoteFile, cache_folder, download
+from flashcocos.export.download import RemoteFile, download
 
 CONTENT = {"corr.pth": bytes(range(256)) * 40, "generator.pth": b"generator" * 1000}
 
@@ -189,26 +189,11 @@ def test_unknown_names_and_urls_are_refused(tmp_path: Path) -> None:
         download("ade20k", tmp_path, base_url="file:///etc/")
 
 
-@pytest.mark.parametrize(
-    ("platform", "environment", "expected"),
-    [
-        ("linux", {"XDG_CACHE_HOME": "/caches"}, "/caches/flashcocos"),
-        ("linux", {"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/flashcocos"),
-        ("darwin", {}, "/home/me/Library/Caches/flashcocos"),
-        ("win32", {"LOCALAPPDATA": "/local"}, "/local/flashcocos"),
-        ("win32", {}, "/home/me/AppData/Local/flashcocos"),
-    ],
-)
-def test_cache_folder_follows_the_platform(
-    monkeypatch: pytest.MonkeyPatch, platform: str, environment: dict[str, str], expected: str
+def test_downloads_are_kept_in_the_cache_folder(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(module.sys, "platform", platform)
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
-    assert cache_folder() == Path(expected)
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
+    assert [path.parent for path in download("ade20k", base_url=mirror.url)] == [tmp_path / "ade20k"] * 2
 
 
 def test_the_published_pair_is_the_mirrors() -> None:

@@ -82,17 +82,22 @@ def test_float_stays_where_it_has_to(make_bundle, tmp_path):
     assert done.quantized == len(kinds) - len(names)
 
 
-def test_too_little_quality_is_refused_and_nothing_written(pairs, tmp_path):
+def test_too_little_quality_is_refused_and_nothing_written(pairs, tmp_path, caplog):
     with pytest.raises(
         BackendError, match=r"int8 gives \d+\.\d dB on a held-out pair, expected 90 or more; calibrate on"
     ):
         quantize_bundle(default_model_path(), tmp_path / "int8.zip", pairs[:2], min_psnr=90)
     assert list(tmp_path.iterdir()) == []
+    (warning,) = caplog.messages
+    assert warning.startswith("measured on 1 held-out pairs: ")
+    assert warning.endswith(" dB means little; give 32 pairs or more")
 
 
 def test_what_cannot_be_quantized_is_refused(quantized, pairs, tmp_path):
     with pytest.raises(InputError, match="1 pairs: expected at least 2"):
         quantize_bundle(default_model_path(), tmp_path / "int8", pairs[:1])
+    with pytest.raises(InputError, match="would overwrite the input"):
+        quantize_bundle(quantized.path, quantized.path, pairs)
     with pytest.raises(InputError, match="its generator is int8 already"):
         quantize_bundle(quantized.path, tmp_path / "int8", pairs)
     with pytest.raises(InputError, match="export in float32, then flashcocos quantize"):

@@ -188,8 +188,8 @@ def test_numba_without_a_cache_folder():
         "from flashcocos.kernels.corr_warp import warp_arrays\n"
         "x = np.arange(18, dtype='float32').reshape(1, 2, 3, 3)\n"
         "warp = warp_arrays(x, x, x, patch=1, backend='numba')\n"
-        "from flashcocos.kernels.cpu.numba_warp import sweep\n"
-        "print(json.dumps([warp.backend, bool(np.isfinite(warp.out).all()), type(sweep._cache).__name__]))"
+        "from flashcocos.kernels.cpu.numba_warp import warp_task\n"
+        "print(json.dumps([warp.backend, bool(np.isfinite(warp.out).all()), type(warp_task._cache).__name__]))"
     )
     assert found == ["numba", True, "NullCache"]
 

@@ -28,14 +28,14 @@ class FakeRuntime:
     """An onnxruntime that claims CUDA and, like the real one, runs on the CPU where CUDA does not start."""
 
     def __init__(self, starts: bool) -> None:
-        self.starts, self.asked = starts, []
+        self.starts, self.requested = starts, []
         self.SessionOptions, self.__version__ = onnxruntime.SessionOptions, "0-fake"
 
     def get_available_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     def InferenceSession(self, model: bytes, options: Any, providers: list[str], enable_fallback: int) -> Any:
-        self.asked.append(providers[0])
+        self.requested.append(providers[0])
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         used = providers if self.starts or providers[0].startswith("CPU") else ["CPUExecutionProvider"]
         return SimpleNamespace(
@@ -64,7 +64,7 @@ def test_auto_takes_cuda_where_it_starts(
     runtime = use(monkeypatch, FakeRuntime(starts=True))
     with caplog.at_level(logging.INFO, "flashcocos"), Translator(bundle, **GRAPHS_ONLY) as translator:
         assert {info["device"] for info in stages(translator)} == {"cuda"}
-    assert runtime.asked == ["CUDAExecutionProvider"] * len(STAGES)
+    assert runtime.requested == ["CUDAExecutionProvider"] * len(STAGES)
     assert [record.message for record in caplog.records] == ["device auto: cuda, with the warp on the CPU"]
 
 
@@ -74,7 +74,7 @@ def test_auto_says_once_why_it_takes_the_cpu(
     runtime = use(monkeypatch, FakeRuntime(starts=False))
     with Translator(bundle, **GRAPHS_ONLY) as translator:
         assert {info["provider"] for info in stages(translator)} == {"CPUExecutionProvider"}
-    assert runtime.asked == ["CUDAExecutionProvider"] + ["CPUExecutionProvider"] * len(STAGES)
+    assert runtime.requested == ["CUDAExecutionProvider"] + ["CPUExecutionProvider"] * len(STAGES)
     assert len(caplog.records) == 1
     assert "cuda does not start" in caplog.text
 
@@ -132,7 +132,7 @@ def test_options_of_a_gpu_are_refused_on_the_cpu(
 
 @pytest.mark.parametrize("place", [{"device": "cuda"}, {"warp": "cuda"}, {"backend": "tensorrt"}])
 def test_threads_are_refused_on_a_gpu(bundle: Bundle, place: dict[str, str]) -> None:
-    with pytest.raises(InputError, match=r"num_threads applies only to graphs on the CPU.*leave it out"):
+    with pytest.raises(InputError, match=r"num_threads applies only to graphs on the CPU, .*; leave it out"):
         Translator(bundle, num_threads=2, **place)
 
 

@@ -62,16 +62,16 @@ def exemplar_of(translator: Translator, size: tuple[int, int] = (64, 64), seed: 
     return translator.encode_exemplar(random_picture(*size, seed), label, size)
 
 
-def assert_same(one: Translation, other: Translation) -> None:
+def assert_same(result: Translation, expected: Translation) -> None:
     for name in ("image", "warped"):
-        difference = np.abs(getattr(one, name).astype(int) - getattr(other, name))
+        difference = np.abs(getattr(result, name).astype(int) - getattr(expected, name))
         assert difference.max() <= 1, name
-    differs = (one.matches != other.matches).any(-1)
-    assert one.confidence[differs].max(initial=0) <= 0.501  # where two positions match equally well
+    differs = (result.matches != expected.matches).any(-1)
+    assert result.confidence[differs].max(initial=0) <= 0.501  # where two positions match equally well
     assert differs.mean() < 0.02
-    np.testing.assert_allclose(one.confidence, other.confidence, atol=1e-5)
-    assert one.exemplar_size == other.exemplar_size
-    assert one.image.std() > 10  # a flat picture would prove nothing
+    np.testing.assert_allclose(result.confidence, expected.confidence, atol=1e-5)
+    assert result.exemplar_size == expected.exemplar_size
+    assert result.image.std() > 10  # a flat picture would prove nothing
 
 
 def test_pictures_are_those_of_the_cpu(translator: Translator, reference: Translator) -> None:
@@ -110,10 +110,9 @@ def test_batches_equal_singles(translator: Translator) -> None:
     mixed = [exemplars[index % 3] for index in range(len(labels))]
     singles = [translator.translate(*pair, "input") for pair in zip(labels, mixed, strict=True)]
     for batch_size in (2, 8):
-        for one, other in zip(
-            singles, translator.translate(labels, mixed, "input", batch_size=batch_size), strict=True
-        ):
-            assert_same(one, other)
+        batch = translator.translate(labels, mixed, "input", batch_size=batch_size)
+        for result, single in zip(batch, singles, strict=True):
+            assert_same(result, single)
 
 
 def test_threads_share_a_translator(translator: Translator) -> None:
@@ -125,8 +124,8 @@ def test_threads_share_a_translator(translator: Translator) -> None:
     alone = [translator.translate(*arguments) for arguments in work]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda arguments: translator.translate(*arguments), work * 2))
-    for index, one in enumerate(together):
-        assert_same(one, alone[index % 6])
+    for index, result in enumerate(together):
+        assert_same(result, alone[index % 6])
 
 
 def test_exemplars_of_the_cpu_serve(translator: Translator, reference: Translator) -> None:
@@ -137,8 +136,8 @@ def test_exemplars_of_the_cpu_serve(translator: Translator, reference: Translato
 def test_describe(translator: Translator) -> None:
     described = translator.describe()
     assert set(described) == {"query", "exemplar", "coarse", "fine", "warp"}
-    assert len({one["device"] for one in described.values()}) == 1
-    assert all(set(one) == {"backend", "provider", "device", "precision", "arithmetic"} for one in described.values())
+    assert len({info["device"] for info in described.values()}) == 1
+    assert all(set(info) == {"backend", "provider", "device", "precision", "arithmetic"} for info in described.values())
 
 
 def test_wrong_requests_are_refused_and_harm_nothing(translator: Translator) -> None:

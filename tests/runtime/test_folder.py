@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_tiny_bundle
 
-from flashcocos.config import ModelConfig
 from flashcocos.errors import InputError
 from flashcocos.preprocess import save_label
 from flashcocos.runtime import Translator
-from flashcocos.runtime.folder import Summary, label_colors, translate_folder
+from flashcocos.runtime.folder import Summary, translate_folder
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +78,14 @@ def test_bad_files_are_named_and_the_rest_goes_on(
     assert (summary.done, summary.skipped) == (1, 0)
     assert [(path.name, reason.partition(": ")[0]) for path, reason in summary.failed] == [
         ("b.png", str(work / "labels/b.png")),
-        ("c.png", str(work / "pictures/c.*")),
-        ("d.png", str(work / "pictures/d.*")),
+        ("c.png", f"no picture named c in {work / 'pictures'}"),
+        ("d.png", f"no picture named d in {work / 'pictures'}"),
     ]
     assert names(work / "out") == ["a.png"]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith(f"{work / 'labels/b.png'}: not a readable image")  # not named twice
-    assert lines[1].startswith(f"{work / 'labels/c.png'}: {work / 'pictures/c.*'}: not a readable image")
+    assert lines[1].startswith(f"{work / 'labels/c.png'}: no picture named c in ")
 
 
 def test_a_failed_write_leaves_nothing_half(
@@ -122,15 +121,31 @@ def test_resume_does_what_is_missing(translator: Translator, work: Path) -> None
 
 
 def test_an_exemplar_is_encoded_once(translator: Translator, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    encode = translator.encode_exemplar
+    encode, calls = translator.encode_exemplar, []
     monkeypatch.setattr(translator, "encode_exemplar", lambda *arguments: calls.append(arguments) or encode(*arguments))
     run(translator, work, "pictures/a.png", "masks/a.png")
-    assert calls == [(work / "pictures/a.png", work / "masks/a.png", None)]
+    assert [label for _, label, _ in calls] == [work / "masks/a.png"]
     calls.clear()
     (work / "list.csv").write_text("a.png,a.png\nb.png,b.png\nc.png,a.png\n")
     assert run(translator, work, pairs=work / "list.csv").done == 3
-    assert [arguments[0].name for arguments in calls] == ["a.png", "b.png"]
+    assert [label.name for _, label, _ in calls] == ["a.png", "b.png"]
+
+
+def test_a_grid_decodes_no_file_twice(translator: Translator, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, decoded = Image.open, []
+    monkeypatch.setattr(Image, "open", lambda path, **more: decoded.append(Path(path)) or opened(path, **more))
+    assert run(translator, work, save=["grid"]).done == 3
+    files = [work / folder / f"{name}.png" for folder in ("labels", "pictures", "masks") for name in "abc"]
+    assert sorted(decoded) == sorted(files)
+
+
+def test_the_model_is_not_overwritten(work: Path) -> None:
+    model = write_tiny_bundle(work / "out" / "b.zip").rename(work / "out" / "b.png")
+    content = model.read_bytes()
+    with Translator(model, warp="numpy") as translator, pytest.raises(InputError, match=r"b.png would overwrite the "):
+        run(translator, work)
+    assert model.read_bytes() == content
+    assert names(work / "out") == ["b.png"]
 
 
 def test_arguments_are_checked_before_any_work(translator: Translator, work: Path) -> None:
@@ -152,22 +167,3 @@ def test_planes_from_npz(work: Path, tmp_path: Path) -> None:
         assert summary == Summary(1, 0, ())
         with pytest.raises(InputError, match="takes no exemplar labels"):
             translate_folder(translator, tmp_path / "planes", work / "pictures", tmp_path / "planes", work / "out")
-
-
-def test_label_colors() -> None:
-    ids = np.arange(151, dtype=np.uint8).reshape(1, -1)
-    colors = label_colors(ModelConfig.preset("ade20k"), ids)
-    assert (colors.shape, colors.dtype) == ((1, 151, 3), np.uint8)
-    assert len(np.unique(colors[0], axis=0)) == 151
-    assert not colors[0, 0].any()
-    planes = np.zeros((5, 2, 2), np.float32)
-    planes[0], planes[4, 0, 0] = 0.5, 1
-    mixed = label_colors(CHANNELS, planes)
-    assert (mixed[0, 1] == mixed[1, 1]).all()
-    assert mixed[0, 1].any()
-    assert (mixed[0, 0] != mixed[0, 1]).any()
-    pose = np.random.default_rng(0).random((20, 4, 4)).astype(np.float32)
-    drawn = label_colors(ModelConfig.preset("deepfashion"), pose)
-    np.testing.assert_allclose(drawn / 255, pose[:3].transpose(1, 2, 0), atol=0.5 / 255 + 1e-6)
-    edges = label_colors(ModelConfig.preset("celebahqedge"), pose[:15])
-    np.testing.assert_allclose(edges[..., 1] / 255, pose[0], atol=0.5 / 255 + 1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,37 @@ def test_lists_keep_results_in_the_output_folder(tree: Path) -> None:
     ]
 
 
+def test_folders_may_have_a_suffix(tree: Path) -> None:
+    assert plan(tree, "labels/a.png", "one.jpg", None, "results.v2")[0].output == tree / "results.v2/a.png"
+    (tree / "results.png").mkdir()
+    assert plan(tree, "labels", "one.jpg", None, "results.png")[0].output == tree / "results.png/a.png"
+
+
+def test_hidden_files_are_no_inputs(tree: Path) -> None:
+    (tree / "labels/._a.png").touch()
+    assert [job.label.name for job in plan(tree, "labels", "one.jpg", None, "out")] == ["a.png", "c.npz", "b.PNG"]
+
+
+def test_a_list_is_not_overwritten(tree: Path) -> None:
+    (tree / "a.png").write_text("a.png,pictures/a.jpg\n")  # a list of this name would be its own result
+    with pytest.raises(InputError, match=r"a\.png would overwrite an input"):
+        plan(tree, "labels", ".", None, ".", pairs=tree / "a.png")
+
+
+def test_missing_files_are_named(tree: Path) -> None:
+    (tree / "pictures/c.jpg").mkdir()
+    jobs = plan(tree, "labels", "pictures", "masks", "out")
+    jobs[0].check()
+    with pytest.raises(InputError, match=r"^no picture named c in .*/pictures$"):
+        jobs[1].check()
+    (tree / "pictures/c.png").touch()
+    with pytest.raises(InputError, match=r"^no label named c in .*/masks$"):
+        plan(tree, "labels", "pictures", "masks", "out")[1].check()
+    os.mkfifo(tree / "fifo.png")
+    with pytest.raises(InputError, match=r"fifo.png is a FIFO; expected a file"):  # and does not wait for a writer
+        Job(tree / "labels/a.png", tree / "fifo.png", None, tree / "out.png").check()
+
+
 def test_missing_files_of_a_list_are_left_to_be_reported(tree: Path) -> None:
     assert listed(tree, "none/x.png,y.jpg\n") == [
         Job(tree / "none/x.png", tree / "y.jpg", None, tree / "out/none/x.png")
@@ -143,8 +175,12 @@ def test_a_list_that_is_no_text(tree: Path) -> None:
         (("absent", "one.jpg", None, "out"), {}, "absent does not exist"),
         (("labels", None, None, "out"), {}, "nothing to translate"),
         (("pictures", "one.jpg", None, "out"), {}, "no label files in this folder"),
-        (("labels", "one.jpg", None, "one.png"), {}, "expected a folder for the results"),
-        (("labels", "one.jpg", None, "new.png"), {}, "expected a folder for the results"),
+        (("labels", "one.jpg", "labels/none.png", "out"), {}, "labels/none.png does not exist"),
+        (("labels", "one.jpg", None, "one.png"), {}, "expected a folder, because the input .*labels is a folder"),
+        (("labels", "one.jpg", None, "new.png"), {}, "expected a folder, because the input .*labels is a folder"),
+        (("labels", "one.jpg", None, "new.webp"), {}, "expected a folder, because the input .*labels is a folder"),
+        (("labels/a.png", "one.jpg", None, "new.webp"), {}, "expected .*, or a picture ending in .png, .jpg, .jpeg"),
+        (("labels/a.png", "one.jpg", None, "labels/notes.txt"), {}, "or a picture ending in .png, .jpg, .jpeg"),
         (("labels", "one.jpg", None, "out"), {"suffix": ".webp"}, r"suffix '.webp': expected one of .png"),
         (("labels", "one.jpg", None, "labels"), {}, "lies in the input folder"),
         (("labels", "one.jpg", None, "labels/out"), {}, "lies in the input folder"),

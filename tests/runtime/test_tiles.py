@@ -19,7 +19,7 @@ from flashcocos.runtime.tiles import is_cut, placed, tile_side, tile_size, tiles
 @pytest.mark.parametrize("tile", [64, 96, 160, 512])
 def test_every_pixel_is_kept_once_and_far_from_a_cut(tile: int) -> None:
     for side in range(64, 1100, 32):
-        spans = [one.columns for one in tiles(64, side, tile)]
+        spans = [part.columns for part in tiles(64, side, tile)]
         assert [pixel for span in spans for pixel in range(span.first, span.last)] == list(range(side))
         (size,) = {span.size for span in spans}
         assert size == tile_side(side, tile) <= min(side, tile)
@@ -36,9 +36,9 @@ def test_every_pixel_is_kept_once_and_far_from_a_cut(tile: int) -> None:
 
 
 def test_tiles_lie_row_by_row() -> None:
-    found = list(tiles(96, 128, 64))
-    assert [(one.rows.start, one.columns.start) for one in found] == [(y, x) for y in (0, 32) for x in (0, 32, 64)]
-    assert [(one.rows.first, one.columns.first) for one in found[:4]] == [(0, 0), (0, 48), (0, 80), (48, 0)]
+    parts = list(tiles(96, 128, 64))
+    assert [(part.rows.start, part.columns.start) for part in parts] == [(y, x) for y in (0, 32) for x in (0, 32, 64)]
+    assert [(part.rows.first, part.columns.first) for part in parts[:4]] == [(0, 0), (0, 48), (0, 80), (48, 0)]
     assert tile_size(96, 128, 64) == (64, 64)
     assert tile_size(96, 32, 64) == (64, 32)
     for tile in (None, 128, 256):
@@ -57,7 +57,7 @@ def test_windows_follow_the_axes() -> None:
     assert tile.window(label) == (slice(None), slice(32, 128), slice(64, 160))
     assert tile.kept(label)[1:] == (slice(80, 128), slice(80, 160))
     assert tile.inner(label)[1:] == (slice(48, 96), slice(16, 96))
-    assert [is_cut(one) for one in (features, label, TensorSpec("means", "float32", ("batch", 5, 3)))] == [1, 1, 0]
+    assert [is_cut(spec) for spec in (features, label, TensorSpec("means", "float32", ("batch", 5, 3)))] == [1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_where_a_window_lies_in_memory(axes: tuple[int | str, ...], sides: tuple
     for tile in tiles(96, 128, 64):
         start, (pitch, rows), (width, height, depth) = placed(spec, sides, 2, tile.kept(spec))
         flat = array.tobytes()
-        found = [
+        window = [
             flat[(at := start + (plane * rows + row) * pitch) : at + width]
             for plane in range(depth)
             for row in range(height)
         ]
-        assert b"".join(found) == array[tile.kept(spec)].tobytes()
+        assert b"".join(window) == array[tile.kept(spec)].tobytes()
 
 
 @pytest.mark.parametrize("config", [CLASSES, CHANNELS], ids=["classes", "channels"])
@@ -93,9 +93,9 @@ def test_a_picture_in_tiles_is_the_picture(tmp_path: Path, config) -> None:
             assert set(shapes) == {tile_size(160, 224, tile)}
             assert len(shapes) == len(list(tiles(160, 224, tile)))
     for parts in results[1:]:
-        for one, whole in zip(parts, results[0], strict=True):
-            assert np.abs(one.image.astype(int) - whole.image).max() <= 1  # the last digit of a sum, at a rounding edge
-            np.testing.assert_array_equal(one.warped, whole.warped)
+        for tiled, whole in zip(parts, results[0], strict=True):
+            assert np.abs(tiled.image.astype(int) - whole.image).max() <= 1  # a sum's last digit at a rounding edge
+            np.testing.assert_array_equal(tiled.warped, whole.warped)
             assert whole.image.std() > 10
 
 

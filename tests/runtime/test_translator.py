@@ -36,8 +36,10 @@ def exemplar_of(translator: Translator, seed: int = 0, size: Any = None) -> Exem
     return translator.encode_exemplar(random_picture(64, 64, seed), label, size)
 
 
-def same(one: Translation, other: Translation) -> bool:
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("image", "warped", "matches"))
+def same(result: Translation, expected: Translation) -> bool:
+    return all(
+        np.array_equal(getattr(result, name), getattr(expected, name)) for name in ("image", "warped", "matches")
+    )
 
 
 def test_a_label_finds_its_own_places(classes: Translator) -> None:
@@ -52,8 +54,8 @@ def test_a_label_finds_its_own_places(classes: Translator) -> None:
     assert result.exemplar_size == (64, 64)
     assert set(result.timings) == {"query", "warp", "synthesis"}
     x, y = result.matches[..., 0], result.matches[..., 1]
-    found = label[y.astype(int), x.astype(int)]
-    np.testing.assert_array_equal(found, label[2::4, 2::4])
+    matched_ids = label[y.astype(int), x.astype(int)]
+    np.testing.assert_array_equal(matched_ids, label[2::4, 2::4])
 
 
 def test_matches_are_patch_centers_in_pixels(channels: Translator) -> None:
@@ -96,7 +98,7 @@ def test_batches_equal_singles(translator_name: str, request: pytest.FixtureRequ
     assert not same(singles[0], singles[2])
     for batch_size in (2, 8):
         batch = translator.translate(labels, exemplars, "input", batch_size=batch_size)
-        assert all(same(one, other) for one, other in zip(singles, batch, strict=True))
+        assert all(same(result, single) for result, single in zip(batch, singles, strict=True))
     shared = translator.translate(tuple(labels), exemplars[0], "input")
     assert same(shared[1], translator.translate(labels[1], exemplars[0], "input"))
     assert translator.translate([], exemplars[0]) == []
@@ -239,8 +241,8 @@ def test_threads_share_a_translator(tmp_path: Path, warp: str) -> None:
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda arguments: translator.translate(*arguments), work * 2))
         encoded = list(pool.map(lambda seed: exemplar_of(translator, seed), [0, 1, 2] * 4))
-    assert all(same(one, alone[index % 12]) for index, one in enumerate(together))
-    assert all(np.array_equal(one.phi, exemplars[index % 3].phi) for index, one in enumerate(encoded))
+    assert all(same(result, alone[index % 12]) for index, result in enumerate(together))
+    assert all(np.array_equal(exemplar.phi, exemplars[index % 3].phi) for index, exemplar in enumerate(encoded))
 
 
 def test_the_warps_agree(classes: Translator, tmp_path: Path) -> None:
@@ -248,9 +250,9 @@ def test_the_warps_agree(classes: Translator, tmp_path: Path) -> None:
     with Translator(write_tiny_bundle(tmp_path / "b"), device="cpu") as translator:
         assert translator.describe()["warp"]["backend"] == "numba"
         label = random_label(CLASSES, 64, 96, 3)
-        one, other = (each.translate(label, exemplar_of(each), "input") for each in (classes, translator))
-    np.testing.assert_allclose(one.confidence, other.confidence, atol=1e-4)
-    assert np.abs(one.image.astype(int) - other.image).max() <= 1
+        by_numpy, by_numba = (each.translate(label, exemplar_of(each), "input") for each in (classes, translator))
+    np.testing.assert_allclose(by_numpy.confidence, by_numba.confidence, atol=1e-4)
+    assert np.abs(by_numpy.image.astype(int) - by_numba.image).max() <= 1
 
 
 def test_closing(tmp_path: Path) -> None:
@@ -267,7 +269,7 @@ def test_describe(classes: Translator) -> None:
     assert described["query"]["provider"] == "CPUExecutionProvider"
     assert described["fine"]["device"] == "cpu"
     assert described["exemplar"]["precision"] == "float32"
-    assert {one["arithmetic"] for one in described.values()} == {"float32"}
+    assert {info["arithmetic"] for info in described.values()} == {"float32"}
     assert described["warp"]["backend"] == "numpy"
 
 

@@ -29,8 +29,9 @@ STYLES = ("open-peeps", "lorelei", "personas", "micah", "adventurer", "toon-head
 PACKAGES = ("dicebear-core", "dicebear-styles", "resvg")
 HELD_OUT_SHARE = 0.1  # of the hair variants of each style
 
-# display colors of the classes, also the flat colors of the label copy
-PALETTE = np.array(
+# flat colors of the label copy, far apart, for clip paths blend a few pixels; pictures of labels have the palette of
+# preprocess.palette instead
+_FLAT = np.array(
     [
         (16, 16, 24), (240, 176, 128), (128, 64, 0), (0, 192, 255), (255, 0, 192), (255, 128, 0), (255, 0, 0),
         (0, 64, 255), (192, 192, 255), (255, 224, 0), (0, 255, 128), (64, 64, 64),
@@ -114,7 +115,7 @@ def render_label(structure: Structure, size: int) -> np.ndarray:
     label: np.ndarray = _class_of_code()[codes]
     mixed = label == len(CLASSES)  # a few pixels where clip paths are soft
     if mixed.any():
-        distance = np.square(flat[mixed][:, None].astype(np.int32) - PALETTE).sum(-1)
+        distance = np.square(flat[mixed][:, None].astype(np.int32) - _FLAT).sum(-1)
         label[mixed] = distance.argmin(-1)
     return label
 
@@ -155,7 +156,7 @@ _SENTINELS = tuple(f"#a17b{16 + 3 * index:02x}" for index in range(len(CLASSES))
 @functools.cache
 def _class_of_code() -> np.ndarray:
     table = np.full(1 << 24, len(CLASSES), dtype=np.uint8)
-    table[PALETTE.astype(np.int32) @ _CODE] = np.arange(len(CLASSES), dtype=np.uint8)
+    table[_FLAT.astype(np.int32) @ _CODE] = np.arange(len(CLASSES), dtype=np.uint8)
     return table
 
 
@@ -215,7 +216,7 @@ def _recolor(value: Any, style: str, component: str, purpose: str, visible: bool
     color = value["name"] if isinstance(value, dict) else None
     index = CLASSES.index(_class_name(style, component, color, value))
     if purpose == "label":
-        return "#{:02x}{:02x}{:02x}".format(*PALETTE[index]) if visible else "none"
+        return "#{:02x}{:02x}{:02x}".format(*_FLAT[index]) if visible else "none"
     # a translucent line shades a part of another class, so it must not follow the look's ink
     fixed = color is None or color in _FIXED_COLORS or (not visible and CLASSES[index] == "ink")
     return value if fixed else _SENTINELS[index]
@@ -235,7 +236,7 @@ def _class_name(style: str, component: str, color: str | None, value: Any) -> st
 
 @functools.lru_cache(maxsize=16)
 def _svg(structure: Structure, purpose: str) -> str:
-    ground = "#{:02x}{:02x}{:02x}".format(*PALETTE[0]) if purpose == "label" else _SENTINELS[0]
+    ground = "#{:02x}{:02x}{:02x}".format(*_FLAT[0]) if purpose == "label" else _SENTINELS[0]
     options = {
         "seed": structure.seed,
         f"{_hair_component(structure.style)}Variant": structure.hair,

@@ -11,10 +11,9 @@ import dataclasses
 import random
 
 from ...errors import InputError
+from ...preprocess.palette import CLASS_NAMES
 
-CLASSES = (
-    "background", "skin", "hair", "eyes", "brows", "nose", "mouth", "clothes", "trim", "hat", "glasses", "ink",
-)  # fmt: skip
+CLASSES = CLASS_NAMES["avatars"]
 KINDS = ("solid", "gradient", "stripes", "columns", "diagonals", "dots", "checks", "zigzag")
 PERIODS = (0.09, 0.13, 0.18)  # of the canvas width
 

@@ -21,6 +21,7 @@ from flashcocos.config import ModelConfig
 from flashcocos.errors import BackendError, InputError
 from flashcocos.preprocess import to_uint8
 from flashcocos.runtime import Translator
+from flashcocos.runtime.options import EngineOptions
 from flashcocos.train.checkpoint import save_model
 from flashcocos.train.data import Item
 from flashcocos.train.networks import CoCosNet, Vgg19
@@ -135,16 +136,16 @@ def test_a_bundle_of_planes_without_condition_on_label(tmp_path: Path) -> None:
 
 def test_which_source_a_path_is(copier: ModelPredictor, tmp_path: Path) -> None:
     save_model(tmp_path / "model.safetensors", copier.model)
-    opened = open_predictor(tmp_path / "model.safetensors", device="cpu")
+    opened = open_predictor(tmp_path / "model.safetensors", EngineOptions(device="cpu"))
     assert isinstance(opened, ModelPredictor)
     item = FlatPairs()[3]
     assert np.array_equal(opened.predict(item).matches, copier.predict(item).matches)
-    with pytest.raises(InputError, match="PyTorch runs a model file; backend 'openvino' and float32 need a bundle"):
-        open_predictor(tmp_path / "model.safetensors", backend="openvino")
-    assert isinstance(open_predictor(write_tiny_bundle(tmp_path / "bundle")), BundlePredictor)
+    with pytest.raises(InputError, match="in float32; backend 'openvino', precision None needs a bundle"):
+        open_predictor(tmp_path / "model.safetensors", EngineOptions(backend="openvino"))
+    assert isinstance(open_predictor(write_tiny_bundle(tmp_path / "bundle"), EngineOptions()), BundlePredictor)
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match="sees no GPU"):
-            open_predictor(tmp_path / "model.safetensors", device="cuda")
+            open_predictor(tmp_path / "model.safetensors", EngineOptions(device="cuda"))
 
 
 def test_measures_on_photographs(copier: ModelPredictor, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_an_architecture_that_the_variant_does_not_know_is_refused(rtx):
 def test_other_options_that_do_not_fit_are_refused(rtx):
     with pytest.raises(InputError, match="precision 'int4' is unknown; expected one of float32, float16"):
         next(build(default_model_path(), targets=[89], precision="int4"))
-    with pytest.raises(BackendError, match=r"which GPU is at hand cannot be told .*name a target: sm_89"):
+    with pytest.raises(BackendError, match=r"the GPU at hand is unknown .*name a target: sm_89"):
         next(build(default_model_path()))
 
 

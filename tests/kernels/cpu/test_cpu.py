@@ -11,9 +11,7 @@ from tolerances import CPU, assert_close
 
 from flashcocos.kernels import corr_match, corr_row, corr_warp, reference
 from flashcocos.kernels.corr_warp import warp_arrays
-from flashcocos.kernels.cpu import numpy_warp as cpu_numpy
-from flashcocos.kernels.cpu import tiling
-from flashcocos.kernels.cpu import torch_warp as cpu_torch
+from flashcocos.kernels.cpu import numpy_warp, tiling, torch_warp
 
 SINGLE, DOUBLE, HALF, BRAIN = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
@@ -95,17 +93,17 @@ def test_arrays_at_other_temperatures(backend, temperature):
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_many_tiles_and_tasks(monkeypatch, backend):
-    monkeypatch.setattr(cpu_numpy, "BUDGET", 1 << 17)
+    monkeypatch.setattr(numpy_warp, "BUDGET", 1 << 17)
     monkeypatch.setattr(tiling, "CACHE", 1 << 12)
     monkeypatch.setattr(tiling, "KEYS", 32)
     if backend == "numba":
         from numba.core import config
 
         monkeypatch.setattr(config, "NUMBA_NUM_THREADS", 5)
-    plan = tiling.plan_sweep((29, 31), (23, 30), 3, 5, rows=6, columns=16)
-    assert plan.block < 31
-    assert plan.strip < 29
-    assert tiling.plan((29, 31), (23, 30), 3, 1 << 17, buffers=2).key_rows < 23
+    blocks = tiling.choose_cache_blocks((29, 31), (23, 30), 3, 5, rows=6, columns=16)
+    assert blocks.block < 31
+    assert blocks.strip < 29
+    assert tiling.fit_tiles((29, 31), (23, 30), 3, 1 << 17, buffers=2).key_rows < 23
     theta, phi, values, _ = make(2, 16, (29, 31), (23, 30), 20)
     check_arrays(backend, theta, phi, values, 3)
 
@@ -136,8 +134,8 @@ def check_tensors(inputs, patch):
 
 
 def test_tensors_in_many_tiles(monkeypatch):
-    monkeypatch.setattr(cpu_torch, "BUDGET", 1 << 17)
-    assert tiling.plan((13, 11), (12, 17), 3, 1 << 17, buffers=3).key_rows < 12
+    monkeypatch.setattr(torch_warp, "BUDGET", 1 << 17)
+    assert tiling.fit_tiles((13, 11), (12, 17), 3, 1 << 17, buffers=3).key_rows < 12
     check_tensors(make(2, 16, (13, 11), (12, 17), 20), 3)
 
 
@@ -312,7 +310,7 @@ def test_row_is_the_row_of_the_matrix(position, patch):
 @pytest.mark.parametrize("patch", [1, 3, 5])
 def test_tiles_fit_the_budget_and_cover_the_maps(maps, patch, budget):
     (hq, wq), (hk, wk) = maps
-    tiles = tiling.plan(*maps, patch, budget, buffers=2)
+    tiles = tiling.fit_tiles(*maps, patch, budget, buffers=2)
     assert 1 <= tiles.query_rows <= hq
     assert 1 <= tiles.key_rows <= hk
     halo = patch - 1

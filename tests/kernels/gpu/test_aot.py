@@ -39,24 +39,24 @@ from pathlib import Path
 from flashcocos.kernels.gpu import aot, configs, triton_kernels as kernels
 
 for sm, (dtype, size) in itertools.product((75, 80, 90), (("float16", 2), ("float32", 4))):
-    element, tile = "*" + aot.DTYPES[dtype], configs.backward_tile(sm, size)
+    element, blocks = "*" + aot.DTYPES[dtype], configs.backward_blocks(sm, size)
     types = dict.fromkeys(kernels.score_gradient_kernel.arg_names, "*fp32")
     types |= dict.fromkeys(("theta", "phi", "values", "grad_out"), element)
     types |= {n: "i32" for n in types if n.startswith(("first", "count", "height", "width"))}
     types |= {"scale": "fp32", "inverse_temperature": "fp32"}
     constants = {"C": 256, "V": 48, "PATCH": 3, "STORE_WEIGHT": True}
-    constants |= {"BN": tile.queries, "BM": tile.keys, "BC": tile.channels, "BV": 16}
+    constants |= {"BN": blocks.queries, "BM": blocks.keys, "BC": blocks.channels, "BV": 16}
     types = {name: kind for name, kind in types.items() if name not in constants}
-    job = aot._Job(f"score_{dtype}", kernels.score_gradient_kernel, tile, types, constants, ("", "", ""))
+    job = aot._Job(f"score_{dtype}", kernels.score_gradient_kernel, blocks, types, constants, ("", "", ""))
     aot._compile(Path(sys.argv[1]), sm, dtype, job)
-    tile = configs.fold_tile(size, 256)
+    blocks = configs.fold_blocks(size, 256)
     types = dict.fromkeys(kernels.fold_kernel.arg_names, "i32")
     types |= {"chunk": "*fp32", "source": element, "target": "*fp32"}
-    constants = {"stride_j": 1, "source_c": 1, "target_c": 1, "C": 256, "PATCH": 3, "BX": tile.queries}
+    constants = {"stride_j": 1, "source_c": 1, "target_c": 1, "C": 256, "PATCH": 3, "BX": blocks.queries}
     tf32 = size == 2 and configs.architecture(sm).tf32
-    constants |= {"BY": tile.keys, "BC": tile.channels, "PRECISION": "tf32" if tf32 else "ieee"}
+    constants |= {"BY": blocks.keys, "BC": blocks.channels, "PRECISION": "tf32" if tf32 else "ieee"}
     types = {name: kind for name, kind in types.items() if name not in constants}
-    job = aot._Job(f"fold_{dtype}", kernels.fold_kernel, tile, types, constants, ("", "", ""))
+    job = aot._Job(f"fold_{dtype}", kernels.fold_kernel, blocks, types, constants, ("", "", ""))
     aot._compile(Path(sys.argv[1]), sm, dtype, job)
 """
 
@@ -76,9 +76,9 @@ types = {name: kind for name, kind in job.types.items() if name not in sizes}
 pixel = dataclasses.replace(job, name="pixel_float16", types=types, constants={**job.constants, **sizes})
 aot._compile(Path(sys.argv[1]), 120, "float16", pixel)
 types = {"parts": "*fp32", "part_lse": "*fp32", "out": "*fp16", "lse": "*fp32", "positions": "i32", "splits": "i32"}
-tile = configs.MERGE
-constants = {"V": 48, "BN": tile.queries, "BV": tile.channels}
-job = aot._Job("merge_float16", kernels.merge_kernel, tile, types, constants, ("", "", ""))
+blocks = configs.MERGE
+constants = {"V": 48, "BN": blocks.queries, "BV": blocks.channels}
+job = aot._Job("merge_float16", kernels.merge_kernel, blocks, types, constants, ("", "", ""))
 aot._compile(Path(sys.argv[1]), 80, "float16", job)
 """
 
@@ -145,22 +145,22 @@ def test_a_description_is_all_that_a_launch_needs(compiled):
     assert types["theta"] == types["values"] == "*fp16"
     assert types["out"] == types["lse"] == "*fp32"
     assert types["scale"] == "fp32"
-    tile = configs.nine_tap_tile(80, 2, 3, 256, 0)
+    blocks = configs.nine_tap_blocks(80, 2, 3, 256, 0)
     assert warp["entry"] == "nine_tap_kernel"
-    assert warp["grid"] == [f"ceil(ceil(height_q / 4) * width_q / {tile.queries - 2})", "batch", "1"]
-    assert warp["threads"] == 32 * tile.warps
+    assert warp["grid"] == [f"ceil(ceil(height_q / 4) * width_q / {blocks.queries - 2})", "batch", "1"]
+    assert warp["threads"] == 32 * blocks.warps
     assert warp["constants"]["V"] == warp["constants"]["VP"] == 48
     old = next(d for d in descriptions if d["kernel"] == "warp_p3_c256_v48_float16" and d["architecture"] == 75)
     assert old["arguments"] == warp["arguments"]
-    assert old["grid"] == [f"ceil(height_q * width_q / {configs.forward_tile(75, 2, 48).queries})", "batch", "1"]
+    assert old["grid"] == [f"ceil(height_q * width_q / {configs.forward_blocks(75, 2, 48).queries})", "batch", "1"]
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (9, 7), (64, 64), (33, 200)])
 def test_the_grid_is_that_of_the_launch_from_python(height, width):
-    tile = configs.nine_tap_tile(80, 2, 3, 256, 0)
+    blocks = configs.nine_tap_blocks(80, 2, 3, 256, 0)
     sizes = {"height_q": height, "width_q": width}
-    blocks = evaluate(aot._lanes_grid(tile), sizes)
-    assert blocks == triton_nine_tap.query_tiles(height, width, configs.WHOLE_BAND, tile.queries)
+    blocks = evaluate(aot._lanes_grid(blocks), sizes)
+    assert blocks == triton_nine_tap.query_tiles(height, width, configs.WHOLE_BAND, blocks.queries)
 
 
 def test_help_has_an_example():
@@ -203,7 +203,7 @@ def test_missing_triton_is_named(tmp_path, monkeypatch):
 def test_too_much_shared_memory_is_refused(tmp_path):
     script = (
         "from pathlib import Path; from flashcocos.kernels.gpu import aot, configs;"
-        "configs.PACK = configs.Tile(256, 0, 256, 8, 1);"
+        "configs.PACK = configs.BlockSizes(256, 0, 256, 8, 1);"
         f"list(aot.compile_kernels(Path({str(tmp_path)!r}), [75], dtypes=['float32']))"
     )
     done = python("-c", script)

@@ -158,7 +158,7 @@ def test_both_forwards_run_by_name_and_agree(device, forwards):
 
 
 def test_the_rule_and_its_override(device, forwards):
-    assert configs.nine_tap_tile(80, 2, 3, 256, 1) is configs.ARCHITECTURES[80].nine_tap
+    assert configs.nine_tap_blocks(80, 2, 3, 256, 1) is configs.ARCHITECTURES[80].nine_tap
     for refused in (
         (75, 2, 3, 256, 1),
         (80, 4, 3, 256, 1),
@@ -166,7 +166,7 @@ def test_the_rule_and_its_override(device, forwards):
         (80, 2, 3, 32, 1),
         (80, 2, 3, 256, 1 << 31),
     ):
-        assert configs.nine_tap_tile(*refused) is None
+        assert configs.nine_tap_blocks(*refused) is None
     with pytest.raises(InputError, match=r"expected one of auto, nine_tap, straightforward, got 'fast'"):
         triton_warp.choose_forward("fast").__enter__()
     tensors = make((2, 3), (3, 2), 1, SINGLE, device)
@@ -208,10 +208,10 @@ def test_the_shifts_in_numpy(size):
             assert len(np.unique(addresses[lanes] % 32)) == lanes.sum()
 
 
-def test_the_notes_state_the_multiply_adds():
+def test_the_docs_state_the_multiply_adds():
     table = re.findall(
         r"^\| (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$",
-        (Path(triton_nine_tap.__file__).parent / "NOTES.md").read_text(),
+        (Path(__file__).parents[3] / "docs" / "kernels.md").read_text(),
         re.MULTILINE,
     )
     assert [int(row[1]) for row in table] == [configs.SPLIT_BAND, configs.WHOLE_BAND] * 4
@@ -226,9 +226,9 @@ def test_products_counted_are_products_made(products, device):
     query, key = (3, 4), (4, 30)
     with triton_warp.choose_forward("nine_tap"):
         triton_warp.warp_forward(*make(query, key, 1, HALF, device), 3, 0.01)
-    tile = configs.ARCHITECTURES[max(configs.ARCHITECTURES)].nine_tap
-    count, _ = triton_nine_tap.tile_products(query, key, configs.SPLIT_BAND, tile.queries, tile.keys)
-    assert products.count(tile.keys) == count
+    blocks = configs.ARCHITECTURES[max(configs.ARCHITECTURES)].nine_tap
+    count, _ = triton_nine_tap.tile_products(query, key, configs.SPLIT_BAND, blocks.queries, blocks.keys)
+    assert products.count(blocks.keys) == count
 
 
 def test_splits_fill_waves_and_leave_none_empty():

@@ -76,7 +76,7 @@ def test_translator(bundle: Bundle) -> None:
             exemplar = translator.encode_exemplar(random_picture(64, 64), random_label(CLASSES, 64, 64, 1))
             pictures.append(translator.translate(random_label(CLASSES, 64, 64, 2), exemplar).image)
             described = translator.describe()
-        assert {one["backend"].split()[0] for name, one in described.items() if name != "warp"} == {backend}
+        assert {info["backend"].split()[0] for name, info in described.items() if name != "warp"} == {backend}
     assert np.abs(pictures[0].astype(int) - pictures[1]).max() <= 1
 
 
@@ -86,7 +86,7 @@ def test_describe(bundle: Bundle) -> None:
     assert (info.device, info.precision, info.arithmetic) == ("cpu", "float32", "float32")
     stored = OpenVinoEngine(Bundle(default_model_path()), "query").describe()
     assert (stored.precision, stored.arithmetic) == ("float16", "float32")
-    assert "arithmetic  float32" in describe_bundle()
+    assert "arithmetic              float32" in describe_bundle()
 
 
 def test_one_engine_serves_many_threads(bundle: Bundle) -> None:
