@@ -17,7 +17,7 @@ from ..bundle import PRECISIONS, STAGES, Manifest, StageSpec, write_bundle
 from ..bundle.stages import stage_tensors
 from ..config import ModelConfig
 from ..errors import InputError
-from ..files import sha256
+from ..files import require_distinct, sha256
 from ..preprocess.palette import legend
 from ..train.checkpoint import load_model, read_metadata
 from .graphs import OPSET, export_stage, store_float16
@@ -47,11 +47,12 @@ def export_bundle(
         Path of the bundle, `output`.
 
     Raises:
-        InputError: A bad option, or weights that do not fit float16.
+        InputError: A bad option, weights that do not fit float16, or an output that is the input.
         CheckpointError: A bad model file.
         BackendError: Kernels are to be compiled, and triton is missing.
     """
     check_precision(precision)
+    require_distinct(output, model_path)
     model = load_model(model_path)
     files, stages = {}, {}
     with tqdm(desc="export", total=len(STAGES), unit="graph", disable=None) as progress:
@@ -64,8 +65,9 @@ def export_bundle(
             progress.update()
     if targets:
         files |= compiled_kernels(model.config, targets)
+    class_names, palette = legend(model.config)
     manifest = Manifest(
-        model.config, precision, OPSET, stages, {}, license, provenance(model_path), *legend(model.config)
+        model.config, precision, OPSET, stages, {}, license, provenance(model_path), class_names, palette
     )
     return write_bundle(output, manifest, files)
 
@@ -99,7 +101,7 @@ def provenance(model_path: str | os.PathLike[str]) -> dict[str, Any]:
         "model_sha256": sha256(model_path),
         "model": read_metadata(model_path)[1],
         "flashcocos": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of torch's own
         "onnx": onnx.__version__,
     }
 

@@ -39,6 +39,7 @@ from ..bundle import Bundle, write_bundle
 from ..bundle.stages import check_stages, stage_inputs
 from ..config import ModelConfig
 from ..errors import BackendError, InputError
+from ..files import require_distinct
 from ..preprocess.images import load_image, psnr, to_uint8
 from ..preprocess.labels import load_label, resize_nearest
 from ..runtime.cpu.onnxruntime import OnnxRuntimeEngine
@@ -87,10 +88,11 @@ def quantize_bundle(
         The bundle written and the PSNR of every held-out pair.
 
     Raises:
-        InputError: Too few pairs, or files that cannot be read.
+        InputError: Too few pairs, files that cannot be read, or an output that is the input.
         BundleError: The bundle cannot be used.
         BackendError: A held-out picture is below `min_psnr`; nothing is written.
     """
+    require_distinct(output, bundle)
     opened = Bundle(bundle)
     config = opened.manifest.config
     check_stages(opened.manifest)

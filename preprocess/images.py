@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from ..errors import InputError
+from ..files import require_file
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192; a file that claims more is refused before it is decoded
 MAX_SIDE = 16384
@@ -39,14 +40,25 @@ _DAMAGE = (
 
 
 def open_image(path: PathLike) -> Image.Image:
-    """The decoded image file `path`, in the mode it is stored in; `InputError` for what is no sane image.
+    """The decoded image file `path`, upright (EXIF), in the mode it is stored in; `InputError` for what is no image.
 
     Formats: `FORMATS`. A file over `MAX_PIXELS` is refused by its header, before it is decoded.
     """
+    require_file(path)
     with reading(str(path)), Image.open(path, formats=FORMATS) as image:
         check_extent(image.height, image.width, str(path))
+        check_depth(image, str(path))
         image.load()
+        ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def check_depth(image: Image.Image, name: str) -> None:
+    """Raise `InputError` where Pillow would drop the low bits of a file of 16 bits a channel without a word."""
+    for codec, _, _, arguments in getattr(image, "tile", ()):  # how the pixels are stored; empty once they are decoded
+        deep_ppm = codec.startswith("ppm") and arguments[1] > 255
+        if image.mode in _COLOR_MODES and (deep_ppm or ";16" in str(arguments)):
+            raise InputError(f"{name}: more than 8 bits a channel; expected 8-bit color or gray: save it with 8 bits")
 
 
 @contextlib.contextmanager
@@ -96,6 +108,7 @@ def load_rgb(
         image, name = Image.fromarray(np.ascontiguousarray(source)), "image"
     elif isinstance(source, Image.Image):
         image, name = source, "image"
+        check_depth(image, name)
     elif isinstance(source, str | os.PathLike):
         image, name = open_image(source), str(source)
     else:

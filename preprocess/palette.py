@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import ModelConfig
-from .images import UInt8Array
+from ..errors import InputError
+from .images import PathLike, UInt8Array, load_rgb, open_image
 
 # names by id; those of ade20k are the data set's own, in its order, after 0 for what it leaves unlabeled
 _AVATARS = "background, skin, hair, eyes, brows, nose, mouth, clothes, trim, hat, glasses, ink"
@@ -73,6 +74,44 @@ def palette(count: int) -> UInt8Array:
 def hexadecimal(color: npt.ArrayLike) -> str:
     """A color (red, green, blue) as "#rrggbb"."""
     return "#{:02x}{:02x}{:02x}".format(*np.asarray(color))
+
+
+def read_drawing(path: PathLike, count: int, *, nearest: bool = False) -> UInt8Array:
+    """The class ids that a drawing in the palette stands for.
+
+    Args:
+        path: picture file, each class in its color; anything but a JPEG, which alters colors.
+        count: of classes.
+        nearest: whether any other color stands for the class whose color is nearest to it.
+
+    Returns:
+        uint8 (H, W), ids below `count`.
+
+    Raises:
+        InputError: a color is not in the palette, with its first pixel and the nearest color; a translucent pixel.
+    """
+    image = open_image(path)
+    if image.format == "JPEG":
+        raise InputError(f"{path}: JPEG alters colors; save the drawing as a PNG")
+    if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise InputError(f"{path}: has transparent pixels, which stand for no class; fill them and save it again")
+    pixels = np.asarray(load_rgb(image))
+    codes = pixels.reshape(-1, 3) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    shown_codes, places, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    shown = shown_codes[:, None] >> np.array([16, 8, 0]) & 255
+    colors = palette(count).astype(np.int64)
+    parts = [shown[start : start + 4096] for start in range(0, len(shown), 4096)]  # a photograph has a million colors
+    ids = np.concatenate([np.square(part[:, None] - colors).sum(-1).argmin(1) for part in parts])
+    wrong = (colors[ids] != shown).any(1)
+    if wrong.any() and not nearest:
+        first = np.flatnonzero(wrong)[places[wrong].argmin()]
+        y, x = divmod(int(places[first]), pixels.shape[1])
+        raise InputError(
+            f"{path}: color {hexadecimal(shown[first])} at pixel ({x}, {y}) is not in the palette, nor are "
+            f"{int(wrong.sum()) - 1} others; the nearest is {hexadecimal(colors[ids[first]])}, class {ids[first]}; "
+            "draw without soft edges, or accept the nearest with --nearest"
+        )
+    return ids[inverse].reshape(pixels.shape[:2]).astype(np.uint8)
 
 
 def label_colors(config: ModelConfig, label: npt.NDArray[Any]) -> UInt8Array:

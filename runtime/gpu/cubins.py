@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from ...bundle import Bundle
-from ...config import ModelConfig
+from ...config import ModelConfig, from_fields
 from ...errors import BackendError, BundleError
 
 FOLDER = "kernels"  # in a folder of engines
@@ -31,10 +32,34 @@ _NAME = re.compile(r"([A-Za-z0-9_]{1,80})_sm(\d{2,3})\.json")
 _ELEMENTS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 _FORMATS = {"i32": "i", "fp32": "f", "null": "P"}
 _HIDDEN = ("global_scratch", "profile_scratch")  # pointers that Triton appends and these kernels leave alone
-_FIELDS = {
-    "kernel": str, "cubin": str, "sha256": str, "architecture": int, "dtype": str, "entry": str, "grid": list,
-    "threads": int, "shared_bytes": int, "arguments": list, "pointer_alignment": int, "constants": dict,
-}  # fmt: skip
+
+
+class _Argument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    type: str
+
+
+_Expression = Annotated[str, msgspec.Meta(max_length=300)]
+
+
+class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A JSON file of `kernels/gpu/aot.py`; the fields with defaults are for people."""
+
+    kernel: str
+    cubin: str
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    architecture: int
+    dtype: str
+    entry: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}\Z")]
+    grid: tuple[_Expression, _Expression, _Expression]
+    threads: Annotated[int, msgspec.Meta(ge=32, le=1024, multiple_of=32)]
+    shared_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_SHARED_BYTES)]
+    arguments: tuple[_Argument, ...]
+    pointer_alignment: Annotated[int, msgspec.Meta(ge=1, le=256)]
+    constants: dict[str, Any]
+    registers: int = 0
+    spilled_bytes: int = 0
+    triton: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,63 +278,45 @@ def _read(sources: Sequence[Source], name: str, architecture: int, dtype: str, c
     source = next(source for source in sources if f"{stem}.json" in source.names())
     where = f"{source.where}: {stem}.json"
     try:
-        fields = json.loads(source.read(f"{stem}.json", MAX_DESCRIPTION_BYTES))
-        if not isinstance(fields, dict):
-            raise BundleError("expected a JSON object")
-        return _validated(fields, name, architecture, dtype, config, source)
-    except (BundleError, ValueError, RecursionError) as error:
+        description = from_fields(_Description, msgspec.json.decode(source.read(f"{stem}.json", MAX_DESCRIPTION_BYTES)))
+        return _validated(description, name, architecture, dtype, config, source)
+    except (ValueError, RecursionError, msgspec.DecodeError) as error:  # InputError and BundleError are ValueErrors
         raise BundleError(f"{where} cannot be used: {error}; compile the kernels again") from error
 
 
 def _validated(
-    fields: dict[str, Any], name: str, architecture: int, dtype: str, config: ModelConfig, source: Source
+    description: _Description, name: str, architecture: int, dtype: str, config: ModelConfig, source: Source
 ) -> Cubin:
-    for key, expected in _FIELDS.items():
-        if type(fields.get(key)) is not expected:
-            raise BundleError(f"{key}: expected {expected.__name__}, got {fields.get(key)!r:.60}")
     stem = f"{name}_sm{architecture}"
-    stated = {key: fields[key] for key in ("kernel", "cubin", "architecture", "dtype")}
-    if stated != {"kernel": name, "cubin": f"{stem}.cubin", "architecture": architecture, "dtype": dtype}:
+    stated = (description.kernel, description.cubin, description.architecture, description.dtype)
+    if stated != (name, f"{stem}.cubin", architecture, dtype):
         raise BundleError(f"it describes {stated}")
-    threads, shared, alignment = (fields[key] for key in ("threads", "shared_bytes", "pointer_alignment"))
-    for ok, what in (
-        (re.fullmatch(r"[0-9a-f]{64}", fields["sha256"]), "sha256 of 64 hexadecimal digits"),
-        (re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", fields["entry"]), "entry that is a name"),
-        (32 <= threads <= 1024 and threads % 32 == 0, "threads in warps of 32, up to 1024"),
-        (0 <= shared <= MAX_SHARED_BYTES, f"shared_bytes up to {MAX_SHARED_BYTES}"),
-        (1 <= alignment <= 256, "pointer_alignment up to 256"),
-        ([type(one) for one in fields["grid"]] == [str] * 3, "a grid of three expressions"),
-        (len(str(fields["grid"])) < 300, "a grid of short expressions"),
-    ):
-        if not ok:
-            raise BundleError(f"expected {what}")
-    arguments = tuple(_arguments(fields["arguments"], _expected(name, dtype)))
-    _check_constants(fields["constants"], name, config)
+    arguments = tuple(_arguments(description.arguments, _expected(name, dtype)))
+    _check_constants(description.constants, name, config)
     cubin = Cubin(
         name,
         architecture,
         dtype,
-        fields["entry"],
-        threads,
-        shared,
+        description.entry,
+        description.threads,
+        description.shared_bytes,
         arguments,
-        tuple(fields["grid"]),
-        fields["constants"],
-        lambda: _code(source, f"{stem}.cubin", fields["sha256"]),
+        description.grid,
+        description.constants,
+        lambda: _code(source, description.cubin, description.sha256),
     )
     cubin.grid({name: 1 for name, kind in (*arguments, ("batch", "i32")) if kind == "i32"})  # the syntax, before a run
     return cubin
 
 
-def _arguments(stated: list[Any], expected: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _arguments(stated: Sequence[_Argument], expected: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     seen = set()
     for argument in stated:
-        name, kind = (str(argument.get(key)) for key in ("name", "type")) if isinstance(argument, dict) else ("", "")
-        hidden = name in _HIDDEN and kind == "null"
-        if name in seen or not (hidden or expected.get(name) == kind):
+        hidden = argument.name in _HIDDEN and argument.type == "null"
+        if argument.name in seen or not (hidden or expected.get(argument.name) == argument.type):
             raise BundleError(f"argument {argument!r:.80}: expected those of this kernel, {expected}")
-        seen.add(name)
-        yield name, kind
+        seen.add(argument.name)
+        yield argument.name, argument.type
     if missing := set(expected) - seen:
         raise BundleError(f"it takes no argument {sorted(missing)[0]}")
 

@@ -15,7 +15,6 @@ Inputs and outputs of an engine are those of the bundle's stage (`bundle/stages.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
 import json
@@ -23,12 +22,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from ...bundle import STAGES, Bundle, TensorSpec
-from ...config import SIZE_MULTIPLE
+from ...config import SIZE_MULTIPLE, from_fields
 from ...errors import BackendError, InputError
 from ...files import atomic_path
 from ..options import VARIANTS
@@ -41,10 +40,10 @@ MAX_ENGINE_BYTES = 16 << 30
 _MAX_DESCRIPTION_BYTES = 1 << 20
 
 Range = tuple[int, int, int]
+_Bytes = Annotated[int, msgspec.Meta(ge=0)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Profile:
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The shapes that an engine takes, each axis as (least, optimal, most): images a batch, and pixels."""
 
     batch: Range
@@ -77,28 +76,26 @@ class Profile:
         return f"{axis(self.height)} x {axis(self.width)}, batch {axis(self.batch)}"
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineKey:
+class EngineKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All that decides an engine's content. architectures: compute capabilities, 89 for 8.9; sorted."""
 
-    stage: str
+    stage: Annotated[str, msgspec.Meta(pattern=rf"^({'|'.join(STAGES)})\Z")]
     graph_sha256: str
     variant: str
     version: str
     architectures: tuple[int, ...]
-    precision: str
+    precision: Annotated[str, msgspec.Meta(pattern=rf"^({'|'.join(PRECISIONS)})\Z")]
     profile: Profile
     revision: int = GRAPH_REVISION
 
     @property
     def stem(self) -> str:
         """The name of the engine's files, without their suffix."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        text = json.dumps(msgspec.to_builtins(self), sort_keys=True)
         return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineRecord:
+class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the store knows of one engine.
 
     inputs, outputs: tensors with named dynamic axes. weight_bytes, activation_bytes: of device memory, by TensorRT's
@@ -109,9 +106,9 @@ class EngineRecord:
     key: EngineKey
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    weight_bytes: int
-    activation_bytes: int
-    bytes: int
+    weight_bytes: _Bytes
+    activation_bytes: _Bytes
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_ENGINE_BYTES)]
     sha256: str
     int8_convolutions: int = 0
 
@@ -142,7 +139,7 @@ def default_folder(bundle: str | os.PathLike[str]) -> Path:
 def write_engine(folder: str | os.PathLike[str], record: EngineRecord, engine: bytes) -> EngineRecord:
     """Store `engine` under its key; returns `record` with `bytes` and `sha256` filled in."""
     path = Path(folder) / f"{record.key.stem}.engine"
-    record = dataclasses.replace(record, bytes=len(engine), sha256=hashlib.sha256(engine).hexdigest())
+    record = msgspec.structs.replace(record, bytes=len(engine), sha256=hashlib.sha256(engine).hexdigest())
     with atomic_path(path) as temporary:
         temporary.write_bytes(engine)
     with atomic_path(path.with_suffix(".json")) as temporary:
@@ -234,22 +231,11 @@ def _read_record(path: Path) -> EngineRecord:
     try:
         if path.stat().st_size > _MAX_DESCRIPTION_BYTES:
             raise ValueError("it is too large")
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        key = fields["key"]
-        axes = {axis: (int(sides[0]), int(sides[1]), int(sides[2])) for axis, sides in key.pop("profile").items()}
-        profile = Profile(**axes)
-        key = EngineKey(**{**key, "architectures": tuple(key["architectures"]), "profile": profile})
-        tensors = {
-            side: tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in fields.pop(side))
-            for side in ("inputs", "outputs")
-        }
-        record = EngineRecord(**{**fields, **tensors, "key": key})
-        if key.stage not in STAGES or key.precision not in PRECISIONS or not 0 <= record.bytes <= MAX_ENGINE_BYTES:
-            raise ValueError("a field has a value that none may have")
-        if key.stem != path.stem:
+        record = from_fields(EngineRecord, msgspec.json.decode(path.read_bytes()))
+        if record.key.stem != path.stem:
             raise ValueError("it does not belong to the engine of this name")
         return record
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
         raise BackendError(
             f"{path} cannot be used: {error}; remove it with its .engine, and run flashcocos build again"
         ) from error

@@ -96,6 +96,8 @@ def test_too_little_quality_is_refused_and_nothing_written(pairs, tmp_path, capl
 def test_what_cannot_be_quantized_is_refused(quantized, pairs, tmp_path):
     with pytest.raises(InputError, match="1 pairs: expected at least 2"):
         quantize_bundle(default_model_path(), tmp_path / "int8", pairs[:1])
+    with pytest.raises(InputError, match="would overwrite the input"):
+        quantize_bundle(quantized.path, quantized.path, pairs)
     with pytest.raises(InputError, match="its generator is int8 already"):
         quantize_bundle(quantized.path, tmp_path / "int8", pairs)
     with pytest.raises(InputError, match="export in float32, then flashcocos quantize"):
