@@ -23,10 +23,10 @@ from .images import SUFFIXES, PathLike
 
 # role -> how the name of its file ends
 ROLES: dict[str, dict[str, str]] = {
+    "avatars": {"label": ".png"},
     "ade20k": {"label": ".png"},
     "celebahq": {"label": ".png", "glasses": "_eye_g.png"},
     "celebahqedge": {part: f"_{part}.png" for part in PARTS},
-    "avatars": {"label": ".png"},
     "deepfashion": {"candidate": "_candidate.txt", "subset": "_subset.txt"},
 }
 _IMAGE_FOLDERS = ("CelebA-HQ-img", "img", "images")
