@@ -31,10 +31,12 @@ PATCHES = (1, 3, 5)
 
 @dataclasses.dataclass(frozen=True)
 class CorrMatch:
-    """The likeliest key of each query; arrays or tensors, like the inputs. All fields (B, Hq, Wq).
+    """The likeliest key of each query; arrays or tensors, like the inputs. All fields have the shape (B, Hq, Wq).
 
-    index int64: y * Wk + x of the key with the largest weight, the lowest among equals;
-    probability float32: its weight, 0 to 1; entropy float32: of all the query's weights, nats, 0 to log(Hk * Wk).
+    Attributes:
+        index: y * Wk + x of the key with the largest weight, the lowest among equals; int64.
+        probability: Weight of that key, 0 to 1; float32.
+        entropy: Entropy of all weights of the query in nats, 0 to log(Hk * Wk); float32.
     """
 
     index: Any
@@ -44,10 +46,13 @@ class CorrMatch:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayWarp:
-    """What `warp_arrays` returns.
+    """The results of `warp_arrays`.
 
-    out (B, V, Hq, Wq) and lse (B, Hq, Wq), float32; match, None unless it was asked for; backend, what computed them:
-    "numba" or "numpy".
+    Attributes:
+        out: The warp (B, V, Hq, Wq), float32.
+        lse: Log-sum-exp of each query's logits (B, Hq, Wq), float32.
+        match: The likeliest keys; None without `match=True`.
+        backend: The implementation that ran, "numba" or "numpy".
     """
 
     out: npt.NDArray[np.float32]
@@ -69,22 +74,23 @@ def corr_warp(
     """Warp `values` from the key map to the query map by the softmax of the patch correlation.
 
     Args:
-        theta: queries (B, C, Hq, Wq); a torch tensor (float16, bfloat16, float32, float64) or a numpy array
-            (float16, float32); `phi` has its dtype, and all three are of one kind, on one device.
-        phi: keys (B, C, Hk, Wk).
-        values: (B, V, Hk, Wk).
-        patch: side of the correlated patch, 1, 3 or 5, zero padded.
-        temperature: the correlation, -1 to 1, is divided by it before the softmax.
-        return_lse: also return the log-sum-exp of each query's logits; it carries no gradient.
-        backend: for tensors "triton" (CUDA), "cpu" (tiled torch), "reference" (the definition; forms the matrix) or
+        theta: Queries (B, C, Hq, Wq): a torch tensor (float16, bfloat16, float32, float64) or a numpy array
+            (float16, float32). `phi` has its dtype, and all three are of one kind, on one device.
+        phi: Keys (B, C, Hk, Wk).
+        values: Values of the keys (B, V, Hk, Wk).
+        patch: Side of the correlated patch, 1, 3 or 5, zero padded.
+        temperature: The correlation, -1 to 1, is divided by it before the softmax.
+        return_lse: Also return the log-sum-exp of each query's logits; it has no gradient.
+        backend: For tensors "triton" (CUDA), "cpu" (tiled torch), "reference" (the definition; forms the matrix) or
             "auto" (triton on CUDA, else cpu); for arrays "numba", "numpy" or "auto" (numba where installed).
 
     Returns:
-        (B, V, Hq, Wq) in the dtype of the values, differentiable in all three tensors, or that and the lse
-        (B, Hq, Wq), float32, or float64 for float64 tensors.
+        The warp (B, V, Hq, Wq) in the dtype of the values, differentiable in all three tensors. With `return_lse`
+        that and the lse (B, Hq, Wq), float32, or float64 for float64 tensors.
 
     Raises:
-        InputError: shapes, dtypes or options that do not fit. BackendError: the backend asked for cannot run here.
+        InputError: Shapes, dtypes or options that do not fit.
+        BackendError: The backend cannot run here.
 
     Source: arXiv 2004.05571, equations 2 and 3.
     """
@@ -108,29 +114,56 @@ def warp_arrays(
     match: bool = False,
     backend: str = "auto",
 ) -> ArrayWarp:
-    """`corr_warp` for arrays with everything one pass yields: the warp, the lse and, with `match`, the matches.
+    """`corr_warp` for arrays, with the matches of the same pass.
 
-    Shapes, options and errors as in `corr_warp`. Float32 arithmetic and results. Memory beside inputs and results:
-    two copies of one item's theta and phi at the most, and the tiles: 24 MiB for numpy, under 2 MiB a thread (at
-    V = 3) for numba.
+    Memory beside inputs and results: at most two copies of one item's theta and phi, and the tiles: 24 MiB for numpy,
+    under 2 MiB a thread (at V = 3) for numba.
+
+    Args:
+        theta: Queries (B, C, Hq, Wq), float16 or float32; the arithmetic is float32.
+        phi: Keys (B, C, Hk, Wk), of theta's dtype.
+        values: Values of the keys (B, V, Hk, Wk), float16 or float32.
+        patch: Side of the correlated patch, 1, 3 or 5, zero padded.
+        temperature: The correlation, -1 to 1, is divided by it before the softmax.
+        match: Also return the likeliest key of each query.
+        backend: "numba", "numpy" or "auto" (numba where installed).
+
+    Returns:
+        The warp, the lse, the matches and the backend that ran.
+
+    Raises:
+        InputError: Shapes, dtypes or options that do not fit.
+        BackendError: The backend cannot run here.
     """
     _check((theta, phi, values), ("theta", "phi", "values"), patch, temperature, np.ndarray)
     return _run_arrays(theta, phi, values, patch, temperature, match, backend)
 
 
 def corr_match(theta: Any, phi: Any, *, patch: int = 3, temperature: float = 0.01, backend: str = "auto") -> CorrMatch:
-    """Where each query's weight lies: the likeliest key, its probability and the entropy, in one pass.
+    """The likeliest key of each query, its probability and the entropy of all weights, in one pass; no gradient.
 
-    Shapes, options and errors as in `corr_warp`; no gradient. Tensors on a GPU take "triton" ("auto" there); tensors on
-    the CPU are handed, as float32, to the array backends "numba" and "numpy", which "auto" chooses from.
+    Args:
+        theta: Queries (B, C, Hq, Wq), a tensor or an array as for `corr_warp`.
+        phi: Keys (B, C, Hk, Wk).
+        patch: Side of the correlated patch, 1, 3 or 5, zero padded.
+        temperature: The correlation, -1 to 1, is divided by it before the softmax.
+        backend: For tensors on a GPU "triton" or "auto"; for arrays, and for tensors on the CPU, which are converted
+            to float32 arrays, "numba", "numpy" or "auto" (numba where installed).
+
+    Returns:
+        The matches, as tensors on theta's device or as arrays, like the inputs.
+
+    Raises:
+        InputError: Shapes, dtypes or options that do not fit.
+        BackendError: The backend cannot run here.
     """
     if _is_tensor(theta):
         return _match_tensors(theta, phi, patch, temperature, backend)
     _check((theta, phi), ("theta", "phi"), patch, temperature, np.ndarray)
     nothing = np.empty((phi.shape[0], 0, *phi.shape[2:]), phi.dtype)
-    found = _run_arrays(theta, phi, nothing, patch, temperature, True, backend).match
-    assert found is not None
-    return found
+    match = _run_arrays(theta, phi, nothing, patch, temperature, True, backend).match
+    assert match is not None
+    return match
 
 
 def corr_row(
@@ -142,10 +175,21 @@ def corr_row(
     temperature: float = 0.01,
     backend: str = "auto",
 ) -> Any:
-    """The weights (B, Hk, Wk) of all keys for the query at `position` = (y, x), in O(M C) time and memory.
+    """The weights of all keys for one query, in O(M C) time and memory; no gradient.
 
-    Inputs as in `corr_warp`; float32 logits (float64 for float64 tensors), and a result of that dtype; no gradient.
-    There is one implementation, in numpy; tensors pass through the CPU, and `backend` may be "auto" or "numpy".
+    Args:
+        theta: Queries (B, C, Hq, Wq), a tensor or an array as for `corr_warp`.
+        phi: Keys (B, C, Hk, Wk).
+        position: (y, x) of the query.
+        patch: Side of the correlated patch, 1, 3 or 5, zero padded.
+        temperature: The correlation, -1 to 1, is divided by it before the softmax.
+        backend: "auto" or "numpy"; tensors pass through the CPU.
+
+    Returns:
+        The weights (B, Hk, Wk), float32, or float64 for float64 tensors; their sum is 1 for each item.
+
+    Raises:
+        InputError: Shapes, dtypes, options or a position that do not fit.
     """
     if backend not in ("auto", "numpy"):
         raise InputError(f"backend for corr_row: expected 'auto' or 'numpy', got {backend!r}")
@@ -159,11 +203,11 @@ def corr_row(
         raise InputError(f"position: expected 0 <= y < {height} and 0 <= x < {width}, got {position}")
     from .cpu.numpy_warp import softmax_row
 
-    around = [
+    crops = [
         _to_array(side) for side in (theta[:, :, max(y - patch, 0) : y + patch, max(x - patch, 0) : x + patch], phi)
     ]
     center = (min(y, patch), min(x, patch))
-    rows = np.stack([softmax_row(t, p, center, patch, temperature) for t, p in zip(*around, strict=True)])
+    rows = np.stack([softmax_row(t, p, center, patch, temperature) for t, p in zip(*crops, strict=True)])
     return sys.modules["torch"].from_numpy(rows).to(theta.device) if tensors else rows
 
 
@@ -225,8 +269,8 @@ def _match_tensors(theta: torch.Tensor, phi: torch.Tensor, patch: int, temperatu
     if theta.device.type != "cpu":
         raise BackendError(f"backend {backend!r} needs tensors on the CPU, got {theta.device}; use 'triton'")
     arrays = (_to_array(side).astype(np.float32, copy=False) for side in (theta, phi))
-    found = corr_match(*arrays, patch=patch, temperature=temperature, backend=backend)
-    return CorrMatch(*(sys.modules["torch"].from_numpy(field) for field in vars(found).values()))
+    match = corr_match(*arrays, patch=patch, temperature=temperature, backend=backend)
+    return CorrMatch(*(sys.modules["torch"].from_numpy(field) for field in vars(match).values()))
 
 
 def _run_arrays(
@@ -244,9 +288,9 @@ def _run_arrays(
     backend = _array_backend(backend)
     implementation = importlib.import_module(f".cpu.{backend}_warp", __package__)
     single = [np.ascontiguousarray(array, dtype=np.float32) for array in (theta, phi, values)]
-    out, lse, found = implementation.warp_forward(*single, patch, float(temperature), match=match)
+    out, lse, fields = implementation.warp_forward(*single, patch, float(temperature), match=match)
     grid = theta.shape[2:]
-    shaped = CorrMatch(*(field.reshape(-1, *grid) for field in found)) if match else None
+    shaped = CorrMatch(*(field.reshape(-1, *grid) for field in fields)) if match else None
     return ArrayWarp(out.reshape(*out.shape[:2], *grid), lse.reshape(-1, *grid), shaped, backend)
 
 

@@ -97,8 +97,16 @@ def load_rgb(
 ) -> Image.Image:
     """`source` as an RGB Pillow image, upright (EXIF), resized to (height, width) where `size` is given.
 
-    source: a path, a Pillow image, or an array (H, W, 3) of uint8. Transparency is dropped, not blended.
-    Raises `InputError` for anything else, unreadable files, and images of more than 8 bits a channel.
+    Args:
+        source: a path, a Pillow image, or an array (H, W, 3) of uint8. Transparency is dropped, not blended.
+        size: (height, width), or None for the source's own.
+        method: how Pillow resizes.
+
+    Returns:
+        The picture, mode RGB.
+
+    Raises:
+        InputError: for anything else, unreadable files, and pictures of more than 8 bits a channel.
     """
     check_size(size)
     if isinstance(source, np.ndarray):
@@ -122,18 +130,33 @@ def load_rgb(
 
 
 def load_image(source: ImageSource, size: tuple[int, int] | None = None) -> FloatArray:
-    """`source` as float32 planes (3, H, W), RGB in [-1, 1].
+    """A picture as planes.
 
-    source, size: as for `load_rgb`; without `size` the image keeps its own. Raises `InputError`.
+    Args:
+        source: as for `load_rgb`.
+        size: (height, width), or None for the source's own.
+
+    Returns:
+        float32 (3, H, W), RGB in [-1, 1].
+
+    Raises:
+        InputError: as `load_rgb` does.
     """
     pixels = np.asarray(load_rgb(source, size), np.float32)
     return np.ascontiguousarray((pixels / 255 * 2 - 1).transpose(2, 0, 1))
 
 
 def to_uint8(image: npt.NDArray[Any]) -> UInt8Array:
-    """The inverse of `load_image`: float planes (3, H, W) in [-1, 1], clipped and rounded, to (H, W, 3) uint8.
+    """The inverse of `load_image`.
 
-    Raises `InputError` for another shape and for values that are not finite.
+    Args:
+        image: float planes (3, H, W) in [-1, 1]; others are clipped.
+
+    Returns:
+        uint8 (H, W, 3), rounded.
+
+    Raises:
+        InputError: for another shape and for values that are not finite.
     """
     if image.ndim != 3 or image.shape[0] != 3:
         raise InputError(f"image: expected planes (3, height, width), got {image.shape}")

@@ -31,12 +31,19 @@ _PLANES_MEMBER = "label.npy"
 def load_label(
     config: ModelConfig, source: LabelSource, size: tuple[int, int] | None = None
 ) -> UInt8Array | FloatArray:
-    """A prepared label: class ids uint8 (H, W), or float32 planes (label_channels, H, W) in [0, 1].
+    """A prepared label.
 
-    source: a path; for "classes" also a Pillow image of mode L or P or an integer array (H, W); for "channels" an
-        array (label_channels, H, W), uint8 (value * 255) or float in [0, 1].
-    size: (height, width) to resize to, NEAREST; without it the label keeps its own size.
-    Raises `InputError` for a wrong mode, shape or dtype, ids or values out of range, and unreadable files.
+    Args:
+        config: of the network that the label is for.
+        source: a path; for "classes" also a Pillow image of mode L or P or an integer array (H, W); for "channels" an
+            array (label_channels, H, W), uint8 (value * 255) or float in [0, 1].
+        size: (height, width) to resize to, NEAREST; without it the label keeps its own size.
+
+    Returns:
+        Class ids uint8 (H, W), or float32 planes (label_channels, H, W) in [0, 1].
+
+    Raises:
+        InputError: a wrong mode, shape or dtype, ids or values out of range, and unreadable files.
     """
     check_size(size)
     if config.label_kind == "classes":
@@ -53,7 +60,15 @@ def load_label(
 
 
 def save_label(path: PathLike, label: UInt8Array) -> None:
-    """Write a prepared label atomically: ids (H, W) as a PNG, planes (channels, H, W) of uint8 as an .npz."""
+    """Write a prepared label, whole or not at all.
+
+    Args:
+        path: .png for ids, .npz for planes.
+        label: uint8 ids (H, W), or planes (channels, H, W) of value * 255.
+
+    Raises:
+        InputError: for another shape or dtype.
+    """
     if label.dtype != np.uint8 or label.ndim not in (2, 3):
         raise InputError(f"label: expected uint8 (H, W) or (channels, H, W), got {label.dtype} {label.shape}")
     with atomic_path(path) as temporary:

@@ -46,11 +46,11 @@ def class_names(config: ModelConfig) -> tuple[str, ...]:
     return tuple(f"class {number}" for number in range(config.label_channels))
 
 
-def legend(config: ModelConfig) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+def legend(config: ModelConfig) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
     """The names and the colors of the classes, as a bundle's manifest states them; empty for labels of planes."""
     if config.label_kind != "classes":
         return (), ()
-    return class_names(config), tuple(tuple(map(int, color)) for color in palette(config.label_channels))
+    return class_names(config), tuple((int(r), int(g), int(b)) for r, g, b in palette(config.label_channels))
 
 
 def palette(count: int) -> UInt8Array:
@@ -107,11 +107,11 @@ def read_drawing(path: PathLike, count: int, *, nearest: bool = False) -> UInt8A
         first = np.flatnonzero(wrong)[places[wrong].argmin()]
         y, x = divmod(int(places[first]), pixels.shape[1])
         raise InputError(
-            f"{path}: color {hexadecimal(shown[first])} at pixel ({x}, {y}) is not in the palette, nor are "
-            f"{int(wrong.sum()) - 1} others; the nearest is {hexadecimal(colors[ids[first]])}, class {ids[first]}; "
+            f"{path}: color {hexadecimal(shown[first])} at pixel ({x}, {y}) is not in the palette "
+            f"({int(wrong.sum())} such colors); the nearest is {hexadecimal(colors[ids[first]])}, class {ids[first]}; "
             "draw without soft edges, or accept the nearest with --nearest"
         )
-    return ids[inverse].reshape(pixels.shape[:2]).astype(np.uint8)
+    return np.asarray(ids[inverse].reshape(pixels.shape[:2]), np.uint8)
 
 
 def label_colors(config: ModelConfig, label: npt.NDArray[Any]) -> UInt8Array:
@@ -125,7 +125,7 @@ def label_colors(config: ModelConfig, label: npt.NDArray[Any]) -> UInt8Array:
         uint8 (H, W, 3): a color a class, or the planes' colors weighted by their values.
     """
     if config.label_kind == "classes":
-        return palette(256)[label]
+        return np.asarray(palette(256)[label])
     if config.task == "deepfashion":  # its first planes are the drawn pose itself, in RGB
         mixed = label[:3]
     elif config.task == "celebahqedge":  # plane 0 holds all edges; the distance maps would hide them
@@ -133,4 +133,4 @@ def label_colors(config: ModelConfig, label: npt.NDArray[Any]) -> UInt8Array:
     else:
         colors = palette(config.label_channels + 1)[1:].astype(np.float32) / 255
         mixed = np.einsum("nhw,nc->chw", label, colors).clip(0, 1)
-    return np.rint(mixed * 255).astype(np.uint8).transpose(1, 2, 0)
+    return np.asarray(np.rint(mixed * 255).transpose(1, 2, 0), np.uint8)

@@ -36,11 +36,17 @@ class Summary:
 def load_raw(task: str, image: PathLike, size: tuple[int, int] | None = None, *, canny: str = "upstream") -> UInt8Array:
     """The label of one photograph from its raw label files, found beside it by the layouts of `layouts`.
 
-    task: "ade20k" or "celebahq": class ids (H, W); "celebahqedge" or "deepfashion": planes (15 or 20, H, W), value
-        * 255. All uint8.
-    size: (height, width), or None for the size of the label file (class ids) or of the photograph (planes).
-    canny: "upstream" or "modern", for "celebahqedge": see `edges`.
-    Raises `InputError` for missing, damaged or empty files.
+    Args:
+        task: "ade20k", "celebahq", "celebahqedge", "deepfashion", or "avatars" for drawings in the palette.
+        image: the photograph.
+        size: (height, width), or None for the size of the label file (class ids) or of the photograph (planes).
+        canny: "upstream" or "modern", for "celebahqedge": see `edges`.
+
+    Returns:
+        uint8: class ids (H, W), or planes (15 or 20, H, W) of value * 255 for "celebahqedge" and "deepfashion".
+
+    Raises:
+        InputError: missing, damaged or empty files.
     """
     return _load(find_sample(task, image), size, canny, False)
 
@@ -57,10 +63,22 @@ def prepare_folder(
 ) -> Summary:
     """Write the prepared label of every sample in `source_folder` as `output_folder`/<key>.png or .npz.
 
-    task, size, canny: as for `load_raw`, or task "avatars": drawings in the palette; layouts and keys: see `layouts`.
-    list_file: prepare only what it names. nearest: of avatars, take a color that is not in the palette for the nearest.
     A sample with missing or bad files is reported and left out, and the rest goes on. Existing files are replaced.
-    Raises `InputError` where nothing can be done: a bad option, no samples, or an output among the source's files.
+
+    Args:
+        task: as for `load_raw`.
+        source_folder: in one of the layouts of `layouts`, which also says what a key is.
+        output_folder: outside the source's folders.
+        size: as for `load_raw`.
+        canny: as for `load_raw`.
+        list_file: prepare only what it names.
+        nearest: of avatars, whether a color that is not in the palette stands for the nearest that is.
+
+    Returns:
+        How many were written and left out, and what each sample lacks.
+
+    Raises:
+        InputError: nothing can be done: a bad option, no samples, or an output among the source's files.
     """
     check_size(size)
     if nearest and task != "avatars":

@@ -145,7 +145,7 @@ def test_drawings_in_the_palette(tmp_path: Path, rng: np.random.Generator) -> No
     summary = prepare_folder("avatars", tmp_path / "drawings", tmp_path / "out", size=None)
     assert (summary.prepared, summary.failed) == (2, 1)
     assert texts(summary)["soft"].endswith(
-        "soft.png: color #780a00 at pixel (7, 3) is not in the palette, nor are 1 others; the nearest is #800000, "
+        "soft.png: color #780a00 at pixel (7, 3) is not in the palette (2 such colors); the nearest is #800000, "
         "class 1; draw without soft edges, or accept the nearest with --nearest"
     )
     for name in ("good", "indexed"):
