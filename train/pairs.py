@@ -34,7 +34,7 @@ _ROWS = 512  # pictures whose similarities to all others are held at once
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
-    """Pictures (B, 3, side, side) in [-1, 1] on `device` to features (B, D); `name` tells network and weights."""
+    """Pictures (B, 3, side, side) in [-1, 1] on `device` to features (B, D); `name` is of network and weights."""
 
     name: str
     side: int

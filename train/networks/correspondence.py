@@ -88,7 +88,7 @@ class Correspondence(nn.Module):
         return theta
 
     def key(self, features: Tensor, label: Tensor | None) -> Tensor:
-        """Exemplar features (B, C, h, w) and its label's planes likewise, used only with mask mixing -> phi."""
+        """Exemplar features (B, C, h, w) and its label's planes likewise (for `condition_on_label`) -> phi."""
         phi: Tensor = self.phi(self._mix(features, label))
         return phi
 
