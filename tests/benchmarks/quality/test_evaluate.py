@@ -20,6 +20,7 @@ from flashcocos.cli import main
 from flashcocos.config import ModelConfig
 from flashcocos.errors import BackendError, InputError
 from flashcocos.preprocess import to_uint8
+from flashcocos.preprocess.palette import label_colors
 from flashcocos.runtime import Translator
 from flashcocos.runtime.options import EngineOptions
 from flashcocos.train.checkpoint import save_model
@@ -182,7 +183,7 @@ def test_the_command_scores_photographs(tmp_path: Path, capsys: pytest.CaptureFi
         (tmp_path / sub).mkdir()
     for number in range(3):
         ids = np.random.default_rng(number).integers(0, 12, (8, 8), np.uint8).repeat(8, 0).repeat(8, 1)
-        Image.fromarray(ids).save(tmp_path / "labels" / f"{number}.png")
+        Image.fromarray(label_colors(ModelConfig.preset("tiny"), ids)).save(tmp_path / "labels" / f"{number}.png")
         Image.fromarray(np.stack([ids * 20] * 3, -1)).save(tmp_path / "images" / f"{number}.jpg")
     (tmp_path / "pairs.txt").write_text("0,1\n1,2\n2,0\n")
     write_tiny_bundle(tmp_path / "bundle")
