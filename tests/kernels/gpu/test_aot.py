@@ -88,9 +88,9 @@ def compiled(tmp_path_factory):
     """The descriptions of all kernels: the warp of 48 channels everywhere, the rest once for each different tile."""
     folder = tmp_path_factory.mktemp("cubins")
     commands = [
-        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 75, 80, 90),
+        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, 90),
         ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 86, 89, 120, "--values", 48),
-        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 75, "--values", 151),
+        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 75, "--values", 3, 48, 151),
         ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, 90, 120, "--patch", 5, "--values", 3, 151),
         ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, "--values", 3, 48, 151, "--dtype", "float32"),
         ("-c", BACKWARD, folder),
