@@ -60,8 +60,9 @@ def atomic_path(target: str | os.PathLike[str], *, directory: bool = False) -> I
         temporary.chmod(mode & ~_umask())  # last, for some writers replace the file that they are given
         if directory and target.is_dir():
             # a folder cannot be renamed over another: the old one steps aside first and is deleted last
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=target.parent))
             os.replace(target, aside)
+            os.utime(aside)  # it is as new as this run, whose it is, for other runs that clean up
             os.replace(temporary, target)
             shutil.rmtree(aside)
         else:

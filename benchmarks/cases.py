@@ -326,15 +326,10 @@ CASE_FACTORIES = (
 
 
 def all_cases(device: str = "cpu", extra_bundles: Sequence[str] = (), config: ModelConfig | None = None) -> list[Case]:
-    """Every case of every group.
+    """Every case of every group for `device`, "cpu" or "cuda".
 
-    Args:
-        device: "cpu" or "cuda".
-        extra_bundles: Names of further bundles of the same model, each a step of the ablation.
-        config: Of the model, whose matrices the memory of a case depends on; the published ade20k network's by default.
-
-    Returns:
-        The cases, group by group.
+    extra_bundles: names of further bundles of the same model, each a step of the ablation. config: of the model, whose
+    matrices the memory of a case depends on; the published ade20k network's by default.
     """
     config = config or ModelConfig.preset("ade20k")
     return [case for make in CASE_FACTORIES for case in make(device, extra_bundles, config)]

@@ -18,18 +18,7 @@ MARKERS = "osD^vPX"
 
 
 def draw_plots(results: Path, folder: Path) -> list[Path]:
-    """Draw every plot of the CPU's results that there are rows for.
-
-    Args:
-        results: The folder of the results files.
-        folder: Where to write the plots, as PNG.
-
-    Returns:
-        The files written.
-
-    Raises:
-        BackendError: matplotlib is missing.
-    """
+    """Draw the plots of the CPU's results into `folder`; returns the files. `BackendError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

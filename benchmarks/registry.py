@@ -80,12 +80,6 @@ class Case:
         """The part of the name before the slash; also the results file's name."""
         return self.name.partition("/")[0]
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Case:
-        """The inverse of `dataclasses.asdict`, after a trip through JSON."""
-        gate = Gate(**fields["gate"]) if fields["gate"] else None
-        return cls(**{**fields, "gate": gate, "requires": tuple(fields["requires"])})
-
 
 class Sample(NamedTuple):
     """What one run returns: the result that is checked, and the milliseconds of its parts where it knows them."""
@@ -135,6 +129,15 @@ class Assets:
 
     def __post_init__(self) -> None:
         EngineOptions(num_threads=self.threads)  # checks them
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a process of its own runs: it gets this as JSON. Not `timed`: the case is run once and checked."""
+
+    case: Case
+    assets: Assets
+    timed: bool = True
 
 
 def select(

@@ -7,7 +7,6 @@ that says so.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -20,13 +19,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tqdm import tqdm
 
 from ..bundle import Bundle
 from ..errors import InputError
 from ..files import sha256
 from .provenance import CHANGED, conditions, free_memory, provenance
-from .registry import Assets, Case
+from .registry import Assets, Case, Task
 
 Row = dict[str, Any]
 GIB = 2**30
@@ -100,16 +100,9 @@ def open_assets(
     device: str = "cpu",
     threads: int | None = None,
 ) -> Assets:
-    """What cases run on.
+    """What is in `folder`, which `python -m flashcocos.benchmarks model` filled, and further `bundles` by name.
 
-    Args:
-        folder: A folder that `python -m flashcocos.benchmarks model` filled, or None for the default model alone.
-        bundles: Further bundles by name.
-        device: "cpu" or "cuda".
-        threads: 1 to 256; None for one a core.
-
-    Raises:
-        InputError: There is no model in `folder`, or `threads` is out of range.
+    folder: None for the default model alone. Raises `InputError` where there is no model in it.
     """
     from ..bundle.default_model import default_model_path
 
@@ -139,18 +132,7 @@ def open_assets(
 
 
 def read_rows(path: Path, setup: Mapping[str, Any] | None = None) -> list[Row]:
-    """Read a results file.
-
-    Args:
-        path: The file; it need not exist.
-        setup: Machine, versions and threads that the rows must have; None accepts any.
-
-    Returns:
-        The rows; none where there is no file.
-
-    Raises:
-        InputError: It is no results file, or has another setup.
-    """
+    """The rows of a results file, none where there is no file; `InputError` for another file and another `setup`."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         others = [row["setup"] for row in rows if setup is not None and row["setup"] != setup]
@@ -167,21 +149,12 @@ def read_rows(path: Path, setup: Mapping[str, Any] | None = None) -> list[Row]:
 
 
 def isolated(case: Case, assets: Assets, *, timed: bool = True) -> Row:
-    """Run `case` in a process of its own.
-
-    Args:
-        case: What to run.
-        assets: What it runs on.
-        timed: As for `worker.measure`.
-
-    Returns:
-        The fields of its row. A process that ends without a row gives a status and a reason.
-    """
-    task = {"case": dataclasses.asdict(case), "assets": dataclasses.asdict(assets), "timed": timed}
+    """The row of `case` from a process of its own; one that ends without a row gets a status and a reason."""
+    task = msgspec.json.encode(Task(case, assets, timed)).decode()
     environment = dict(os.environ)
     if assets.threads is not None:
         environment |= dict.fromkeys(_THREADS, str(assets.threads))
-    command = [sys.executable, "-m", f"{__package__}.worker", json.dumps(task)]
+    command = [sys.executable, "-m", f"{__package__}.worker", task]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=case.limit, env=environment)
     except subprocess.TimeoutExpired:

@@ -1,9 +1,9 @@
 """One case in this process, for `runner`: prepared, compared, and only then timed.
 
-    python -m flashcocos.benchmarks.worker '{"case": {...}, "assets": {...}, "timed": true}'
+    python -m flashcocos.benchmarks.worker TASK
 
-prints the row's fields as JSON. Memory is that of a process that did nothing else. Where memory runs out, the operating
-system ends this process before any other.
+takes a `registry.Task` and prints the row's fields, both as JSON. Memory is that of a process that did nothing else.
+Where memory runs out, the operating system ends this process before any other.
 """
 
 from __future__ import annotations
@@ -17,25 +17,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from .provenance import peak_rss, percentiles, resident_memory
-from .registry import Assets, Benchmark, Case
+from .registry import Assets, Benchmark, Case, Task
 
 MIB = 2**20
 PAUSE = 0.08  # seconds between run and baseline: threads of BLAS spin for a while on the cores that the other needs
 
 
 def measure(case: Case, assets: Assets, *, timed: bool = True) -> dict[str, Any]:
-    """Run one case in this process.
+    """Run one case in this process: its `status` and what was measured, the fields of a row, JSON.
 
-    Args:
-        case: What to run.
-        assets: What it runs on.
-        timed: False prepares it, runs it once and checks the result, and that is all.
-
-    Returns:
-        `status` and what was measured: the fields of a row, JSON.
+    Not `timed`: the case is prepared, run once and checked.
     """
     start = time.perf_counter()
     benchmark = _prepare(case, assets)
@@ -145,8 +140,8 @@ def _end_first() -> None:
 def main() -> None:
     """Run the case that the command line holds and print its row."""
     _end_first()
-    task = json.loads(sys.argv[1])
-    row = measure(Case.from_dict(task["case"]), Assets(**task["assets"]), timed=task["timed"])
+    task = msgspec.json.decode(sys.argv[1], type=Task)
+    row = measure(task.case, task.assets, timed=task.timed)
     sys.stdout.flush()
     print(json.dumps(row))
 

@@ -36,9 +36,14 @@ _MAX_FIELDS = 1 << 20  # a published network's largest stage has under 20 000; a
 
 
 def refuse_external_data(model: bytes, name: str) -> None:
-    """Raise `BundleError` where a tensor of the serialized ONNX `model` lies in another file, or it is no protobuf.
+    """Refuse a model that names other files.
 
-    name: what to call the model in the message.
+    Args:
+        model: a serialized ONNX model.
+        name: what to call it in messages.
+
+    Raises:
+        BundleError: a tensor lies in another file, or this is no protobuf of sane size and depth.
     """
     try:
         _walk(memoryview(model), "ModelProto", 0, iter(range(_MAX_FIELDS)))

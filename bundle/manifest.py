@@ -144,7 +144,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Bundle:
     """An opened bundle: `manifest`, and `read(name)` for the verified bytes of a file it lists.
 
-    Raises `InputError` if `path` does not exist, `BundleError` if it is not a readable bundle.
+    Args:
+        path: a folder or a zip file.
+
+    Raises:
+        InputError: there is nothing at `path`, or a pipe or a device.
+        BundleError: it is not a readable bundle.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -206,9 +211,19 @@ class Bundle:
 
 
 def write_bundle(path: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, bytes]) -> Path:
-    """Write a bundle atomically: a zip file if `path` ends in ".zip", else a folder. Returns the path.
+    """Write a bundle, whole or not at all.
 
-    `manifest.files` is filled in from `files`; an existing folder is replaced only if it is a bundle.
+    Args:
+        path: a zip file if it ends in ".zip", else a folder; an existing folder is replaced only if it is a bundle.
+        manifest: its description; `manifest.files` is filled in from `files`.
+        files: name -> content.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: `path` exists and is something else.
+        BundleError: the manifest or a name is not allowed.
     """
     path = Path(path)
     specs = {name: FileSpec(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}

@@ -106,7 +106,7 @@ def _add_bench(command: AddCommand) -> None:
         "--size", type=int, action="append", default=[], metavar="SIDE", help="in pixels; repeat for several"
     )
     parser.add_argument("--backend", choices=CPU_BACKENDS, action="append", default=[], help="repeat for several")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed translations a case (default: 5)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed translations per case (default: 5)")
     add_threads(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="rows to write, .jsonl; continues a run that stopped")
     parser.add_argument("--fresh", action="store_true", help="start the output anew")

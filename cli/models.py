@@ -31,7 +31,7 @@ def _add_info(command: AddCommand) -> None:
         "Show versions and devices, and what a model bundle contains.",
         "flashcocos info model.zip",
     )
-    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help=BUNDLE)
+    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help=f"{BUNDLE}; without it, this machine only")
     parser.add_argument("--engines", metavar="DIR", help="its TensorRT engines (default: beside the bundle)")
     parser.add_argument(
         "--size", type=sides, metavar="SIZE", help="show their GPU memory at this size: SIDE or HEIGHTxWIDTH in pixels"
@@ -43,7 +43,7 @@ def _info(options: argparse.Namespace) -> int:
     from ..bundle.default_model import resolve_model
     from ..runtime.info import describe_bundle
 
-    bundle = options.bundle and resolve_model(options.bundle)  # without a bundle: this machine only
+    bundle = options.bundle and resolve_model(options.bundle)
     show(describe_bundle(bundle, options.engines, options.size, options.tile))
     return 0
 

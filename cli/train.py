@@ -11,7 +11,7 @@ from ..files import require_distinct, require_file
 from ..runtime.options import DEVICES
 from .arguments import AddCommand, show, sides
 
-TITLE = "Train"
+TITLE = "Data and training"
 
 
 def add_commands(command: AddCommand) -> None:
@@ -30,7 +30,7 @@ def _add_prepare(command: AddCommand) -> None:
         "They have the form that training and translation read.",
     )
     parser.add_argument(
-        "task", choices=("ade20k", "celebahq", "celebahqedge", "deepfashion"), help="what the labels are for"
+        "task", choices=("avatars", "ade20k", "celebahq", "celebahqedge", "deepfashion"), help="what the labels are for"
     )
     parser.add_argument(
         "source", metavar="FOLDER", help="pictures and raw label files, in the task's published layout or flat"
@@ -41,6 +41,9 @@ def _add_prepare(command: AddCommand) -> None:
         "--canny", choices=("upstream", "modern"), default="upstream", help="edge detector of celebahqedge"
     )
     parser.add_argument("--list", metavar="FILE", help="prepare only the samples that this list names")
+    parser.add_argument(
+        "--nearest", action="store_true", help="of avatars: colors not in the palette become the nearest"
+    )
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -50,7 +53,13 @@ def _prepare(options: argparse.Namespace) -> int:
     if options.list is not None:
         require_file(options.list)
     summary = prepare_folder(
-        options.task, options.source, options.output, size=options.size, canny=options.canny, list_file=options.list
+        options.task,
+        options.source,
+        options.output,
+        size=options.size,
+        canny=options.canny,
+        list_file=options.list,
+        nearest=options.nearest,
     )
     for message in summary.messages:
         print(printable(f"{message.name}: {message.text}"), file=sys.stderr)
@@ -73,7 +82,7 @@ def _add_pairs(command: AddCommand) -> None:
     parser.add_argument("--vgg", metavar="PATH", help="compare by VGG19, its weights from this file")
     parser.add_argument("--model", metavar="PATH", help="or by the features of a trained model, .safetensors")
     parser.add_argument("--exemplars", metavar="FOLDER", help="retrieve from these pictures (default: FOLDER itself)")
-    parser.add_argument("-k", "--count", type=int, default=10, metavar="K", help="exemplars a picture (default: 10)")
+    parser.add_argument("-k", "--count", type=int, default=10, metavar="K", help="exemplars per picture (default: 10)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="pictures that run together (default: 8)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="where the network runs (default: auto)")
 

@@ -18,7 +18,9 @@ def add_commands(command: AddCommand) -> None:
         "Translate the labels that ship with flashcocos; a first try.",
         "flashcocos demo -o demo_output",
     )
-    parser.add_argument("-o", "--output", default="demo_output", metavar="FOLDER", help="default: demo_output")
+    parser.add_argument(
+        "-o", "--output", default="demo_output", metavar="FOLDER", help="folder for the pictures (default: demo_output)"
+    )
     parser = command(
         "translate",
         _translate,

@@ -101,7 +101,7 @@ def provenance(model_path: str | os.PathLike[str]) -> dict[str, Any]:
         "model_sha256": sha256(model_path),
         "model": read_metadata(model_path)[1],
         "flashcocos": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of torch's own
         "onnx": onnx.__version__,
     }
 

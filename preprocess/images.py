@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from ..errors import InputError
+from ..files import require_file
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192; a file that claims more is refused before it is decoded
 MAX_SIDE = 16384
@@ -39,14 +40,25 @@ _DAMAGE = (
 
 
 def open_image(path: PathLike) -> Image.Image:
-    """The decoded image file `path`, in the mode it is stored in; `InputError` for what is no sane image.
+    """The decoded image file `path`, upright (EXIF), in the mode it is stored in; `InputError` for what is no image.
 
     Formats: `FORMATS`. A file over `MAX_PIXELS` is refused by its header, before it is decoded.
     """
+    require_file(path)
     with reading(str(path)), Image.open(path, formats=FORMATS) as image:
         check_extent(image.height, image.width, str(path))
+        check_depth(image, str(path))
         image.load()
+        ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def check_depth(image: Image.Image, name: str) -> None:
+    """Raise `InputError` where Pillow would drop the low bits of a file of 16 bits a channel without a word."""
+    for codec, _, _, arguments in getattr(image, "tile", ()):  # how the pixels are stored; empty once they are decoded
+        deep_ppm = codec.startswith("ppm") and arguments[1] > 255
+        if image.mode in _COLOR_MODES and (deep_ppm or ";16" in str(arguments)):
+            raise InputError(f"{name}: more than 8 bits a channel; expected 8-bit color or gray: save it with 8 bits")
 
 
 @contextlib.contextmanager
@@ -85,8 +97,16 @@ def load_rgb(
 ) -> Image.Image:
     """`source` as an RGB Pillow image, upright (EXIF), resized to (height, width) where `size` is given.
 
-    source: a path, a Pillow image, or an array (H, W, 3) of uint8. Transparency is dropped, not blended.
-    Raises `InputError` for anything else, unreadable files, and images of more than 8 bits a channel.
+    Args:
+        source: a path, a Pillow image, or an array (H, W, 3) of uint8. Transparency is dropped, not blended.
+        size: (height, width), or None for the source's own.
+        method: how Pillow resizes.
+
+    Returns:
+        The picture, mode RGB.
+
+    Raises:
+        InputError: for anything else, unreadable files, and pictures of more than 8 bits a channel.
     """
     check_size(size)
     if isinstance(source, np.ndarray):
@@ -96,6 +116,7 @@ def load_rgb(
         image, name = Image.fromarray(np.ascontiguousarray(source)), "image"
     elif isinstance(source, Image.Image):
         image, name = source, "image"
+        check_depth(image, name)
     elif isinstance(source, str | os.PathLike):
         image, name = open_image(source), str(source)
     else:
@@ -109,18 +130,33 @@ def load_rgb(
 
 
 def load_image(source: ImageSource, size: tuple[int, int] | None = None) -> FloatArray:
-    """`source` as float32 planes (3, H, W), RGB in [-1, 1].
+    """A picture as planes.
 
-    source, size: as for `load_rgb`; without `size` the image keeps its own. Raises `InputError`.
+    Args:
+        source: as for `load_rgb`.
+        size: (height, width), or None for the source's own.
+
+    Returns:
+        float32 (3, H, W), RGB in [-1, 1].
+
+    Raises:
+        InputError: as `load_rgb` does.
     """
     pixels = np.asarray(load_rgb(source, size), np.float32)
     return np.ascontiguousarray((pixels / 255 * 2 - 1).transpose(2, 0, 1))
 
 
 def to_uint8(image: npt.NDArray[Any]) -> UInt8Array:
-    """The inverse of `load_image`: float planes (3, H, W) in [-1, 1], clipped and rounded, to (H, W, 3) uint8.
+    """The inverse of `load_image`.
 
-    Raises `InputError` for another shape and for values that are not finite.
+    Args:
+        image: float planes (3, H, W) in [-1, 1]; others are clipped.
+
+    Returns:
+        uint8 (H, W, 3), rounded.
+
+    Raises:
+        InputError: for another shape and for values that are not finite.
     """
     if image.ndim != 3 or image.shape[0] != 3:
         raise InputError(f"image: expected planes (3, height, width), got {image.shape}")

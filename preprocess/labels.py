@@ -9,6 +9,7 @@ anything is allocated.
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..config import ModelConfig
 from ..errors import InputError
-from ..files import atomic_path
+from ..files import atomic_path, require_file
 from .images import MAX_PIXELS, FloatArray, PathLike, UInt8Array, check_extent, check_size, open_image, reading
 
 LabelSource: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[Any]"
@@ -30,12 +31,19 @@ _PLANES_MEMBER = "label.npy"
 def load_label(
     config: ModelConfig, source: LabelSource, size: tuple[int, int] | None = None
 ) -> UInt8Array | FloatArray:
-    """A prepared label: class ids uint8 (H, W), or float32 planes (label_channels, H, W) in [0, 1].
+    """A prepared label.
 
-    source: a path; for "classes" also a Pillow image of mode L or P or an integer array (H, W); for "channels" an
-        array (label_channels, H, W), uint8 (value * 255) or float in [0, 1].
-    size: (height, width) to resize to, NEAREST; without it the label keeps its own size.
-    Raises `InputError` for a wrong mode, shape or dtype, ids or values out of range, and unreadable files.
+    Args:
+        config: of the network that the label is for.
+        source: a path; for "classes" also a Pillow image of mode L or P or an integer array (H, W); for "channels" an
+            array (label_channels, H, W), uint8 (value * 255) or float in [0, 1].
+        size: (height, width) to resize to, NEAREST; without it the label keeps its own size.
+
+    Returns:
+        Class ids uint8 (H, W), or float32 planes (label_channels, H, W) in [0, 1].
+
+    Raises:
+        InputError: a wrong mode, shape or dtype, ids or values out of range, and unreadable files.
     """
     check_size(size)
     if config.label_kind == "classes":
@@ -52,7 +60,15 @@ def load_label(
 
 
 def save_label(path: PathLike, label: UInt8Array) -> None:
-    """Write a prepared label atomically: ids (H, W) as a PNG, planes (channels, H, W) of uint8 as an .npz."""
+    """Write a prepared label, whole or not at all.
+
+    Args:
+        path: .png for ids, .npz for planes.
+        label: uint8 ids (H, W), or planes (channels, H, W) of value * 255.
+
+    Raises:
+        InputError: for another shape or dtype.
+    """
     if label.dtype != np.uint8 or label.ndim not in (2, 3):
         raise InputError(f"label: expected uint8 (H, W) or (channels, H, W), got {label.dtype} {label.shape}")
     with atomic_path(path) as temporary:
@@ -81,12 +97,13 @@ def read_ids(source: LabelSource) -> UInt8Array:
     check_extent(image.height, image.width, name)
     if image.mode not in ("L", "P"):
         raise InputError(
-            f"{name}: image mode {image.mode!r}; expected class ids in an 8-bit gray (L) or palette (P) PNG"
+            f"{name}: image mode {image.mode!r}; expected class ids in an 8-bit gray (L) or palette (P) PNG; "
+            "for task avatars, `flashcocos prepare avatars DRAWINGS -o labels/` makes them of drawings in the palette"
         )
     if image.format == "JPEG":
         raise InputError(f"{name}: JPEG alters class ids; expected a PNG")
     with reading(name):
-        return np.asarray(image, np.uint8)
+        return np.asarray(ImageOps.exif_transpose(image), np.uint8)
 
 
 def check_ids(ids: UInt8Array, classes: int, name: str) -> None:
@@ -134,8 +151,11 @@ def _read_planes(source: LabelSource) -> npt.NDArray[Any]:
 
 def _read_npz(path: Path) -> UInt8Array:
     """The uint8 array `label` of an .npz, its header checked before its bytes are read."""
+    require_file(path)
     try:
         with zipfile.ZipFile(path) as archive, archive.open(_PLANES_MEMBER) as member:
+            if archive.getinfo(_PLANES_MEMBER).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise InputError(f"{path}: label is neither stored nor deflated; run `flashcocos prepare`")
             if np.lib.format.read_magic(member) != (1, 0):
                 raise InputError(f"{path}: unknown .npy version in {_PLANES_MEMBER}; run `flashcocos prepare` again")
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
@@ -150,7 +170,7 @@ def _read_npz(path: Path) -> UInt8Array:
         raise
     except KeyError as error:
         raise InputError(f"{path}: no array named 'label' in this .npz; run `flashcocos prepare`") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not a readable label .npz: {error}; run `flashcocos prepare`") from error
     if len(data) != count:
         raise InputError(f"{path}: label is cut short: {len(data)} of {count} bytes; run `flashcocos prepare` again")

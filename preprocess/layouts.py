@@ -26,6 +26,7 @@ ROLES: dict[str, dict[str, str]] = {
     "ade20k": {"label": ".png"},
     "celebahq": {"label": ".png", "glasses": "_eye_g.png"},
     "celebahqedge": {part: f"_{part}.png" for part in PARTS},
+    "avatars": {"label": ".png"},
     "deepfashion": {"candidate": "_candidate.txt", "subset": "_subset.txt"},
 }
 _IMAGE_FOLDERS = ("CelebA-HQ-img", "img", "images")

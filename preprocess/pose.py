@@ -105,7 +105,7 @@ def _limb_outline(cv2: Any, start: npt.NDArray[np.float64], end: npt.NDArray[np.
     dx, dy = start - end
     axes = (int(math.sqrt(dx**2 + dy**2) / 2), STICK)
     angle = int(math.degrees(math.atan2(dy, dx)))
-    return cv2.ellipse2Poly((int(x), int(y)), axes, angle, 0, 360, 1)
+    return np.asarray(cv2.ellipse2Poly((int(x), int(y)), axes, angle, 0, 360, 1), np.int32)
 
 
 def _resize(pixels: UInt8Array, size: tuple[int, int] | None, method: Image.Resampling) -> UInt8Array:

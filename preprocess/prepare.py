@@ -10,8 +10,9 @@ from tqdm import tqdm
 from ..errors import InputError
 from . import ade20k, celebahq, edges, pose
 from .images import PathLike, UInt8Array, check_size
-from .labels import save_label
+from .labels import resize_nearest, save_label
 from .layouts import ROLES, Sample, find_layout, find_sample, read_list, select
+from .palette import CLASS_NAMES, read_drawing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +36,19 @@ class Summary:
 def load_raw(task: str, image: PathLike, size: tuple[int, int] | None = None, *, canny: str = "upstream") -> UInt8Array:
     """The label of one photograph from its raw label files, found beside it by the layouts of `layouts`.
 
-    task: "ade20k" or "celebahq": class ids (H, W); "celebahqedge" or "deepfashion": planes (15 or 20, H, W), value
-        * 255. All uint8.
-    size: (height, width), or None for the size of the label file (class ids) or of the photograph (planes).
-    canny: "upstream" or "modern", for "celebahqedge": see `edges`.
-    Raises `InputError` for missing, damaged or empty files.
+    Args:
+        task: "ade20k", "celebahq", "celebahqedge", "deepfashion", or "avatars" for drawings in the palette.
+        image: the photograph.
+        size: (height, width), or None for the size of the label file (class ids) or of the photograph (planes).
+        canny: "upstream" or "modern", for "celebahqedge": see `edges`.
+
+    Returns:
+        uint8: class ids (H, W), or planes (15 or 20, H, W) of value * 255 for "celebahqedge" and "deepfashion".
+
+    Raises:
+        InputError: missing, damaged or empty files.
     """
-    return _load(find_sample(task, image), size, canny)
+    return _load(find_sample(task, image), size, canny, False)
 
 
 def prepare_folder(
@@ -52,14 +59,30 @@ def prepare_folder(
     size: tuple[int, int] | None,
     canny: str = "upstream",
     list_file: PathLike | None = None,
+    nearest: bool = False,
 ) -> Summary:
     """Write the prepared label of every sample in `source_folder` as `output_folder`/<key>.png or .npz.
 
-    task, size, canny: as for `load_raw`; layouts and keys: see `layouts`. list_file: prepare only what it names.
     A sample with missing or bad files is reported and left out, and the rest goes on. Existing files are replaced.
-    Raises `InputError` where nothing can be done: a bad option, no samples, or an output among the source's files.
+
+    Args:
+        task: as for `load_raw`.
+        source_folder: in one of the layouts of `layouts`, which also says what a key is.
+        output_folder: outside the source's folders.
+        size: as for `load_raw`.
+        canny: as for `load_raw`.
+        list_file: prepare only what it names.
+        nearest: of avatars, whether a color that is not in the palette stands for the nearest that is.
+
+    Returns:
+        How many were written and left out, and what each sample lacks.
+
+    Raises:
+        InputError: nothing can be done: a bad option, no samples, or an output among the source's files.
     """
     check_size(size)
+    if nearest and task != "avatars":
+        raise InputError(f"nearest (--nearest) is for drawings of task avatars, not for {task}")
     if canny not in edges.CANNY:
         raise InputError(f"canny: expected one of {', '.join(edges.CANNY)}, got {canny!r}")
     layout, output = find_layout(task, source_folder), Path(output_folder)
@@ -78,7 +101,7 @@ def prepare_folder(
     with tqdm(desc="prepare", total=len(samples), unit="file", disable=None) as progress:
         for sample in samples:
             try:
-                label = _load(sample, size, canny)
+                label = _load(sample, size, canny, nearest)
             except InputError as error:
                 messages.append(Message(sample.key, str(error), failed=True))
             else:
@@ -89,10 +112,13 @@ def prepare_folder(
     return Summary(prepared, sum(message.failed for message in messages), tuple(messages))
 
 
-def _load(sample: Sample, size: tuple[int, int] | None, canny: str) -> UInt8Array:
+def _load(sample: Sample, size: tuple[int, int] | None, canny: str, nearest: bool) -> UInt8Array:
     files, task = sample.files, sample.task
     if len(sample.images) > 1:
         raise InputError(f"several photographs of one name: {', '.join(image.name for image in sample.images)}")
+    if task == "avatars":
+        drawing = read_drawing(_need(sample, "label"), len(CLASS_NAMES[task]), nearest=nearest)
+        return resize_nearest(drawing, size)
     if task in ("ade20k", "celebahq"):
         label = _need(sample, "label")
         ids = ade20k.load(label, size) if task == "ade20k" else celebahq.load(label, files.get("glasses"), size)

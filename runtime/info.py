@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import msgspec
 
 from ..bundle import Bundle
+from ..bundle.default_model import MODEL, PAIRS
 from ..bundle.stages import check_stages
-from ..errors import BackendError, BundleError, InputError
+from ..errors import BackendError, BundleError, InputError, printable
+from ..preprocess.palette import hexadecimal, legend
 from .cpu.onnxruntime import available_providers
 from .cpu.openvino import cpu_precisions
 from .gpu.cubins import FOLDER, BundleKernels, KernelFolder, available_kernels
@@ -21,7 +24,9 @@ from .gpu.memory_estimate import estimate_memory
 from .gpu.pycuda import PycudaDevice
 from .gpu.store import EngineRecord, default_folder, list_engines
 from .options import check_tile
+from .translator import resolve_size
 
+Line = tuple[str, str]  # a name and a text
 # what flashcocos can use, and nothing is imported to learn a version
 PACKAGES = (
     "numpy",
@@ -39,6 +44,7 @@ PACKAGES = (
     "triton",
     "onnx",
 )
+_WIDTH = 2 + max(map(len, PACKAGES))  # of the names' column
 
 
 def describe_bundle(
@@ -47,78 +53,109 @@ def describe_bundle(
     size: tuple[int, int] | None = None,
     tile: int | None = None,
 ) -> str:
-    """Lines on this machine's packages and GPU and, where `path` is given, on that bundle, whose hashes are checked.
+    """What there is on this machine and, where `path` is given, in that bundle, whose hashes are checked.
 
-    engines: folder of the bundle's TensorRT engines and kernels; None for the one beside it.
-    size: height and width in pixels, for which the device memory that the engines take is planned. tile: side of
-        tiles, as for `Translator`.
-    Raises `InputError` where there is no bundle at `path` and `BundleError` where it cannot be read at all; a file that
-    does not match its hash is told in the text, line "hashes".
+    Args:
+        path: a bundle, or None.
+        engines: folder of the bundle's TensorRT engines and kernels; None for the one beside it.
+        size: height and width in pixels, for which the engines' device memory is estimated.
+        tile: side of tiles, as for `Translator`.
+
+    Returns:
+        Lines of a name and a text, without control characters. A file that does not match its hash is in the line
+        "hashes".
+
+    Raises:
+        InputError: there is no bundle at `path`, or size and tile do not go with the rest.
+        BundleError: the bundle cannot be read at all.
     """
     check_tile(tile)
     if tile is not None and size is None:
-        raise InputError(f"tile {tile}: it plans memory for a size; give the size too")
-    lines = [f"python      {platform.python_version()} on {platform.system()} {platform.machine()}"]
-    lines += [f"{name:<11} {_version(name) or 'not installed'}" for name in ("flashcocos", *PACKAGES)]
-    try:
-        lines.append(f"providers   {', '.join(available_providers())}")
-    except BackendError as error:
-        lines.append(f"providers   none: {error}")
-    if _version("openvino"):
-        lines.append(f"arithmetic  {', '.join(cpu_precisions())} with openvino on this CPU")
-    lines.append(f"gpu         {_gpu()}")
+        raise InputError(f"tile {tile}: it changes the memory at a size; give the size too")
+    if size is not None and path is None:
+        raise InputError(f"size {size[0]} x {size[1]}: it is for the engines of a bundle; give the bundle too")
+    lines = _machine_lines()
     if path is not None:
         bundle = Bundle(path)
         folder = default_folder(path) if engines is None else Path(engines)
-        lines += ["", *_bundle_lines(bundle), *_engine_lines(bundle, folder)]
-        lines += _memory_lines(bundle, folder, size, tile) if size else []
-        lines.append(_hashes(bundle))
-    return "\n".join(lines)
+        lines += [("", ""), *_bundle_lines(bundle), *_engine_lines(bundle, folder)]
+        if size is not None:
+            lines += _memory_lines(bundle, folder, resolve_size(bundle.manifest.config, size, size), tile)
+        lines.append(("hashes", _hashes(bundle)))
+    return "\n".join(printable(f"{name:<{_WIDTH}}{text}".rstrip()) for name, text in lines)
 
 
-def _bundle_lines(bundle: Bundle) -> list[str]:
+def _machine_lines() -> list[Line]:
+    lines = [("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+    lines += [(name, _version(name) or "not installed") for name in ("flashcocos", *PACKAGES)]
+    try:
+        lines.append(("providers", ", ".join(available_providers())))
+    except BackendError as error:
+        lines.append(("providers", f"none: {error}"))
+    if _version("openvino"):
+        lines.append(("arithmetic", f"{', '.join(cpu_precisions())} with openvino on this CPU"))
+    return [*lines, ("gpu", _gpu()), ("default model", str(MODEL)), ("demo inputs", str(PAIRS.parent))]
+
+
+def _bundle_lines(bundle: Bundle) -> list[Line]:
     manifest = bundle.manifest
     check_stages(manifest)
     megabytes = sum(spec.bytes for spec in manifest.files.values()) / 1e6
     lines = [
-        f"bundle      {bundle.path} ({megabytes:.1f} MB)",
-        f"task        {manifest.config.task}",
-        f"precision   {manifest.precision}",
-        f"opset       {manifest.opset}",
-        f"license     {json.dumps(manifest.license) if manifest.license else 'not stated'}",
-        "config      " + ", ".join(f"{key}={value}" for key, value in msgspec.structs.asdict(manifest.config).items()),
+        ("bundle", f"{bundle.path} ({megabytes:.1f} MB)"),
+        ("task", manifest.config.task),
+        ("precision", manifest.precision),
+        ("opset", str(manifest.opset)),
+        ("license", manifest.license or "not stated"),
+        ("config", ", ".join(f"{key}={value}" for key, value in msgspec.structs.asdict(manifest.config).items())),
     ]
     for name, stage in manifest.stages.items():
         inputs = ", ".join(f"{t.name} {t.dtype}{_shape(t.shape)}" for t in stage.inputs)
         outputs = ", ".join(f"{t.name} {t.dtype}{_shape(t.shape)}" for t in stage.outputs)
-        lines.append(f"{name:<11} {stage.file}: {inputs} -> {outputs}")
-    lines += [f"{json.dumps(key)[1:-1]:<11} {json.dumps(value)}" for key, value in manifest.provenance.items()]
-    return lines
+        lines.append((name, f"{stage.file}: {inputs} -> {outputs}"))
+    names, colors = legend(manifest.config)
+    described = zip(manifest.class_names or names, manifest.palette or colors, strict=bool(names))
+    lines += [(f"class {number}", f"{hexadecimal(color)} {name}") for number, (name, color) in enumerate(described)]
+    return [*lines, *_tree("provenance", manifest.provenance)]
 
 
-def _engine_lines(bundle: Bundle, folder: Path) -> list[str]:
+def _tree(name: str, value: object, depth: int = 0) -> Iterator[Line]:
+    """JSON as lines of "key: value", what is in an object indented; deeper than eight levels on one line."""
+    indent = "  " * depth
+    if isinstance(value, dict) and value and depth < 8:
+        yield f"{indent}{name}:", ""
+        for key, item in value.items():
+            yield from _tree(key, item, depth + 1)
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        yield f"{indent}{name}: {text}", ""
+
+
+def _engine_lines(bundle: Bundle, folder: Path) -> list[Line]:
     """The engines in `folder` and the warp's compiled kernels there and in the bundle."""
     manifest = bundle.manifest
     graphs = {manifest.files[stage.file].sha256 for stage in manifest.stages.values()}
     try:
         records = list_engines(folder)
     except BackendError as error:
-        return [f"engines     {error}"]
-    lines = [] if records else [f"engines     none in {folder}; flashcocos build makes them"]
+        return [("engines", str(error))]
+    lines = (
+        [] if records else [("engines", f"none in {folder}; flashcocos build makes them where TensorRT is installed")]
+    )
     for record in records:
         key = record.key
         chips = " + ".join(f"sm_{architecture}" for architecture in key.architectures)
-        lines.append(
-            f"engine      {key.stage} in {record.arithmetic}, {key.profile}, {chips}, {key.variant} {key.version}: "
+        text = (
+            f"{key.stage} in {record.arithmetic}, {key.profile}, {chips}, {key.variant} {key.version}: "
             f"{mebibytes(record.weight_bytes)} weights, {mebibytes(record.activation_bytes)} working memory"
-            + ("" if key.graph_sha256 in graphs else "; of another bundle")
         )
+        lines.append(("engine", text if key.graph_sha256 in graphs else f"{text}; of another bundle"))
     kernels = available_kernels((KernelFolder(folder / FOLDER), BundleKernels(bundle)), manifest.config)
     text = "; ".join(f"{dtype} for {', '.join(f'sm_{sm}' for sm in chips)}" for dtype, chips in kernels.items())
-    return [*lines, f"kernels     {text or 'none; flashcocos build, or flashcocos export --aot, makes them'}"]
+    return [*lines, ("kernels", text or "none; flashcocos export --aot makes them where triton is installed")]
 
 
-def _memory_lines(bundle: Bundle, folder: Path, size: tuple[int, int], tile: int | None) -> list[str]:
+def _memory_lines(bundle: Bundle, folder: Path, size: tuple[int, int], tile: int | None) -> list[Line]:
     """What a picture of `size` takes with each set of engines in `folder`."""
     manifest = bundle.manifest
     sets: dict[tuple[str, str, tuple[int, ...], str], list[EngineRecord]] = {}
@@ -127,27 +164,29 @@ def _memory_lines(bundle: Bundle, folder: Path, size: tuple[int, int], tile: int
         for record in list_engines(folder):
             key = record.key
             if key.graph_sha256 in graphs:
-                alike = key.variant, key.version, key.architectures, key.precision
-                sets.setdefault(alike, []).append(record)
+                engine_set = key.variant, key.version, key.architectures, key.precision
+                sets.setdefault(engine_set, []).append(record)
     except BackendError:
         return []  # said before
+    if not sets:
+        return [("memory", f"not known: there are no engines of this bundle in {folder}, which it depends on")]
     lines = []
     for (variant, version, _, precision), records in sorted(sets.items()):
         records.sort(key=lambda record: not record.key.profile.static)
         try:
-            plan = str(estimate_memory(manifest.config, records, *size, tile=tile))
+            memory = str(estimate_memory(manifest.config, records, *size, tile=tile))
         except BackendError as error:
-            plan = str(error)
-        lines.append(f"memory      {variant} {version} in {precision}: {plan}")
+            memory = str(error)
+        lines.append(("memory", f"{variant} {version} in {precision}: {memory}"))
     return lines
 
 
 def _hashes(bundle: Bundle) -> str:
     try:
         bundle.verify()
-        return f"hashes      ok ({len(bundle.manifest.files)} files)"
+        return f"ok ({len(bundle.manifest.files)} files)"
     except BundleError as error:
-        return f"hashes      WRONG: {error}"
+        return f"WRONG: {error}"
 
 
 def _gpu() -> str:

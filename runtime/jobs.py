@@ -95,7 +95,9 @@ def match_files(
     if pairs is not None:
         triples = _listed(pairs, inputs, exemplars, exemplar_labels)
     elif inputs is None or exemplars is None:
-        raise InputError("nothing to translate: give an input and an exemplar, or a list of pairs")
+        raise InputError(
+            "nothing to translate: give an input and an exemplar (--input, --exemplar), or a list of pairs (--pairs)"
+        )
     else:
         triples = _matched(inputs, exemplars, exemplar_labels)
         if inputs.is_dir() and output.resolve().is_relative_to(inputs.resolve()):

@@ -26,7 +26,6 @@ BACKEND_PRECISIONS = {
 _PRECISION_OWNERS = {
     "float16": "TensorRT engines on a GPU have float16: run `flashcocos build`, then choose backend tensorrt-rtx",
     "bfloat16": "backend openvino has bfloat16, on CPUs with AVX-512 BF16 or AMX",
-    "float32": "every backend has float32",
 }
 EXEMPLAR_CACHE_MIB = 512  # unless an option says otherwise
 MAX_THREADS = 256  # each is a thread of the operating system, and tens of thousands bring a machine down

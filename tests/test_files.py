@@ -71,6 +71,18 @@ def test_only_files_and_folders_are_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "file", "folder"]
 
 
+def test_a_replaced_folder_is_left_to_the_run_that_replaces_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    os.utime(target, (0, 0))
+    ages: list[float] = []
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path: ages.append(time.time() - path.stat().st_mtime))
+    with atomic_path(target, directory=True):
+        pass
+    assert len(ages) == 1
+    assert ages[0] < 3600
+
+
 def test_what_killed_runs_left_is_removed_after_a_day(tmp_path: Path) -> None:
     def age(path: Path, hours: float) -> None:
         os.utime(path, (time.time() - hours * 3600,) * 2)

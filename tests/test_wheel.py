@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = {".zip", ".md", ".png", ".csv", ".toml"}
+DATA = {".zip", ".safetensors", ".md", ".png", ".csv", ".toml"}
 
 USE = """
 import contextlib, io, re, sys

@@ -47,14 +47,15 @@ def open_data(settings: Settings) -> PairData:
     """
     data, size = settings.data, settings.model.image_size
     if data.kind == "avatars":
-        from .data.avatars import CLASSES, AvatarOptions, AvatarPairs
+        from .data.avatars import AvatarOptions, AvatarPairs
+        from .data.avatars_paint import CLASSES
 
         if (settings.model.label_kind, settings.model.label_channels) != ("classes", len(CLASSES)):
             raise InputError(f"data.kind avatars needs a model of {len(CLASSES)} label classes, as preset avatars-128")
         # rounded, for the shares name the file of rendered pairs
         share = data.retrieved_share
-        options = AvatarOptions(size=size, retrieved_share=share, pseudo_share=round(1 - share, 6))
-        return AvatarPairs("train", options, count=data.count or None, folder=data.cache or None)
+        avatars = AvatarOptions(size=size, retrieved_share=share, pseudo_share=round(1 - share, 6))
+        return AvatarPairs("train", avatars, count=data.count or None, folder=data.cache or None)
     from .data.photos import PhotoOptions, PhotoPairs
 
     if not data.root:

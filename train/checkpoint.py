@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
+import struct
 from typing import Any
 
 import torch
@@ -23,6 +26,21 @@ from .networks.layers import folded_state
 
 FORMAT = "flashcocos-model"
 FORMAT_VERSION = "1"
+# what torch.load raises for damaged files, seen on thousands of randomly altered ones
+_LOAD_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    pickle.UnpicklingError,
+)
 
 
 def save_model(path: str | os.PathLike[str], model: CoCosNet, provenance: dict[str, Any] | None = None) -> None:
@@ -81,6 +99,18 @@ def load_model(path: str | os.PathLike[str]) -> CoCosNet:
     return model.eval()
 
 
+def load_pickle(path: str | os.PathLike[str], message: str) -> Any:
+    """What `torch.save` wrote, of plain tensors; no code in the file is ever run.
+
+    Raises `InputError` for what is no plain file, `CheckpointError` with `message` and the reason for a damaged one.
+    """
+    require_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _LOAD_ERRORS as error:
+        raise CheckpointError(f"{message}: {_reason(error)}") from error
+
+
 def read_metadata(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
     """Configuration and provenance of the model file `path`, without its weights; errors as `load_model`."""
     require_file(path)
@@ -125,3 +155,13 @@ def _metadata(path: object, metadata: dict[str, str] | None) -> tuple[ModelConfi
     if not isinstance(provenance, dict):
         raise CheckpointError(f"{path}: the provenance is not a JSON object")
     return config, provenance
+
+
+def _reason(error: BaseException) -> str:
+    if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it names {code[1]}, and code in a file is never run"
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text suggests switching the safety off
+        return "it is damaged or holds more than tensors"
+    if isinstance(error, OSError):
+        return str(error)
+    return f"it is damaged or of another kind ({type(error).__name__}: {error})".splitlines()[0]

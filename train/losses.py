@@ -144,7 +144,8 @@ def contextual_distance(x: Tensor, y: Tensor) -> Tensor:
     center = y.mean(1, keepdim=True)
     x, y = (_normalize((t - center).flatten(2)) for t in (x, y))  # (B, C, N)
     rows = max(1, ROW_ENTRIES // y.shape[2])
-    affinities = [checkpoint(_best_affinity, part, y, use_reentrant=False) for part in x.split(rows, 2)]
+    parts = torch.split(x, rows, 2)
+    affinities = [checkpoint(_best_affinity, part, y, use_reentrant=False) for part in parts]
     return -torch.cat(affinities, 1).mean(1).log()
 
 
@@ -177,7 +178,8 @@ def _weighted_l1(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
 
 
 def _normalize(x: Tensor) -> Tensor:
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + NORM_EPS)
+    unit: Tensor = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + NORM_EPS)
+    return unit
 
 
 def _best_affinity(x: Tensor, y: Tensor) -> Tensor:

@@ -58,11 +58,11 @@ class Peak(NamedTuple):
         return sum(self)
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Counts the storages that are made while it is active, until they are freed; `peak` is since `restart`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._held: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         self._now = dict.fromkeys(Peak._fields, 0)
         self.restart()
@@ -206,7 +206,7 @@ class MemoryEstimate:
             self._live.assign((*network.parameters(), *network.buffers()), "parameters")
             for parameter in network.parameters():
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(self._note_gradient)
+                    parameter.register_post_accumulate_grad_hook(self._note_gradient)  # type: ignore[no-untyped-call]
 
     def _note_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None

@@ -110,7 +110,8 @@ def nearest(
     None is its own. All are numbers of rows of `matrix`.
     """
     queries, keys = matrix[rows].to(device).float(), torch.tensor(others)
-    similarity = torch.cat([queries @ matrix[part].to(device).float().T for part in keys.split(8 * _ROWS)], dim=1)
+    parts = torch.split(keys, 8 * _ROWS)
+    similarity = torch.cat([queries @ matrix[part].to(device).float().T for part in parts], dim=1)
     similarity[torch.tensor(rows)[:, None].to(device) == keys.to(device)] = -torch.inf
     best = keys[similarity.topk(min(count + 1, len(others)), dim=1).indices.cpu()].tolist()
     return [[index for index in line if index != row][:count] for line, row in zip(best, rows, strict=True)]

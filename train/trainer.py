@@ -317,7 +317,8 @@ class Trainer:
     def _backward(self, terms: dict[str, Tensor], count: int, sums: dict[str, Tensor]) -> None:
         """Accumulate the gradients of one of `count` micro-batches, and its terms in `sums`."""
         weighted = {name: term.float() / count for name, term in terms.items()}
-        self.scaler.scale(torch.stack(list(weighted.values())).sum()).backward()
+        loss = self.scaler.scale(torch.stack(list(weighted.values())).sum())
+        loss.backward()  # type: ignore[no-untyped-call]  # of torch
         for name, term in weighted.items():
             sums[name] = sums.get(name, 0.0) + term.detach()
 

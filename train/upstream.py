@@ -8,9 +8,7 @@ widths, adaptor kernel, conditioning on the label and attention; the rest comes 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,8 +17,8 @@ from torch import Tensor, nn
 
 from ..config import PRESETS, ModelConfig
 from ..errors import CheckpointError, InputError
-from ..files import require_file, sha256
-from .checkpoint import save_state
+from ..files import sha256
+from .checkpoint import load_pickle, save_state
 from .networks import CoCosNet
 from .networks.layers import SpectralConv2d, fold_spectral_norm
 
@@ -58,23 +56,6 @@ _PARTS: dict[str, str | Callable[[re.Match[str]], str]] = {
 }
 
 
-# what torch.load raises for damaged files, seen on thousands of randomly altered ones
-_LOAD_ERRORS = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    pickle.UnpicklingError,
-)
-
-
 class StateDict:
     """One upstream state dict that returns checked float32 tensors and remembers which were taken."""
 
@@ -85,12 +66,8 @@ class StateDict:
     @classmethod
     def load(cls, path: str | os.PathLike[str], network: str) -> StateDict:
         """Read `path`; no code in it is ever run. `network` is only for messages."""
-        require_file(path)
         name = f"{path} ({network} network)"
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except _LOAD_ERRORS as error:
-            raise CheckpointError(f"{name}: not a readable checkpoint of plain tensors: {_reason(error)}") from error
+        tensors = load_pickle(path, f"{name}: not a readable checkpoint of plain tensors")
         if not isinstance(tensors, dict) or not tensors:
             raise CheckpointError(f"{name}: expected a state dict, got {type(tensors).__name__}")
         for key, tensor in tensors.items():
@@ -265,13 +242,3 @@ def _dimensions(state: StateDict, key: str) -> tuple[int, ...]:
     if len(shape) != 4:
         raise CheckpointError(f"{state.name}: key {key!r} has the shape {shape}, expected a convolution's four axes")
     return shape
-
-
-def _reason(error: BaseException) -> str:
-    if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it names {code[1]}, and code in a file is never run"
-    if isinstance(error, pickle.UnpicklingError):  # torch's own text suggests switching the safety off
-        return "it is damaged or holds more than tensors"
-    if isinstance(error, OSError):
-        return str(error)
-    return f"it is damaged or of another kind ({type(error).__name__}: {error})".splitlines()[0]

@@ -16,16 +16,7 @@ CLASSES = 16  # of a label; the runtime's time depends on it: 4 to 21, 11 on ave
 
 
 def inputs(config: ModelConfig, size: int) -> tuple[UInt8Array, UInt8Array, UInt8Array]:
-    """A label, an exemplar and its label from a fixed seed, in blocks of 32 pixels.
-
-    Args:
-        config: Of the model, whose kind of labels is made.
-        size: Side in pixels, a multiple of 32.
-
-    Returns:
-        Label, exemplar (size, size, 3) and the exemplar's label, uint8; a label is ids (size, size) or planes
-        (channels, size, size).
-    """
+    """A label, an exemplar (size, size, 3) and its label, uint8: blocks of 32 pixels with noise, from a fixed seed."""
     rng = np.random.default_rng(0)
 
     def label() -> UInt8Array:
@@ -56,16 +47,9 @@ def similarity(actual: UInt8Array, expected: UInt8Array) -> dict[str, float]:
 
 
 def warp_inputs(size: int, values: int, kind: str, channels: int) -> tuple[npt.NDArray[Any], ...]:
-    """Inputs of the warp from a fixed seed.
+    """theta, phi (1, channels, size, size) and values (1, values, size, size), float32, from a fixed seed.
 
-    Args:
-        size: Side of the maps.
-        values: Channels of the values.
-        kind: "noise" has no match, so no key can be left out; in "shifted" phi is theta moved by (5, 5) plus noise.
-        channels: Of theta and phi.
-
-    Returns:
-        theta, phi (1, channels, size, size) and values (1, values, size, size), float32.
+    kind: "noise" has no match, so no key can be left out; in "shifted" phi is theta moved by (5, 5) plus noise.
     """
     rng = np.random.default_rng(0)
     theta, phi = (0.3 * rng.standard_normal((2, 1, channels, size, size), dtype=np.float32) + 0.1).astype(np.float32)

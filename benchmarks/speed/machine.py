@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import subprocess
@@ -13,11 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from ...errors import BackendError
 from ..provenance import peak_rss
-from ..registry import Assets, Benchmark, Case, Sample
+from ..registry import Assets, Benchmark, Case, Sample, Task
 
 COPY_BYTES = 256 * 2**20
 TRIALS = 5
@@ -25,14 +25,9 @@ MIB = 2**20
 
 
 def roofline(case: Case, assets: Assets) -> Benchmark:
-    """Measure copy_gb_s (bytes read and written) and gflop_s of square products by dtype, the best of `TRIALS`.
+    """Facts: copy_gb_s (bytes read and written) and gflop_s of square products by dtype, the best of `TRIALS`.
 
-    Args:
-        case: Its parameter is the side of the product.
-        assets: The device: numpy's rates on the CPU, torch's in all dtypes, TF32 apart, on a GPU.
-
-    Returns:
-        A benchmark of facts alone.
+    parameters: side of the product. On a GPU the rates are torch's, in all dtypes, TF32 apart.
     """
     side = case.parameters["side"]
     if assets.device == "cuda":
@@ -48,16 +43,11 @@ def roofline(case: Case, assets: Assets) -> Benchmark:
 
 
 def startup(case: Case, assets: Assets) -> Benchmark:
-    """A fresh process, from its start to its first picture.
+    """A fresh process, from its start to its first picture; parts: until Python runs, is ready, and has the picture.
 
-    Args:
-        case: Parameters of `translation`, one of whose methods the process runs.
-        assets: As there.
-
-    Returns:
-        The benchmark; its parts are the times until Python runs, is ready, and has the picture.
+    parameters: those of `translation`, one of whose methods the process runs.
     """
-    task = json.dumps([dataclasses.asdict(case), dataclasses.asdict(assets)])
+    task = msgspec.json.encode(Task(case, assets)).decode()
     command = [sys.executable, "-m", __spec__.name, task]
     facts: dict[str, float] = {}
 
@@ -75,17 +65,9 @@ def startup(case: Case, assets: Assets) -> Benchmark:
 
 
 def install_size(case: Case, assets: Assets) -> Benchmark:
-    """The size of the distributions that pip installs for an extra of flashcocos, itself left out.
+    """Facts: MiB of the distributions that pip installs for an extra of flashcocos, itself left out, and the largest.
 
-    Args:
-        case: Its parameter is the extra.
-        assets: Not used.
-
-    Returns:
-        A benchmark of facts alone, from the files that the installed distributions list.
-
-    Raises:
-        BackendError: A distribution is not installed.
+    parameters: extra. Raises `BackendError` where a distribution is not installed.
     """
     sizes = {name: _bytes_of(name) for name in requirements("flashcocos", (case.parameters["extra"],))}
     largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:4]
@@ -157,8 +139,8 @@ def _first_picture() -> None:
     marks = {"python": time.monotonic()}
     from .translation import prepare
 
-    case, assets = json.loads(sys.argv[1])
-    run = prepare(Case.from_dict(case), Assets(**assets)).run
+    task = msgspec.json.decode(sys.argv[1], type=Task)
+    run = prepare(task.case, task.assets).run
     assert run is not None  # a translation always runs
     marks["ready"] = time.monotonic()
     picture = run().result

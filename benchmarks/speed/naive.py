@@ -28,16 +28,7 @@ OPSET = 20
 
 
 def matrix_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query key^T) value as published, by its N x M matrix.
-
-    Args:
-        query: (B, N, D).
-        key: (B, M, D).
-        value: (B, M, V).
-
-    Returns:
-        (B, N, V).
-    """
+    """softmax(query key^T) value as published, by its N x M matrix: (B, N, D), (B, M, D), (B, M, V) -> (B, N, V)."""
     return torch.softmax(query @ key.mT, -1) @ value
 
 

@@ -20,15 +20,9 @@ from .inputs import inputs
 
 
 def prepare(case: Case, assets: Assets) -> Benchmark:
-    """Prepare a training step.
+    """A training step; its results are the terms of the loss.
 
-    Args:
-        case: Its parameters are method, preset (of `flashcocos train`), size, batch and changes (of settings, as for
-            --set).
-        assets: The device.
-
-    Returns:
-        The benchmark; results are the terms of the loss.
+    parameters: method, preset (of `flashcocos train`), size, batch and changes (of settings, as for --set).
     """
     import torch
 
@@ -60,14 +54,9 @@ def prepare(case: Case, assets: Assets) -> Benchmark:
 
 
 def estimate(case: Case, assets: Assets) -> Benchmark:
-    """Estimate the memory of a training step from its tensors alone; no step runs, and any machine gives the same.
+    """Facts: MiB of one sample, and the largest batches, from a step's tensors alone; any machine gives the same.
 
-    Args:
-        case: Its parameters are preset, size, checkpointing, budgets_gib and changes.
-        assets: Not used.
-
-    Returns:
-        A benchmark of facts alone: MiB of one sample, and the largest batches.
+    parameters: preset, size, checkpointing, budgets_gib and changes.
     """
     from ...train.memory_estimate import GIB, MemoryEstimate
     from ...train.settings import read_settings

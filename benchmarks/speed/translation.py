@@ -27,15 +27,10 @@ from .inputs import UInt8Array, differences, inputs, similarity
 
 
 def prepare(case: Case, assets: Assets) -> Benchmark:
-    """Prepare a translation.
+    """A translation; its results are uint8 pictures (H, W, 3).
 
-    Args:
-        case: Its parameters are method and size; for the runtime also bundle, backend, precision, cached, batch and
-            tile; for PyTorch dtype and batch.
-        assets: The model, its naive graph or the bundle.
-
-    Returns:
-        The benchmark; results are uint8 pictures (H, W, 3).
+    parameters: method and size; of the runtime also bundle, backend, precision, cached, batch and tile; of PyTorch also
+    dtype and batch.
     """
     methods: dict[str, Callable[[Mapping[str, Any], Assets], tuple[Callable[[], Sample], dict[str, Any]]]] = {
         **dict.fromkeys(("eager", "eager-tiled", "compiled"), _eager),

@@ -32,15 +32,10 @@ TEMPERATURE = 0.01
 
 
 def prepare(case: Case, assets: Assets) -> Benchmark:
-    """Prepare the warp.
+    """The warp; its results are the warped values (1, values, size, size).
 
-    Args:
-        case: Its parameters are method, size (side of the maps), patch, values, channels, inputs, dtype, backward and
-            product (whether to time the bare product too).
-        assets: The device.
-
-    Returns:
-        The benchmark; results are the warped values (1, values, size, size).
+    parameters: method, size (side of the maps), patch, values, channels, inputs, dtype, backward and product (whether
+    to time the bare product too).
     """
     parameters = case.parameters
     arrays = warp_inputs(parameters["size"], parameters["values"], parameters["inputs"], parameters["channels"])

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from flashcocos import __version__
 from flashcocos.benchmarks import provenance, worker
 from flashcocos.benchmarks.cases import all_cases
-from flashcocos.benchmarks.registry import Assets, Case, Gate, select
+from flashcocos.benchmarks.registry import Assets, Case, Gate, Task, select
 from flashcocos.benchmarks.runner import open_assets, read_rows, run_cases
 from flashcocos.errors import BackendError, InputError
 
@@ -181,7 +182,8 @@ def test_selection() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_case_survives_the_trip_to_its_process(device: str) -> None:
     for one in all_cases(device, ["int8"]):
-        assert Case.from_dict(json.loads(json.dumps(dataclasses.asdict(one)))) == one
+        task = Task(one, Assets(bundles={"model": "a folder"}, threads=2), timed=False)
+        assert msgspec.json.decode(msgspec.json.encode(task), type=Task) == task
         assert one.reference == "" or one.reference in {other.name for other in all_cases(device)}
 
 

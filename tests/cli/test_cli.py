@@ -29,7 +29,7 @@ INPUT, EXEMPLAR, EXEMPLAR_LABEL = (str(DEMO / f"lorelei_12{name}.png") for name 
 BAD_INPUTS = [
     (["translate", "--model", "no.zip", "--input", "a", "--exemplar", "b", "-o", "c"], "no model bundle at no.zip"),
     (["translate", "--input", "a", "--exemplar", "b", "-o", "c"], "a does not exist"),
-    (["translate", "--input", INPUT, "-o", "c"], "give an input and an exemplar"),
+    (["translate", "--input", INPUT, "-o", "c"], "give an input and an exemplar (--input, --exemplar)"),
     (["translate", "--input", INPUT, "--exemplar", EXEMPLAR, "-o", "c"], "give --exemplar-label"),
     (["translate", "--input", INPUT, "--exemplar", EXEMPLAR, "-o", "c.webp"], "ending in .png, .jpg, .jpeg"),
     (["translate", "--input", "folder", "--exemplar", EXEMPLAR, "-o", "c"], "no label files in this folder"),
@@ -52,7 +52,7 @@ BAD_INPUTS = [
     (["export", "file", "-o", "file"], "output file would overwrite the input file"),
     (["build", "no.zip"], "no model bundle at no.zip"),
     (["build", "avatars-128", "--size", "big"], "size: expected one number or least:optimal:most, got 'big'"),
-    (["quantize", "avatars-128", "-o", "out.zip"], "give an input and an exemplar"),
+    (["quantize", "avatars-128", "-o", "out.zip"], "give an input and an exemplar (--input, --exemplar)"),
     (["quantize", "file", "--pairs", str(PAIRS), "-o", "link"], "output link would overwrite the input file"),
     (["pairs", "folder", "-o", "pairs.txt", "--vgg", "no.pth"], "no.pth does not exist"),
     (["pairs", "folder", "-o", "pairs.txt"], "--vgg"),

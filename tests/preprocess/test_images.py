@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -15,6 +16,16 @@ from PIL import Image
 
 from flashcocos.errors import InputError
 from flashcocos.preprocess import images, load_image, to_uint8
+
+
+def png(color: int, depth: int, side: int = 4) -> bytes:
+    """A whole PNG of zeros; color: 0 gray, 2 RGB, 4 gray and alpha, 6 RGB and alpha."""
+    row = bytes(1 + side * {0: 1, 2: 3, 4: 2, 6: 4}[color] * depth // 8)
+    header = struct.pack(">IIBBBBB", side, side, depth, color, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(row * side)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -62,6 +73,34 @@ def test_a_photograph_on_its_side_is_turned_upright(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
     assert load_image(tmp_path / "a.jpg").shape == (3, 8, 4)
+
+
+@pytest.mark.parametrize("color", [2, 4, 6])
+def test_sixteen_bits_a_channel_are_refused(tmp_path: Path, color: int) -> None:
+    (tmp_path / "deep.png").write_bytes(png(color, 16))
+    with pytest.raises(InputError, match=r"deep\.png: more than 8 bits a channel; expected 8-bit"):
+        load_image(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="image: more than 8 bits a channel"):
+        load_image(Image.open(tmp_path / "deep.png"))
+    (tmp_path / "plain.png").write_bytes(png(color, 8))
+    assert load_image(tmp_path / "plain.png").shape == (3, 4, 4)
+
+
+def test_sixteen_bits_in_other_formats(tmp_path: Path) -> None:
+    (tmp_path / "deep.ppm").write_bytes(b"P6 2 2 65535\n" + bytes(24))
+    (tmp_path / "deep.png").write_bytes(png(0, 16))
+    for name in ("deep.ppm", "deep.png"):
+        with pytest.raises(InputError, match=rf"{name}: (more than 8 bits|image mode 'I;16')"):
+            load_image(tmp_path / name)
+    (tmp_path / "plain.ppm").write_bytes(b"P6 2 2 255\n" + bytes(12))
+    assert load_image(tmp_path / "plain.ppm").shape == (3, 2, 2)
+
+
+def test_pipes_devices_and_folders_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero", tmp_path):
+        with pytest.raises(InputError, match="expected a file"):
+            load_image(path)
 
 
 def test_damaged_metadata_is_named(tmp_path: Path) -> None:

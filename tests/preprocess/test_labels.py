@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from flashcocos.config import ModelConfig
 from flashcocos.errors import InputError
 from flashcocos.preprocess import load_label, save_label
+from flashcocos.preprocess.images import load_rgb
 
 CLASSES = ModelConfig.preset("tiny")  # 12 classes
 PLANES = ModelConfig.preset("tiny-channels")  # 5 planes
@@ -50,6 +52,32 @@ def test_planes_from_every_source(tmp_path: Path, planes: np.ndarray) -> None:
         label = load_label(PLANES, source)
         assert label.dtype == np.float32
         np.testing.assert_array_equal(label, expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_label_is_turned_as_its_picture_is(tmp_path: Path, ids: np.ndarray, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(ids).save(tmp_path / "label.png", exif=exif)
+    Image.fromarray(np.stack([ids] * 3, 2)).save(tmp_path / "picture.png", exif=exif)
+    picture = np.asarray(load_rgb(tmp_path / "picture.png"))[..., 0]
+    np.testing.assert_array_equal(load_label(CLASSES, tmp_path / "label.png"), picture)
+    np.testing.assert_array_equal(load_label(CLASSES, Image.open(tmp_path / "label.png")), picture)
+    assert (picture.shape == ids.shape) == (orientation < 5)
+
+
+def test_a_color_picture_as_label_says_what_to_do(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="`flashcocos prepare avatars DRAWINGS -o labels/` makes them of drawings"):
+        load_label(CLASSES, tmp_path / "a.png")
+
+
+def test_pipes_and_folders_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        for config in (CLASSES, PLANES):
+            with pytest.raises(InputError, match="expected a file"):
+                load_label(config, path)
 
 
 @pytest.mark.parametrize("size", [(12, 18), (3, 4), (32, 5), (1, 1)])
@@ -116,9 +144,9 @@ def test_other_plane_sources_are_refused(source: object) -> None:
         load_label(PLANES, source)  # type: ignore[arg-type]
 
 
-def npz(member: bytes, name: str = "label.npy") -> bytes:
+def npz(member: bytes, name: str = "label.npy", method: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+    with zipfile.ZipFile(buffer, "w", method) as archive:
         archive.writestr(name, member)
     return buffer.getvalue()
 
@@ -144,6 +172,7 @@ def npy(shape: tuple[int, ...], dtype: str = "|u1", data: bytes = b"", fortran: 
         (npz(npy((5, 10**6, 10**6))), "pixels"),
         (npz(npy((255, 8192, 8192))), "bytes"),
         (npz(npy((0, 4, 4))), "1 to 255 planes"),
+        (npz(npy((5, 4, 4), data=bytes(80)), method=zipfile.ZIP_LZMA), "neither stored nor deflated"),
         (npz(npy((4, 4, 4), data=bytes(64))), "4 label planes; task tiny expects 5"),
     ],
 )

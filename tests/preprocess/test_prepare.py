@@ -12,7 +12,8 @@ from PIL import Image
 from flashcocos.config import ModelConfig
 from flashcocos.errors import InputError
 from flashcocos.preprocess import load_label, load_raw, prepare_folder
-from flashcocos.preprocess.labels import read_ids
+from flashcocos.preprocess.labels import read_ids, resize_nearest
+from flashcocos.preprocess.palette import palette, read_drawing
 from flashcocos.preprocess.prepare import Summary
 
 
@@ -133,6 +134,52 @@ def test_faces_with_glasses(tmp_path: Path) -> None:
     np.testing.assert_array_equal(label, 1 + 15 * np.eye(8, dtype=np.uint8))
 
 
+def test_drawings_in_the_palette(tmp_path: Path, rng: np.random.Generator) -> None:
+    ids = rng.integers(0, 12, (20, 30), dtype=np.uint8)
+    drawing = palette(12)[ids]
+    save(tmp_path / "drawings/good.png", drawing)
+    Image.fromarray(drawing).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "drawings/indexed.png")
+    soft = drawing.copy()
+    soft[3, 7], soft[5, 0] = (120, 10, 0), (0, 0, 9)  # nearest: 1, dark red, and 0, black
+    save(tmp_path / "drawings/soft.png", soft)
+    summary = prepare_folder("avatars", tmp_path / "drawings", tmp_path / "out", size=None)
+    assert (summary.prepared, summary.failed) == (2, 1)
+    assert texts(summary)["soft"].endswith(
+        "soft.png: color #780a00 at pixel (7, 3) is not in the palette (2 such colors); the nearest is #800000, "
+        "class 1; draw without soft edges, or accept the nearest with --nearest"
+    )
+    for name in ("good", "indexed"):
+        np.testing.assert_array_equal(load_label(ModelConfig.preset("avatars-128"), tmp_path / f"out/{name}.png"), ids)
+    assert prepare_folder("avatars", tmp_path / "drawings", tmp_path / "out", size=None, nearest=True).failed == 0
+    expected = ids.copy()
+    expected[3, 7], expected[5, 0] = 1, 0
+    np.testing.assert_array_equal(read_ids(tmp_path / "out/soft.png"), expected)
+    prepare_folder("avatars", tmp_path / "drawings", tmp_path / "small", size=(10, 15), nearest=True)
+    np.testing.assert_array_equal(read_ids(tmp_path / "small/good.png"), resize_nearest(ids, (10, 15)))
+
+
+def test_drawings_that_stand_for_no_label(tmp_path: Path) -> None:
+    folder = tmp_path / "drawings"
+    save(folder / "clear.png", np.zeros((4, 4, 4), np.uint8))
+    save(folder / "solid.png", np.full((4, 4, 4), (128, 0, 0, 255), np.uint8))
+    Image.new("RGB", (4, 4)).save(folder / "photo.png", format="JPEG")
+    summary = prepare_folder("avatars", folder, tmp_path / "out", size=None, nearest=True)
+    assert (summary.prepared, summary.failed) == (1, 2)
+    assert "JPEG alters colors" in texts(summary)["photo"]
+    assert "has transparent pixels" in texts(summary)["clear"]
+    with pytest.raises(InputError, match=r"--nearest.* is for drawings of task avatars, not for ade20k"):
+        prepare_folder("ade20k", folder, tmp_path / "out", size=None, nearest=True)
+
+
+def test_every_color_has_a_nearest_class(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (100, 100, 3), dtype=np.uint8)  # 10 000 colors, more than are compared at once
+    save(tmp_path / "a.png", pixels)
+    distances = np.square(pixels.reshape(-1, 1, 3).astype(int) - palette(12)).sum(-1)
+    np.testing.assert_array_equal(
+        read_drawing(tmp_path / "a.png", 12, nearest=True), distances.argmin(1).reshape(100, 100)
+    )
+
+
 def test_nothing_to_do_is_refused(scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "void").mkdir()
     with pytest.raises(InputError, match="no ade20k files"):
@@ -150,4 +197,4 @@ def test_load_raw_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lacks its label file"):
         load_raw("ade20k", tmp_path / "a.jpg")
     with pytest.raises(InputError, match="no raw data to prepare"):
-        load_raw("avatars", tmp_path / "a.jpg")
+        load_raw("mine", tmp_path / "a.jpg")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flashcocos.config import ModelConfig
-from flashcocos.errors import CheckpointError
+from flashcocos.errors import CheckpointError, InputError
 from flashcocos.train.checkpoint import load_model, read_metadata, save_model
 from flashcocos.train.networks import CoCosNet
 
@@ -138,6 +139,14 @@ def test_truncated_file(model_file: Path) -> None:
         load_model(model_file)
 
 
-def test_absent_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a readable model file"):
-        load_model(tmp_path / "absent.safetensors")
+def test_what_is_no_file_is_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for path, message in (
+        (tmp_path / "absent.safetensors", "does not exist"),
+        (tmp_path, "is a folder; expected a file"),
+        (tmp_path / "pipe.safetensors", "expected a file"),
+        (Path("/dev/zero"), "expected a file"),
+    ):
+        for read in (load_model, read_metadata):
+            with pytest.raises(InputError, match=message):
+                read(path)

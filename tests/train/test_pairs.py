@@ -1,4 +1,4 @@
-"""Retrieval lists: who is most alike, what is kept and computed again, and what is left out."""
+"""Retrieval lists: what is most similar, what is kept and computed again, and what is left out."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_what_is_left_out_is_named(folder: Path, tmp_path: Path, colors: Colors)
     assert summary.written == 5
     assert [Path(name).name for name, _ in summary.failed] == ["broken.png", "gone.png", "twice.bmp", "x,y.png"]
     reasons = " ".join(reason for _, reason in summary.failed)
-    for part in ("not a readable image", "twice.bmp, twice.png", "holds a comma"):
+    for part in ("not a readable image", "twice.bmp, twice.png", "contains a comma"):
         assert part in reasons
     assert "a.jpg" in listed(tmp_path / "list.txt")
 

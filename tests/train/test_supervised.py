@@ -8,6 +8,7 @@ import torch
 from flat_pairs import SUPERVISED, settings
 
 from flashcocos.config import ModelConfig
+from flashcocos.train.batches import Batch
 from flashcocos.train.networks import CoCosNet
 from flashcocos.train.supervised import SupervisedWeights, class_color_error, quarter, supervised_terms
 from flashcocos.train.trainer import GeneratorStep
@@ -26,14 +27,12 @@ def test_a_perfect_warp_and_image_cost_nothing() -> None:
         model.generator.last.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 30.0]))
         plane = torch.zeros(1, 64, 64, dtype=torch.uint8)
         image = torch.full((1, 3, 64, 64), 0.25)
-        batch = {"label": plane, "exemplar_label": plane, "exemplar": image, "image": image}
-        batch |= {"has_target": torch.ones(1, dtype=torch.bool), "self_reference": torch.zeros(1)}
+        batch = Batch(plane, image, image, plane, torch.zeros(1), torch.ones(1, dtype=torch.bool))
         step = GeneratorStep(model, None, None, settings(model=msgspec.structs.asdict(TINY)))
         terms = step(batch).terms
         assert list(terms) == list(SUPERVISED)
         assert all(abs(float(term)) < 1e-4 for term in terms.values()), terms
-        batch["exemplar_label"] = plane + 1
-        assert float(step(batch).terms["label"]) > 0.5
+        assert float(step(batch._replace(exemplar_label=plane + 1)).terms["label"]) > 0.5
 
 
 def test_samples_without_a_target_count_for_the_label_alone() -> None:

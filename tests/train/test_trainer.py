@@ -378,7 +378,7 @@ def test_starting_from_a_model_file(tmp_path: Path) -> None:
     assert length == pytest.approx(1, abs=0.1)
     with pytest.raises(CheckpointError, match=r"its temperature is 0\.01, expected model\.temperature, 0\.02"):
         start_model(settings(init=str(tmp_path / "given.safetensors"), model={"temperature": 0.02}))
-    with pytest.raises(CheckpointError, match="not a readable model file"):
+    with pytest.raises(InputError, match=r"none\.safetensors does not exist"):
         make(tmp_path / "other", settings(init=str(tmp_path / "none.safetensors")))
 
 

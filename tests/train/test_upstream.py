@@ -16,7 +16,7 @@ from torch import Tensor
 from upstream_layout import TINY, upstream_shapes, upstream_states
 
 from flashcocos.config import ModelConfig
-from flashcocos.errors import CheckpointError
+from flashcocos.errors import CheckpointError, InputError
 from flashcocos.train.checkpoint import load_model, read_metadata
 from flashcocos.train.networks import CoCosNet
 from flashcocos.train.upstream import TASKS, StateDict, convert, infer_config, load_upstream_state
@@ -223,10 +223,19 @@ def test_legacy_format_is_read(tmp_path: Path) -> None:
     assert convert(tmp_path / "Corr.pth", tmp_path / "G.pth", tmp_path / "m.safetensors") == config
 
 
-def test_absent_file_and_list(tmp_path: Path) -> None:
+def test_no_file_and_list(tmp_path: Path) -> None:
     paths = write(tmp_path, upstream_states(tiny_config()))
-    with pytest.raises(CheckpointError, match="No such file"):
-        convert(tmp_path / "absent.pth", paths[1], tmp_path / "m.safetensors")
+    os.mkfifo(tmp_path / "pipe.pth")
+    for path, message in (
+        (tmp_path / "absent.pth", "does not exist"),
+        (tmp_path, "is a folder; expected a file"),
+        (tmp_path / "pipe.pth", "expected a file"),
+        (Path("/dev/zero"), "expected a file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            convert(path, paths[1], tmp_path / "m.safetensors")
+        with pytest.raises(InputError, match=message):
+            convert(paths[0], path, tmp_path / "m.safetensors")
     torch.save([torch.zeros(1)], paths[1])
     with pytest.raises(CheckpointError, match="expected a state dict, got list"):
         convert(*paths, tmp_path / "m.safetensors")

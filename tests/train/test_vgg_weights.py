@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -72,10 +73,17 @@ def test_upstreams_file(tmp_path: Path) -> None:
 
 def test_files_that_are_not_vgg19(tmp_path: Path) -> None:
     path, state = tmp_path / "weights.pth", Vgg19().state_dict()
-    with pytest.raises(CheckpointError, match=r"not a readable weights file .*give vgg = PATH"):
-        load_vgg(path)
+    os.mkfifo(tmp_path / "pipe-01234567.pth")  # named as if its hash were to be read
+    for wrong, message in (
+        (path, "does not exist"),
+        (tmp_path, "is a folder; expected a file"),
+        (tmp_path / "pipe-01234567.pth", "expected a file"),
+        (Path("/dev/zero"), "expected a file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_vgg(wrong)
     path.write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match="not a readable weights file"):
+    with pytest.raises(CheckpointError, match=r"file: it is damaged or holds more than tensors; give vgg = PATH"):
         load_vgg(path)
     torch.save(Vgg19(), path)  # a pickled module, which could hold code
     with pytest.raises(CheckpointError, match="not a readable weights file"):

@@ -135,7 +135,8 @@ def uncovered(label: np.ndarray, exemplar_label: np.ndarray) -> np.ndarray:
     """Which classes of `label` the exemplar shows too little of to copy their paint; bool (12,)."""
     wanted = np.bincount(label.ravel(), minlength=len(CLASSES)) > TARGET_SHARE * label.size
     shown = np.bincount(exemplar_label.ravel(), minlength=len(CLASSES)) > EXEMPLAR_SHARE * exemplar_label.size
-    return wanted & ~shown & _COVERED
+    lacking: np.ndarray = wanted & ~shown & _COVERED
+    return lacking
 
 
 def render_pair(split: str, index: int, options: AvatarOptions) -> Pair:
@@ -171,13 +172,15 @@ def random_flow(key: str, size: int) -> np.ndarray:
     y, x = np.mgrid[:size, :size] / max(size - 1, 1) - 0.5
     cos, sin = np.cos(turn) * zoom, np.sin(turn) * zoom
     flow = np.stack([cos * y + sin * x * mirror + shift_y, cos * x * mirror - sin * y + shift_x]) + smooth
-    return ((flow + 0.5) * (size - 1)).clip(0, size - 1).astype(np.float32)
+    pixels: np.ndarray = ((flow + 0.5) * (size - 1)).clip(0, size - 1).astype(np.float32)
+    return pixels
 
 
 def warp_nearest(label: np.ndarray, flow: np.ndarray) -> np.ndarray:
     """The label (H, W) seen through `flow`."""
     y, x = np.rint(flow).astype(int)
-    return label[y, x]
+    warped: np.ndarray = label[y, x]
+    return warped
 
 
 def warp_bilinear(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
@@ -186,7 +189,8 @@ def warp_bilinear(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
     part_y, part_x = (flow - (y, x))[..., None]
     top = image[y, x] * (1 - part_x) + image[y, x + 1] * part_x
     bottom = image[y + 1, x] * (1 - part_x) + image[y + 1, x + 1] * part_x
-    return np.rint(top * (1 - part_y) + bottom * part_y).astype(np.uint8)
+    warped: np.ndarray = np.rint(top * (1 - part_y) + bottom * part_y).astype(np.uint8)
+    return warped
 
 
 def prepare_pairs(

@@ -112,7 +112,7 @@ def render_label(structure: Structure, size: int) -> np.ndarray:
     """The structure as class ids, uint8 (size, size): positions in `CLASSES`."""
     flat = _rasterize(_svg(structure, "label"), size)
     codes = flat.astype(np.int32) @ _CODE
-    label = _class_of_code()[codes]
+    label: np.ndarray = _class_of_code()[codes]
     mixed = label == len(CLASSES)  # a few pixels where clip paths are soft
     if mixed.any():
         distance = np.square(flat[mixed][:, None].astype(np.int32) - _FLAT).sum(-1)
@@ -177,7 +177,8 @@ def _definition(style: str) -> dict[str, Any]:
         raise InputError(f"avatar style: expected one of {', '.join(STYLES)}, got {style!r}")
     _module("dicebear_styles", "dicebear-styles")
     text = importlib.resources.files("dicebear_styles").joinpath(f"{style}.json").read_text(encoding="utf-8")
-    return json.loads(text)
+    definition: dict[str, Any] = json.loads(text)
+    return definition
 
 
 def _hair_component(style: str) -> str:
@@ -248,7 +249,7 @@ def _svg(structure: Structure, purpose: str) -> str:
         "backgroundColorFill": "solid",
     }
     style = _style(structure.style, purpose)
-    svg = _module("dicebear", "dicebear-core").Avatar(style, options).to_string()
+    svg: str = _module("dicebear", "dicebear-core").Avatar(style, options).to_string()
     return svg.replace('shape-rendering="auto"', 'shape-rendering="crispEdges"') if purpose == "label" else svg
 
 

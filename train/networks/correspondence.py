@@ -49,7 +49,8 @@ class DomainAdaptor(nn.Module):
         condition = subsample(planes, 4)  # (B, in, H/4, W/4)
         for block in self.blocks:
             x = block(x, condition)
-        return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + NORM_EPS)  # (B, C, H/4, W/4)
+        features: Tensor = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + NORM_EPS)
+        return features  # (B, C, H/4, W/4)
 
 
 class ResidualBlock(nn.Module):
@@ -63,7 +64,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.prelu(F.instance_norm(self.conv1(x)))
-        return self.prelu(x + F.instance_norm(self.conv2(y)))
+        result: Tensor = self.prelu(x + F.instance_norm(self.conv2(y)))
+        return result
 
 
 class Correspondence(nn.Module):
@@ -82,11 +84,13 @@ class Correspondence(nn.Module):
 
     def query(self, features: Tensor, label: Tensor) -> Tensor:
         """Label features (B, C, h, w) and the label's planes, k h x k w for any whole k -> theta (B, C, h, w)."""
-        return self.theta(self._mix(features, label))
+        theta: Tensor = self.theta(self._mix(features, label))
+        return theta
 
     def key(self, features: Tensor, label: Tensor | None) -> Tensor:
         """Exemplar features (B, C, h, w) and its label's planes likewise, used only with mask mixing -> phi."""
-        return self.phi(self._mix(features, label))
+        phi: Tensor = self.phi(self._mix(features, label))
+        return phi
 
     def _mix(self, features: Tensor, label: Tensor | None) -> Tensor:
         if self.condition_on_label:

@@ -41,8 +41,10 @@ class Generator(nn.Module):
 
         means: `class_means` of the whole picture, for the skip; every tile of it takes the same.
         """
-        painted = [] if means is None else [(means.mT @ label.flatten(2)).unflatten(2, label.shape[2:])]
-        return torch.cat([warped_image, *painted, label], 1)  # (B, 3 + nc, h, w), with the skip 6 + nc
+        if means is None:
+            return torch.cat([warped_image, label], 1)
+        painted = (means.mT @ label.flatten(2)).unflatten(2, label.shape[2:])  # type: ignore[no-untyped-call]
+        return torch.cat([warped_image, painted, label], 1)  # (B, 3 + nc, h, w), with the skip 6 + nc
 
     def coarse(self, condition: Tensor) -> Tensor:
         """Condition at a fourth of the size (B, c, H/4, W/4) -> features (B, 4 ngf, H/2, W/2): all that looks afar."""
@@ -53,7 +55,8 @@ class Generator(nn.Module):
         x = self.middle_1(x, condition_16)  # (B, 16 ngf, H/16, W/16)
         x = self.up_0(_double(x), subsample(condition, 2))  # (B, 8 ngf, H/8, W/8)
         x = self.up_1(_double(x), condition)  # (B, 4 ngf, H/4, W/4)
-        return self.attention(_double(x))
+        features: Tensor = self.attention(_double(x))
+        return features
 
     def fine(self, features: Tensor, condition: Tensor) -> Tensor:
         """Features (B, 4 ngf, H/2, W/2) and the condition (B, c, H, W) -> image (B, 3, H, W).
@@ -67,7 +70,8 @@ class Generator(nn.Module):
             return torch.tanh(x)
         warped_image, painted = condition[:, :3], condition[:, 3:6]
         start = painted + torch.sigmoid(x[:, 3:]) * (warped_image - painted)
-        return (start + x[:, :3]).clamp(-1, 1)
+        image: Tensor = (start + x[:, :3]).clamp(-1, 1)
+        return image
 
 
 def class_means(image: Tensor, label: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class Spade(nn.Module):
     def forward(self, normal: Tensor, condition: Tensor) -> Tensor:
         hidden = F.relu(self.shared(condition))  # (B, hidden, h, w)
         scale, shift = self.scale_shift(hidden).chunk(2, 1)  # each (B, C, h, w)
-        return normal * (1 + scale) + shift
+        result: Tensor = normal * (1 + scale) + shift
+        return result
 
 
 class SpadeBlock(nn.Module):
@@ -93,7 +94,8 @@ class SpadeBlock(nn.Module):
         normal = positional_norm(x)  # once for both that need it
         y = self.conv_0(F.leaky_relu(self.norm_0(normal, condition), LEAKY_SLOPE))  # (B, middle, h, w)
         y = self.conv_1(F.leaky_relu(self.norm_1(positional_norm(y), condition), LEAKY_SLOPE))  # (B, out, h, w)
-        return y + (self.conv_s(self.norm_s(normal, condition)) if self.learned_shortcut else x)
+        result: Tensor = y + (self.conv_s(self.norm_s(normal, condition)) if self.learned_shortcut else x)
+        return result
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -122,5 +124,7 @@ class SelfAttention(nn.Module):
         query = self.query(x).flatten(2).mT  # (B, h w, C / 8)
         key = F.max_pool2d(self.key(x), 2).flatten(2).mT  # (B, h w / 4, C / 8)
         value = F.max_pool2d(self.value(x), 2).flatten(2).mT  # (B, h w / 4, C / 2)
-        attended = self.attend(query, key, value).mT.unflatten(2, x.shape[2:])  # (B, C / 2, h, w)
-        return x + self.gamma * self.output(attended)
+        # (B, C / 2, h, w)
+        attended = self.attend(query, key, value).mT.unflatten(2, x.shape[2:])  # type: ignore[no-untyped-call]
+        result: Tensor = x + self.gamma * self.output(attended)
+        return result

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ...errors import BackendError, CheckpointError, InputError
 from ...files import require_file, sha256
+from ..checkpoint import load_pickle
 from .vgg import VGG16, Vgg19
 
 IMAGENET_MEAN, IMAGENET_SCALE = (0.485, 0.456, 0.406), (1 / 0.229, 1 / 0.224, 1 / 0.225)
@@ -65,12 +65,12 @@ def load_vgg(path: str | os.PathLike[str]) -> Vgg19:
     """
     require_file(path)
     stated = re.search(r"-([0-9a-f]{8,64})\.pth$", Path(path).name)
+    if stated and not (digest := sha256(path)).startswith(stated[1]):
+        raise CheckpointError(f"{path}: damaged: its SHA-256 starts with {digest[:8]}; download it again")
     try:
-        if stated and not (digest := sha256(path)).startswith(stated[1]):
-            raise CheckpointError(f"{path}: damaged: its SHA-256 starts with {digest[:8]}; download it again")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: not a readable weights file ({error}); {OPTIONS}") from error
+        state = load_pickle(path, f"{path}: not a readable weights file")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {OPTIONS}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, expected a dict of weights; {OPTIONS}")
     network = Vgg19()

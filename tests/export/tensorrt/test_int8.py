@@ -224,7 +224,9 @@ def test_engines_are_built_and_say_that_they_are_int8(rtx, quantized, tmp_path, 
     assert weights["int8", "float16"] < 0.6 * weights["float", "float16"]
     assert weights["int8", "float32"] < 0.35 * weights["float", "float32"]
     assert {one.arithmetic for one in list_engines(tmp_path / "int8")} == {"int8 and float16", "int8 and float32"}
-    assert f"engine      {GENERATOR[0]} in int8 and float16, 64 x 64" in describe_bundle(quantized, tmp_path / "int8")
+    assert f"engine                  {GENERATOR[0]} in int8 and float16, 64 x 64" in describe_bundle(
+        quantized, tmp_path / "int8"
+    )
 
 
 def test_the_command_builds_and_checks(rtx, quantized, tmp_path, capsys):

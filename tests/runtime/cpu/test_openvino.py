@@ -86,7 +86,7 @@ def test_describe(bundle: Bundle) -> None:
     assert (info.device, info.precision, info.arithmetic) == ("cpu", "float32", "float32")
     stored = OpenVinoEngine(Bundle(default_model_path()), "query").describe()
     assert (stored.precision, stored.arithmetic) == ("float16", "float32")
-    assert "arithmetic  float32" in describe_bundle()
+    assert "arithmetic              float32" in describe_bundle()
 
 
 def test_one_engine_serves_many_threads(bundle: Bundle) -> None:
