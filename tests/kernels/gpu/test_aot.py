@@ -159,8 +159,8 @@ def test_a_description_is_all_that_a_launch_needs(compiled):
 def test_the_grid_is_that_of_the_launch_from_python(height, width):
     blocks = configs.nine_tap_blocks(80, 2, 3, 256, 0)
     sizes = {"height_q": height, "width_q": width}
-    blocks = evaluate(aot._lanes_grid(blocks), sizes)
-    assert blocks == triton_nine_tap.query_tiles(height, width, configs.WHOLE_BAND, blocks.queries)
+    programs = evaluate(aot._lanes_grid(blocks), sizes)
+    assert programs == triton_nine_tap.query_tiles(height, width, configs.WHOLE_BAND, blocks.queries)
 
 
 def test_help_has_an_example():
