@@ -60,9 +60,9 @@ class _Stage(nn.Module):
         """Let the classes that occur in `label` be those of `planes`."""
         if self.classes:
             # class 0 counts as present, so that there always is a plane; ids past the classes belong to none
-            found = (torch.arange(self.classes + 1) == 0).to(torch.float32)
-            found = found.scatter(0, label.clamp_max(self.classes).flatten().long(), 1.0)[: self.classes]
-            self.present.classes = found.nonzero()[:, 0]
+            occurs = (torch.arange(self.classes + 1) == 0).to(torch.float32)
+            occurs = occurs.scatter(0, label.clamp_max(self.classes).flatten().long(), 1.0)[: self.classes]
+            self.present.classes = occurs.nonzero()[:, 0]
 
     def planes(self, label: Tensor) -> Tensor:
         """Label planes (B, nc, H, W) as they are; for class ids (B, H, W) those of the classes that `find` found."""
@@ -149,7 +149,7 @@ def quarter(x: Tensor) -> Tensor:
 
 
 class _Present:
-    """The classes that occur in the label at hand, ascending, int64 (K,)."""
+    """The classes that occur in the current label, ascending, int64 (K,)."""
 
     classes: Tensor
 

@@ -90,8 +90,8 @@ def single_tensors(config: ModelConfig) -> tuple[tuple[TensorSpec, ...], tuple[T
     tensors = stage_tensors(config)
 
     def exemplar(tensor: TensorSpec) -> TensorSpec:
-        own = {"height": "exemplar_height", "width": "exemplar_width"}
-        return TensorSpec(_EXEMPLAR[tensor.name], tensor.dtype, tuple(own.get(str(a), a) for a in tensor.shape))
+        axes = {"height": "exemplar_height", "width": "exemplar_width"}
+        return TensorSpec(_EXEMPLAR[tensor.name], tensor.dtype, tuple(axes.get(str(a), a) for a in tensor.shape))
 
     inputs = (*tensors["query"][0], *map(exemplar, tensors["exemplar"][0]))
     return inputs, tensors["fine"][1]

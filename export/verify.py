@@ -292,8 +292,12 @@ def _compare_items(report: Report, precision: str, size: Size, batch: int, few: 
     bounds = BOUNDS["int8" if precision == "int8" else "float32"]
     scopes = {"theta": "stage", "phi": "stage", "image": "end to end"}
     for name, scope in scopes.items():
-        found = compare(size, batch, scope, name, many[name][:count], few[name], bounds[scope])
-        report.add(f"{name} at {size} in batches of {batch} and {count} agrees", found.ok, f"PSNR {found.psnr:.1f} dB")
+        comparison = compare(size, batch, scope, name, many[name][:count], few[name], bounds[scope])
+        report.add(
+            f"{name} at {size} in batches of {batch} and {count} agrees",
+            comparison.ok,
+            f"PSNR {comparison.psnr:.1f} dB",
+        )
 
 
 def compare(

@@ -6,7 +6,7 @@ One builder for both variants, whose Python API is the same where it is used her
     tensorrt        TensorRT proper: data-center and consumer GPUs; builds for the GPU at hand
 
 Networks are strongly typed: `graphs.py` declares every tensor's type and the builder keeps it, int8 included in a
-bundle of `flashcocos quantize` (`int8.py`). Each stage is built for every profile that is asked for, static by
+bundle of `flashcocos quantize` (`int8.py`). Each stage is built for every profile, static by
 default. What has been built is kept under a key of all that decides it (`runtime.gpu.store`) and not built again.
 
 Engines have been built with tensorrt-rtx 1.7 for sm 86, 89 and 120. The calls of the variant tensorrt are checked
@@ -327,9 +327,9 @@ def _check_targets(trt: Any, variant: str, architectures: Sequence[int]) -> None
                     f"{variant} {trt.__version__} builds for {_sms(known)}, not for sm_{architecture}; "
                     "use variant tensorrt on such a GPU"
                 )
-    elif tuple(architectures) != (here := (current_architecture(),)):
+    elif tuple(architectures) != (installed := (current_architecture(),)):
         raise BackendError(
-            f"tensorrt builds for the GPU at hand alone, {_sms(here)}, not for {_sms(architectures)}; "
+            f"tensorrt builds for the GPU at hand alone, {_sms(installed)}, not for {_sms(architectures)}; "
             "use variant tensorrt-rtx, or build on the GPU that is to run it"
         )
 

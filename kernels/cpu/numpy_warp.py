@@ -189,8 +189,8 @@ class _Strip:
             out[channel, target] = dense(self.acc[:, channel] / total)
         lse[target] = dense(self.maximum + np.log(total))
         if match is not None and self.index is not None:
-            found = self.index, 1 / total, np.log(total) - self.moment / total
-            for field, strip in zip(match, found, strict=True):
+            fields = self.index, 1 / total, np.log(total) - self.moment / total
+            for field, strip in zip(match, fields, strict=True):
                 field[target] = dense(strip)
 
 

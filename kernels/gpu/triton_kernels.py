@@ -120,7 +120,7 @@ def correlate(
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Patch dot products [BN, BM] of the queries `o_n` and keys `o_m`, before centring; finite outside the maps."""
+    """Patch dot products [BN, BM] of the queries `o_n` and keys `o_m`, before centering; finite outside the maps."""
     o_yq = o_n // width_q
     o_xq = o_n % width_q
     o_yk = o_m // width_k

@@ -10,7 +10,7 @@ does not come in torch's channels_last memory format.
 Precision: theta and phi are multiplied as they come, float16 and bfloat16 on tensor cores (from compute capability 80
 on), float32 by FMA (no tf32), and summed in float32; statistics, logits and softmax are float32. Weights meet the
 values in the values' dtype, summed in float32; so half maps may carry float32 values, at the cost of FMA there.
-Centring is algebraic: a map whose mean is r times its spread loses about r * r float32 roundings.
+Centering is algebraic: a map whose mean is r times its spread loses about r * r float32 roundings.
 
 Backward, with G = d loss / d (patch dot product), the reference's notation, and sums over the patch offsets k:
     d_theta(x) = sum over y of (sum over k of G(x - k, y - k)) phi(y) + theta(x) box(e)(x) - box(e mu + sum_j G nu)(x),

@@ -175,12 +175,14 @@ def kernel_names(config: ModelConfig, dtype: str) -> dict[str, str]:
 
 
 def available_kernels(sources: Sequence[Source], config: ModelConfig) -> dict[str, list[int]]:
-    """dtype -> architectures for which all of a model's kernels are there, by their names alone."""
-    found = [(match[1], int(match[2])) for source in sources for name in source.names() if (match := _match(name))]
+    """dtype -> architectures for which all of a model's kernels are available, by their names alone."""
+    files = [(match[1], int(match[2])) for source in sources for name in source.names() if (match := _match(name))]
     complete = {}
     for dtype in _ELEMENTS:
-        there = [{sm for kernel, sm in found if kernel == name} for name in kernel_names(config, dtype).values()]
-        if common := sorted(set.intersection(*there)):
+        architectures = [
+            {sm for kernel, sm in files if kernel == name} for name in kernel_names(config, dtype).values()
+        ]
+        if common := sorted(set.intersection(*architectures)):
             complete[dtype] = common
     return complete
 
@@ -194,18 +196,18 @@ def find_kernels(
     own alone. Raises `BackendError` naming those that exist and `remedy`, how to make others, and `BundleError` or
     `BackendError` for a description or cubin that cannot be used.
     """
-    there = available_kernels(sources, config)
+    available = available_kernels(sources, config)
     for dtype in dtypes:
-        if fitting := [sm for sm in there.get(dtype, ()) if _runs(sm, capability)]:
-            chosen = {
+        if fitting := [sm for sm in available.get(dtype, ()) if _runs(sm, capability)]:
+            cubins = {
                 part: _read(sources, name, max(fitting), dtype, config)
                 for part, name in kernel_names(config, dtype).items()
             }
-            return WarpKernels(dtype, **chosen)
-    known = "; ".join(f"{dtype} for {', '.join(f'sm_{sm}' for sm in sms)}" for dtype, sms in there.items())
-    asked = f"{' or '.join(dtypes)}, sm_{capability}, patch {config.patch}, C = {config.feature_channels}"
+            return WarpKernels(dtype, **cubins)
+    known = "; ".join(f"{dtype} for {', '.join(f'sm_{sm}' for sm in sms)}" for dtype, sms in available.items())
+    wanted = f"{' or '.join(dtypes)}, sm_{capability}, patch {config.patch}, C = {config.feature_channels}"
     raise BackendError(
-        f"no compiled warp kernels for {asked}, V = {config.warped_channels} in "
+        f"no compiled warp kernels for {wanted}, V = {config.warped_channels} in "
         f"{' or '.join(source.where for source in sources)} (there are: {known or 'none'}); {remedy}"
     )
 

@@ -20,7 +20,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -178,47 +178,41 @@ def find_engines(
 ) -> list[EngineRecord]:
     """The engines in `folder` that may run `bundle` here, at least one for each stage; static ones first.
 
-    precision: None for the fastest there is. Raises `BackendError` that names the first thing
-    that does not fit, what there is instead, and how to build what is asked for.
+    precision: None for the fastest available. Raises `BackendError` with the first thing that does not fit, what is
+    available instead, and how to build what is missing.
     """
     manifest = bundle.manifest
-    graphs = {stage: manifest.files[manifest.stages[stage].file].sha256 for stage in STAGES}
+    graphs = {manifest.files[manifest.stages[stage].file].sha256 for stage in STAGES}
     build = f"flashcocos build {bundle.path} --variant {variant} --target sm_{architecture}"
-    found = list_engines(folder)
-    if not found:
+    records = list_engines(folder)
+    if not records:
         raise BackendError(f"no TensorRT engines in {folder}; {build}")
-    steps: list[tuple[str, Any, Any]] = [
-        ("of this bundle (it was changed since they were built)", lambda key: key.graph_sha256, graphs.values()),
-        ("of these graphs by this flashcocos", lambda key: key.revision, (GRAPH_REVISION,)),
-        (f"of variant {variant}", lambda key: key.variant, (variant,)),
-        (f"of {variant} {version}, which is installed,", lambda key: key.version, (version,)),
-        (f"for architecture sm_{architecture}", lambda key: key.architectures, _Holds(architecture)),
+    steps: list[tuple[str, Callable[[EngineKey], Any], Callable[[Any], bool]]] = [
+        (
+            "of this bundle (it was changed since they were built)",
+            lambda key: key.graph_sha256,
+            lambda graph: graph in graphs,
+        ),
+        ("of these graphs by this flashcocos", lambda key: key.revision, lambda revision: revision == GRAPH_REVISION),
+        (f"of variant {variant}", lambda key: key.variant, lambda name: name == variant),
+        (f"of {variant} {version}, which is installed,", lambda key: key.version, lambda built: built == version),
+        (f"for architecture sm_{architecture}", lambda key: key.architectures, lambda built: architecture in built),
     ]
     if precision is not None:
-        steps.append((f"of precision {precision}", lambda key: key.precision, (precision,)))
+        steps.append((f"of precision {precision}", lambda key: key.precision, lambda built: built == precision))
         build += f" --precision {precision}"
-    for what, value, allowed in steps:
-        fitting = [record for record in found if value(record.key) in allowed]
+    for what, value, fits in steps:
+        fitting = [record for record in records if fits(value(record.key))]
         if not fitting:
-            there = ", ".join(sorted({_shown(value(record.key)) for record in found}))
-            raise BackendError(f"no TensorRT engine {what} in {folder}, only {there}; {build}")
-        found = fitting
-    for chosen in reversed(PRECISIONS):
-        complete = [record for record in found if record.key.precision == chosen]
+            available = ", ".join(sorted({_shown(value(record.key)) for record in records}))
+            raise BackendError(f"no TensorRT engine {what} in {folder}, only {available}; {build}")
+        records = fitting
+    for name in reversed(PRECISIONS):
+        complete = [record for record in records if record.key.precision == name]
         if {record.key.stage for record in complete} == set(STAGES):
             return sorted(complete, key=lambda record: (not record.key.profile.static, record.key.stem))
-    there = ", ".join(sorted(f"{record.key.stage} in {record.key.precision}" for record in found))
-    raise BackendError(f"no TensorRT engines of all stages in one precision in {folder}, only {there}; {build}")
-
-
-class _Holds:
-    """The lists of architectures that hold one of them."""
-
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-
-    def __contains__(self, architectures: Sequence[int]) -> bool:
-        return self.architecture in architectures
+    available = ", ".join(sorted(f"{record.key.stage} in {record.key.precision}" for record in records))
+    raise BackendError(f"no TensorRT engines of all stages in one precision in {folder}, only {available}; {build}")
 
 
 def _shown(value: Any) -> str:

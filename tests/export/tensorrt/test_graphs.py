@@ -12,7 +12,7 @@ from flashcocos.bundle import STAGES, Bundle
 from flashcocos.bundle.default_model import default_model_path
 from flashcocos.bundle.stages import axis_sizes, concrete_shape, stage_inputs, stage_tensors
 from flashcocos.errors import BackendError, BundleError
-from flashcocos.export.tensorrt import check as tensorrt_check
+from flashcocos.export.tensorrt import check
 from flashcocos.export.tensorrt.check import agreement, require_agreement
 from flashcocos.export.tensorrt.graphs import tensorrt_graph
 from flashcocos.export.tensorrt.memory_estimate import estimate
@@ -118,11 +118,11 @@ def test_float16_is_declared_with_islands_of_float32(config, stage):
 def test_the_shipped_model_keeps_its_picture(precision):
     found = agreement(Bundle(default_model_path()), precision, 128)
     print(f"{precision}: {found:.1f} dB")
-    assert found >= tensorrt_check.MIN_PSNR[precision]
+    assert found >= check.MIN_PSNR[precision]
 
 
 def test_too_little_agreement_is_refused(monkeypatch):
-    monkeypatch.setitem(tensorrt_check.MIN_PSNR, "float16", 200.0)
+    monkeypatch.setitem(check.MIN_PSNR, "float16", 200.0)
     with pytest.raises(BackendError, match=r"float16 gives \d+\.\d dB .* expected 200 or more; use precision float32"):
         require_agreement(Bundle(default_model_path()), "float16", 64)
 

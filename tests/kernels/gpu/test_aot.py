@@ -88,9 +88,9 @@ def compiled(tmp_path_factory):
     """The descriptions of all kernels: the warp of 48 channels everywhere, the rest once for each different tile."""
     folder = tmp_path_factory.mktemp("cubins")
     commands = [
-        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 75, 80, 90),
+        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, 90),
         ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 86, 89, 120, "--values", 48),
-        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 75, "--values", 151),
+        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 75, "--values", 3, 48, 151),
         ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, 90, 120, "--patch", 5, "--values", 3, 151),
         ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, "--values", 3, 48, 151, "--dtype", "float32"),
         ("-c", BACKWARD, folder),
@@ -159,8 +159,8 @@ def test_a_description_is_all_that_a_launch_needs(compiled):
 def test_the_grid_is_that_of_the_launch_from_python(height, width):
     blocks = configs.nine_tap_blocks(80, 2, 3, 256, 0)
     sizes = {"height_q": height, "width_q": width}
-    blocks = evaluate(aot._lanes_grid(blocks), sizes)
-    assert blocks == triton_nine_tap.query_tiles(height, width, configs.WHOLE_BAND, blocks.queries)
+    programs = evaluate(aot._lanes_grid(blocks), sizes)
+    assert programs == triton_nine_tap.query_tiles(height, width, configs.WHOLE_BAND, blocks.queries)
 
 
 def test_help_has_an_example():
