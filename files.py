@@ -45,8 +45,7 @@ def atomic_path(target: str | os.PathLike[str], *, directory: bool = False) -> I
         InputError: `target` is a folder where a file is expected or the reverse, a FIFO, a socket or a device.
     """
     target = Path(target)
-    if target.exists() and not (target.is_dir() if directory else target.is_file()):
-        raise InputError(f"{target} is {_kind(target)}; expected {'a folder' if directory else 'a file'} to write")
+    require_target(target, directory=directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target.parent.resolve())
     if directory:
@@ -83,6 +82,21 @@ def require_file(path: str | os.PathLike[str]) -> None:
     """
     if (kind := _kind(path)) != "a file":
         raise InputError(f"{path} is {kind}; expected a file" if kind else f"{path} does not exist")
+
+
+def require_target(path: str | os.PathLike[str], *, directory: bool = False) -> None:
+    """Refuse what cannot be written as a whole.
+
+    Args:
+        path: What is about to be written; nothing need be there.
+        directory: Whether it is to be a folder.
+
+    Raises:
+        InputError: `path` is a folder where a file is expected or the reverse, a FIFO, a socket or a device.
+    """
+    expected = "a folder" if directory else "a file"
+    if (kind := _kind(path)) not in (None, expected):
+        raise InputError(f"{path} is {kind}; expected {expected} to write")
 
 
 def require_distinct(output: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:

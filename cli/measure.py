@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..errors import InputError
-from ..files import require_distinct, require_file
+from ..files import require_distinct, require_file, require_target
 from ..runtime.options import CPU_BACKENDS
 from .arguments import BUNDLE, AddCommand, add_engine, add_threads, engine, names, show
 
@@ -59,6 +59,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     for path in filter(None, (options.pairs, *weights)):
         require_file(path)
     for output in filter(None, (options.output, options.sheet)):
+        require_target(output)  # before an hour of scoring
         folders = (options.labels, None if options.data == "avatars" else options.data)
         require_distinct(output, model, options.pairs, *weights, *folders)
     if options.output and options.sheet:
@@ -122,18 +123,19 @@ def _bench(options: argparse.Namespace) -> int:
         from ..benchmarks.speed.profiling import profile, report
 
         for size in options.size or [None]:
-            show(report(profile(bundle, size=size, repeats=options.repeats, threads=options.threads)))
+            show(report(profile(bundle, size=size, repeats=options.repeats, num_threads=options.threads)))
         return 0
     from ..benchmarks.speed.bundle import bench, table
 
     if options.output:
+        require_target(options.output)
         require_distinct(options.output, bundle)
     rows = bench(
         bundle,
         sizes=options.size,
         backends=options.backend,
         repeats=options.repeats,
-        threads=options.threads,
+        num_threads=options.threads,
         quick=options.quick,
         output=options.output,
         fresh=options.fresh,

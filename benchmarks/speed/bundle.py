@@ -33,7 +33,7 @@ def bench(
     sizes: Sequence[int] = (),
     backends: Sequence[str] = (),
     repeats: int = 5,
-    threads: int | None = None,
+    num_threads: int | None = None,
     quick: bool = False,
     output: str | os.PathLike[str] | None = None,
     fresh: bool = False,
@@ -45,7 +45,7 @@ def bench(
         sizes: Sides in pixels; the model's own by default.
         backends: Some of `CPU_BACKENDS`; all that are installed by default.
         repeats: Timed translations a case.
-        threads: CPU threads, 1 to 256; one a core by default.
+        num_threads: CPU threads, 1 to 256; one a core by default.
         quick: Take two minutes a size at the most, for which cases may be cut off, and add a batch of 4.
         output: JSON lines; a row is written there as soon as it is measured, and rows that are there are not measured
             again.
@@ -69,7 +69,7 @@ def bench(
     wanted = [case for size in sides for case in cases(size, backends, repeats=repeats, quick=quick)]
     known = [_case("onnxruntime", "float32", size) for size in sides]
     with tempfile.TemporaryDirectory() as folder:
-        assets = Assets(bundles={"model": os.fspath(bundle)}, references=folder, threads=threads)
+        assets = Assets(bundles={"model": os.fspath(bundle)}, references=folder, threads=num_threads)
         return run_cases(wanted, assets, output, known=known, fresh=fresh)
 
 

@@ -41,7 +41,7 @@ class StageProfile:
 
 
 def profile(
-    bundle: str | os.PathLike[str], *, size: int | None = None, repeats: int = 3, threads: int | None = None
+    bundle: str | os.PathLike[str], *, size: int | None = None, repeats: int = 3, num_threads: int | None = None
 ) -> list[StageProfile]:
     """Time each stage of a bundle in ONNX Runtime on the CPU, and the warp.
 
@@ -49,7 +49,7 @@ def profile(
         bundle: A folder or a .zip.
         size: Side in pixels; the model's own by default.
         repeats: Timed runs of each stage, after a warm-up.
-        threads: CPU threads, 1 to 256; one a core by default.
+        num_threads: CPU threads, 1 to 256; one a core by default.
 
     Returns:
         A profile of each stage, in their order.
@@ -65,7 +65,7 @@ def profile(
     side = resolve_size(config, size, ())[0]
     if repeats < 1:
         raise InputError(f"repeats: expected at least 1, got {repeats}")
-    EngineOptions(num_threads=threads)  # checks them
+    EngineOptions(num_threads=num_threads)  # checks them
     label, image, image_label = inputs(config, side)
     arrays: Arrays = {"label": load_label(config, label)[None], "image": load_image(image)[None]}
     if config.condition_on_label:
@@ -82,7 +82,7 @@ def profile(
                 took, arrays["warped"] = _repeated(warp, repeats)
                 profiles.append(StageProfile("warp", took, {}))
             else:
-                measured, outputs = _stage(opened, stage, stage_inputs(config, stage, arrays), repeats, threads)
+                measured, outputs = _stage(opened, stage, stage_inputs(config, stage, arrays), repeats, num_threads)
                 profiles.append(measured)
                 arrays |= outputs
             bar.update()
@@ -109,12 +109,14 @@ def report(profiles: Sequence[StageProfile]) -> str:
     return "\n\n".join(parts)
 
 
-def _stage(bundle: Bundle, stage: str, feeds: Arrays, repeats: int, threads: int | None) -> tuple[StageProfile, Arrays]:
+def _stage(
+    bundle: Bundle, stage: str, feeds: Arrays, repeats: int, num_threads: int | None
+) -> tuple[StageProfile, Arrays]:
     """The profile of one stage, and its outputs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = num_threads or 0
     options.enable_cpu_mem_arena = False  # as the runtime has it
     options.log_severity_level = 4
     options.enable_profiling = True

@@ -62,6 +62,7 @@ BAD_INPUTS = [
     (["evaluate", "no.zip", "--data", "avatars"], "no model bundle at no.zip"),
     (["evaluate", "file", "--data", "avatars", "--sheet", "file"], "output file would overwrite the input file"),
     (["evaluate", "avatars-128", "--data", "avatars", "-o", "a", "--sheet", "a"], "overwrite the input a"),
+    (["evaluate", "avatars-128", "--data", "avatars", "-o", "folder"], "folder is a folder; expected a file to write"),
     (["bench", "no.zip"], "no model bundle at no.zip"),
     (["bench", "avatars-128", "-o", "rows.txt"], "name the file *.jsonl"),
     (["bench", "--profile", "--quick"], "leave --quick out"),

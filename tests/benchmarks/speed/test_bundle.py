@@ -113,7 +113,7 @@ def test_bad_options(bundle: Path) -> None:
     with pytest.raises(InputError, match=r"rows.json: the rows are JSON lines; name the file \*.jsonl"):
         bench(bundle, output="rows.json")
     with pytest.raises(InputError, match=r"num_threads: expected .* 1 to 256, .*; got 100000"):
-        bench(bundle, threads=100_000)
+        bench(bundle, num_threads=100_000)
 
 
 def test_without_onnx_runtime_the_extra_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,13 +137,13 @@ def test_the_profile_tells_every_stage(bundle: Path, capsys: pytest.CaptureFixtu
     for stage in ("exemplar", "query", "warp", "coarse", "fine"):
         assert f"| {stage} | " in printed
     assert "| Conv | 1 | " in printed
-    found = profile(bundle, size=96, repeats=1, threads=1)
+    found = profile(bundle, size=96, repeats=1, num_threads=1)
     assert all(one.milliseconds > 0 for one in found)
     assert sum(took for _, took in found[0].operators.values()) < 2 * found[0].milliseconds
     with pytest.raises(InputError, match="repeats: expected at least 1, got 0"):
         profile(bundle, repeats=0)
     with pytest.raises(InputError, match=r"num_threads: expected .* 1 to 256, .*; got 0"):
-        profile(bundle, threads=0)
+        profile(bundle, num_threads=0)
 
 
 def test_the_profile_refuses_what_it_does_not_do(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
