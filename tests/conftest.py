@@ -36,6 +36,9 @@ SLOW = (
     "train/test_memory_estimate.py",
     "runtime/test_contract.py",
     "runtime/gpu/test_pipeline.py",
+    "bundle/test_default_model.py",
+    "benchmarks/quality/test_evaluate.py",
+    "kernels/test_corr_warp.py",
 )
 
 if not torch.cuda.is_available():
