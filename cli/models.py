@@ -129,11 +129,11 @@ def _add_export(command: AddCommand) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.single and options.aot:
+        raise InputError("--aot puts kernels into a bundle; --single writes one graph without any")
     require_file(options.model)
     require_distinct(options.output, options.model)
     if options.single:
-        if options.aot:
-            raise InputError("--aot puts kernels into a bundle; --single writes one graph without any")
         from ..export.single import export_single
 
         show(export_single(options.model, options.output, precision=options.precision, license=options.license))

@@ -15,7 +15,7 @@ from onnx import ModelProto, numpy_helper
 import flashcocos
 from flashcocos.bundle import STAGES, Bundle
 from flashcocos.bundle.stages import check_stages
-from flashcocos.errors import CheckpointError, InputError
+from flashcocos.errors import InputError
 from flashcocos.export import bundle as export_module
 from flashcocos.export.bundle import export_bundle
 from flashcocos.files import sha256
@@ -57,7 +57,7 @@ def test_exporting_again_replaces_and_gives_the_same_bytes(make_bundle: MakeBund
 def test_bad_requests_leave_nothing(tmp_path: Path, shared_graphs: None) -> None:
     with pytest.raises(InputError, match="precision 'bfloat16' is unknown; expected one of float32, float16"):
         export_bundle(model_file(CLASSES), tmp_path / "bundle", precision="bfloat16")
-    with pytest.raises(CheckpointError, match=r"absent\.safetensors"):
+    with pytest.raises(InputError, match=r"absent\.safetensors"):
         export_bundle(tmp_path / "absent.safetensors", tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()

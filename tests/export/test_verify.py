@@ -174,7 +174,7 @@ def test_a_stage_of_another_configuration(make_bundle: MakeBundle) -> None:
     [
         ({"sizes": ((256, 250),)}, r"size \(256, 250\): expected multiples of 32"),
         ({"sizes": ((32, 64),)}, "64 at least"),
-        ({"sizes": ()}, "one of each at least"),
+        ({"sizes": ()}, "at least one of each"),
         ({"batches": (1, 0)}, "batches from 1"),
     ],
 )
