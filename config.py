@@ -7,6 +7,7 @@ README). Sizes are not part of a network: every graph takes any height and width
 from __future__ import annotations
 
 import json
+import typing
 from typing import Any, TypeVar
 
 import msgspec
@@ -38,15 +39,34 @@ def from_fields(kind: type[T], fields: Any, root: str = "") -> T:
         InputError: a field is missing, unknown, of the wrong type or out of range; the message starts with its path.
     """
     try:
-        return msgspec.convert(fields, kind)
-    except msgspec.ValidationError as error:
-        text, _, where = str(error).partition(" - at `$")
-        path = (root + where.rstrip("`")).lstrip(".")
-        if isinstance(error.__cause__, InputError):  # raised by a __post_init__, which names the field itself
-            raise InputError(f"{path}.{error.__cause__}".lstrip(".")) from error
-        raise InputError(f"{path}: {text[0].lower()}{text[1:]}".lstrip(": ")) from error
+        try:
+            return msgspec.convert(fields, kind)
+        except msgspec.ValidationError as error:
+            raise InputError(_explain(error, kind, fields, root)) from error
     except RecursionError as error:
         raise InputError(f"{root or kind.__name__}: nested too deeply") from error
+
+
+def _explain(error: msgspec.ValidationError, kind: Any, fields: Any, root: str) -> str:
+    """msgspec's "Expected `int` >= 1 - at `$.run.batch`", with the path first, and the value and the choices."""
+    text, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`")
+    name = (root + path).lstrip(".")
+    if isinstance(error.__cause__, InputError):  # raised by a __post_init__, which names the field itself
+        return f"{name}.{error.__cause__}".lstrip(".")
+    text = text.replace("`", "")
+    if "[" in path:  # msgspec does not say which entry it is
+        return f"{name}: {text[0].lower()}{text[1:]}"
+    for key in filter(None, path.split(".")):
+        kind, fields = typing.get_type_hints(kind)[key], fields[key]
+    if "unknown field" in text:
+        return f"unknown key {f'{name}.' if name else ''}{text.split()[-1]}; known: {', '.join(kind.__struct_fields__)}"
+    if "missing required field" in text:
+        return f"{f'{name}.' if name else ''}{text.split()[-1]} is missing"
+    expected = text.removeprefix("Expected ").partition(", got")[0].replace("object", "a mapping")
+    if typing.get_origin(kind) is typing.Literal:
+        expected = f"one of {', '.join(typing.get_args(kind))}"
+    return f"{name or root or kind.__name__}: expected {expected}, got {fields!r:.60}"
 
 
 def is_side(value: object) -> bool:

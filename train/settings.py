@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from ..config import ModelConfig
+from ..config import ModelConfig, from_fields
 from ..errors import InputError
 from .losses import LossWeights
 from .supervised import SupervisedWeights
@@ -207,16 +206,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             InputError: a key is unknown, or a value has the wrong type, is out of range or contradicts another.
         """
         preset, fields = _table(tables, "model")
-        model = ModelConfig.from_dict((msgspec.to_builtins(ModelConfig.preset(preset)) if preset else {}) | fields)
+        model = (msgspec.to_builtins(ModelConfig.preset(preset)) if preset else {}) | fields
         preset, fields = _table(tables, "loss")
         loss = (msgspec.to_builtins(LossWeights.preset(preset)) if preset else {}) | fields
-        tables = {**tables, "model": model, "loss": loss}
-        try:
-            return msgspec.convert(tables, cls)
-        except msgspec.ValidationError as error:
-            if isinstance(error.__cause__, InputError):  # of `__post_init__`
-                raise error.__cause__ from None
-            raise _explained(error, tables) from error
+        return from_fields(cls, {**tables, "model": model, "loss": loss})
 
     def described(self) -> dict[str, Any]:
         """These settings for the provenance of a model: of a path its last part alone, for models are given away."""
@@ -291,24 +284,8 @@ def _table(tables: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:
     """The preset of the table `name`, "" for none, and its other keys."""
     table = tables.get(name, {})
     if not isinstance(table, dict):
-        raise InputError(f"{name}: expected a table, got {table!r}")
+        raise InputError(f"{name}: expected a mapping, got {table!r}")
     preset = table.get("preset", "")
     if not isinstance(preset, str):
         raise InputError(f"{name}.preset: expected a string, got {preset!r}")
     return preset, {key: value for key, value in table.items() if key != "preset"}
-
-
-def _explained(error: msgspec.ValidationError, tables: Mapping[str, Any]) -> InputError:
-    """msgspec's "Expected `int` >= 1 - at `$.run.batch`" with the value and the choices."""
-    text, _, path = str(error).partition(" - at `$.")
-    keys = path.rstrip("`").split(".") if path else []
-    kind, value = Settings, tables
-    for key in keys:
-        kind, value = typing.get_type_hints(kind)[key], value[key]
-    if "unknown field" in text:
-        unknown = ".".join([*keys, text.split("`")[1]])
-        return InputError(f"unknown key {unknown}; known: {', '.join(kind.__struct_fields__)}")
-    expected = text.removeprefix("Expected ").partition(", got")[0].replace("`", "").replace("object", "a table")
-    if choices := typing.get_args(kind):
-        expected = f"one of {', '.join(choices)}"
-    return InputError(f"{'.'.join(keys)}: expected {expected}, got {value!r}")
