@@ -128,7 +128,7 @@ def _psutil() -> Any:
     try:
         import psutil
     except ImportError as error:
-        raise BackendError("the package psutil is missing; pip install 'flashcocos[bench]'") from error
+        raise BackendError("the package psutil is missing; pip install 'flashcocos[cpu]'") from error
     return psutil
 
 

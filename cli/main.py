@@ -37,7 +37,7 @@ _EXTRAS = {
     "tomli": "train",
     "h5py": "hed",
     "torchmetrics": "eval",
-    "psutil": "bench",
+    "psutil": "cpu",
 }
 _COMMAND_EXTRAS = {"train": "train", "pairs": "train", "evaluate": "eval"}  # each brings all that its command needs
 

@@ -59,7 +59,7 @@ def bench(
         BackendError: ONNX Runtime, which all others are compared with, or psutil is missing.
     """
     if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendError("bench compares with ONNX Runtime, which is missing; pip install 'flashcocos[cpu,bench]'")
+        raise BackendError("bench compares with ONNX Runtime, which is missing; pip install 'flashcocos[cpu]'")
     config = Bundle(bundle).manifest.config
     if repeats < 1:
         raise InputError(f"repeats: expected at least 1, got {repeats}")
