@@ -161,7 +161,10 @@ def _class_of_code() -> np.ndarray:
 
 
 def _missing(package: str) -> BackendError:
-    return BackendError(f"the avatars data set needs the package {package}: pip install 'flashcocos[avatars]'")
+    return BackendError(
+        f"the avatars data set needs the package {package}: pip install 'flashcocos[avatars]' to train on it, "
+        "'flashcocos[eval]' to evaluate"
+    )
 
 
 def _module(name: str, package: str) -> Any:
