@@ -75,7 +75,7 @@ class GpuPipeline:
         self._busy: Workspace | None = None  # not to be evicted
 
     def encode(self, inputs: Mapping[str, npt.NDArray[Any]]) -> tuple[FloatArray, FloatArray]:
-        """See `Pipeline.encode`."""
+        """phi and values of one exemplar, from the inputs of its stage."""
         height, width = inputs["image"].shape[2:]
         with self._running():
             shape = (self._batch(("exemplar",), 1, height, width), height, width)
@@ -93,7 +93,7 @@ class GpuPipeline:
         return outputs["phi"], outputs["values"]
 
     def render(self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar]) -> list[PipelineOutput]:
-        """See `Pipeline.render`. Items whose exemplars have one size run together, as many as the engines take."""
+        """A result for each label; items whose exemplars have one size run together, as many as the engines take."""
         height, width = label.shape[-2:]
         by_size: dict[tuple[int, int], list[int]] = {}
         for index, exemplar in enumerate(exemplars):
@@ -110,14 +110,14 @@ class GpuPipeline:
         return [results[index] for index in range(len(label))]
 
     def describe(self) -> dict[str, EngineInfo]:
-        """See `Pipeline.describe`."""
+        """What runs each stage, and the warp."""
         stages = {stage: self._engines[stage].describe() for stage in STAGES}
         kernels = self._warp.kernels
         warp = EngineInfo(f"cubins for {kernels.architectures}", "flashcocos", "cuda", kernels.dtype, kernels.dtype)
         return {**stages, "warp": warp}
 
     def close(self) -> None:
-        """See `Pipeline.close`."""
+        """Free everything; a running translation finishes."""
         with self._lock:
             if self._closed:
                 return
