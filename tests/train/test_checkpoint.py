@@ -113,7 +113,7 @@ def test_another_configuration_does_not_fit(model_file: Path) -> None:
         ({"format_version": "2"}, "format version '2' is unknown"),
         ({"config": "{"}, "metadata is damaged"),
         ({"config": None}, "metadata is damaged"),
-        ({"config": '{"task": "x"}'}, "missing required field `label_kind`"),
+        ({"config": '{"task": "x"}'}, "config.label_kind is missing"),
         ({"config": "[" * 100_000}, "metadata is damaged"),
         ({"provenance": "{"}, "metadata is damaged"),
         ({"provenance": "[]"}, "provenance is not a JSON object"),
