@@ -83,24 +83,26 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "channels": the label is `label_channels` planes of float32 in [0, 1].
     label_channels: classes or planes of the label (upstream's semantic_nc), 1 to 255.
     image_size: side in pixels the network was trained at; the runtime resizes to it unless told otherwise.
-    ngf: base width of the generator; its widest layer has 16 ngf channels.
+    ngf: base width of the generator; its widest layer has 16 ngf channels, but no more than `max_channels`.
     nef: base width of the domain adaptors; their widest layer has 8 nef channels.
     feature_channels: channels C of the adaptor's output and of theta and phi.
     spade_hidden: channels of the hidden layer in every SPADE block.
     residual_blocks: residual blocks between the adaptors and theta/phi.
     adaptor_kernel: 3 or 4, the kernel size of the adaptors' two strided convolutions.
-    down_scale: image pixels per correspondence position, along each axis: 4.
+    warp_stride: image pixels per correspondence position, along each axis: 4, as in every published task, 2 or 1. The
+        features are a quarter of the image's size; below 4 a detail path from the full-size planes refines them.
     patch: side of the patch that is correlated: 1, 3 or 5.
     temperature: softmax temperature of the warp.
     condition_on_label: whether the label joins the features before theta and phi (the exemplar then needs its label).
     warp_upsampling: how the warp reaches the image's size: "nearest" or "bilinear" (3 warped values a position), or
-        "pixel_shuffle" (3 * down_scale**2 values a position, laid out as pixels).
+        "pixel_shuffle" (3 * warp_stride**2 values a position, laid out as pixels).
     attention: whether the generator has its self-attention block.
     position_frequencies: sine and cosine pairs per axis, of 1, 2, 4 ... half turns an image, that join the features
         before theta and phi, so that equal positions can attract each other; 0, as upstream, for none. 0 to 6.
     warp_residual: whether the output starts from the warped exemplar and its mean color in each class of the label,
         which a predicted mask blends and a predicted correction completes; the means also join the generator's
         condition. Upstream has none; region-wise pooling of a style is from arXiv 1911.12861, section 3.2.
+    max_channels: channels of the generator's widest layers at most.
     """
 
     task: str
@@ -113,7 +115,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spade_hidden: int = 128
     residual_blocks: int = 4
     adaptor_kernel: int = 3
-    down_scale: int = 4
+    warp_stride: int = 4
     patch: int = 3
     temperature: float = 0.01
     condition_on_label: bool = True
@@ -121,6 +123,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attention: bool = True
     position_frequencies: int = 0
     warp_residual: bool = False
+    max_channels: int = 1024
 
     def __post_init__(self) -> None:
         self._require("task", self.task.isidentifier(), "a name of letters, digits and underscores")
@@ -129,11 +132,11 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         size_ok = is_side(self.image_size) and self.image_size <= MAX_SIDE
         self._require("image_size", size_ok, f"a multiple of {SIZE_MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}")
         self._require("position_frequencies", 0 <= self.position_frequencies <= 6, "0 to 6")
-        for name in ("ngf", "nef", "feature_channels", "spade_hidden"):
+        for name in ("ngf", "nef", "feature_channels", "spade_hidden", "max_channels"):
             self._require(name, 1 <= getattr(self, name) <= 4096, "1 to 4096")
         self._require("residual_blocks", 0 <= self.residual_blocks <= 64, "0 to 64")
         self._require("adaptor_kernel", self.adaptor_kernel in (3, 4), "3 or 4")
-        self._require("down_scale", self.down_scale == 4, "4 (the adaptors halve the image twice)")
+        self._require("warp_stride", self.warp_stride in (1, 2, 4), "4, 2 or 1")
         self._require("patch", self.patch in (1, 3, 5), "1, 3 or 5")
         self._require("temperature", 1e-4 <= self.temperature <= 100.0, "0.0001 to 100")
         self._require("warp_upsampling", self.warp_upsampling in WARP_UPSAMPLINGS, f"one of {WARP_UPSAMPLINGS}")
@@ -144,8 +147,12 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def warped_channels(self) -> int:
-        """Values V that the warp carries per position: 3 colors, or the 3 * down_scale**2 pixels of a patch."""
-        return 3 * self.down_scale**2 if self.warp_upsampling == "pixel_shuffle" else 3
+        """Values V that the warp carries per position: 3 colors, or the 3 * warp_stride**2 pixels of a patch."""
+        return 3 * self.warp_stride**2 if self.warp_upsampling == "pixel_shuffle" else 3
+
+    def generator_channels(self, multiple: int) -> int:
+        """Channels of the generator's layer that has `multiple` * ngf of them where the limit allows."""
+        return min(multiple * self.ngf, self.max_channels)
 
     def to_json(self) -> str:
         """This configuration as a JSON object."""

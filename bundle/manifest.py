@@ -7,7 +7,7 @@ Nothing is ever extracted to disk.
 Stages of a translation, each an ONNX graph with dynamic batch, height and width (label_map = uint8 class ids
 `(batch, height, width)` for "classes", float32 planes `(batch, label_channels, height, width)` for "channels"):
 
-    query      label                        -> theta (batch, C, h, w) float32, h = height / 4
+    query      label                        -> theta (batch, C, h, w) float32, h = height / warp_stride
     exemplar   image (+ label if mixing)    -> phi (batch, C, h, w), values (batch, V, h, w) float32
     coarse     warped (batch, V, h, w), label -> features (batch, F, height / 2, width / 2) float32
     fine       features, warped, label       -> image, warped_image (batch, 3, height, width) in [-1, 1]
@@ -37,7 +37,7 @@ from ..errors import BundleError, InputError
 from ..files import atomic_path
 
 FORMAT = "flashcocos-bundle"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 STAGES = ("query", "exemplar", "coarse", "fine")
 # in which the weights are stored, "int8" those of the generator; graphs take and give float32

@@ -25,7 +25,7 @@ def stage_tensors(config: ModelConfig) -> dict[str, tuple[tuple[TensorSpec, ...]
 
     exemplar = (TensorSpec("image", "float32", image),)
     # between the halves of the synthesis: the second can make a part of the picture alone
-    between = TensorSpec("features", "float32", ("batch", 4 * config.ngf, "half_height", "half_width"))
+    between = TensorSpec("features", "float32", ("batch", config.generator_channels(4), "half_height", "half_width"))
     means = (TensorSpec("means", "float32", ("batch", config.label_channels, 3)),) if config.warp_residual else ()
     warped = features("warped", config.warped_channels)
     return {
@@ -52,7 +52,7 @@ def stage_inputs(
 
 def axis_sizes(config: ModelConfig, batch: int, height: int, width: int) -> dict[str, int]:
     """The named axes of `stage_tensors` in numbers, for images of height x width."""
-    scale = config.down_scale
+    scale = config.warp_stride
     return {
         "batch": batch,
         "height": height,

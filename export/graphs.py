@@ -160,7 +160,7 @@ def _replace(graph: GraphProto, nodes: list[NodeProto], initializers: list[Tenso
 def _axes(config: ModelConfig) -> dict[str, torch.export.Dim]:
     # one symbol per image axis, so that the exporter knows every side to be a multiple of SIZE_MULTIPLE
     rows, columns = torch.export.Dim("rows", min=2, max=4096), torch.export.Dim("columns", min=2, max=4096)
-    quarter = SIZE_MULTIPLE // config.down_scale
+    quarter = SIZE_MULTIPLE // config.warp_stride
     return {
         "batch": torch.export.Dim("batch", min=1, max=4096),
         "height": SIZE_MULTIPLE * rows,

@@ -86,19 +86,25 @@ class _Query(_Stage):
     def __init__(self, model: CoCosNet) -> None:
         super().__init__(model)
         self.sparse(self.model.correspondence.label_adaptor)
+        if (detail := self.model.correspondence.label_detail) is not None:
+            self.sparse(detail)
 
     def forward(self, label: Tensor) -> Tensor:
         correspondence, label = self.model.correspondence, self.read(label)
         self.find(label)
-        mixed = self.every_plane(quarter(label))
-        return correspondence.query(correspondence.label_adaptor(self.planes(label)), mixed)
+        mixed, planes = self.every_plane(quarter(label)), self.planes(label)
+        return correspondence.query(correspondence.label_adaptor(planes), mixed, planes)
 
 
 class _Exemplar(_Stage):
     def forward(self, image: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        correspondence = self.model.correspondence
-        mixed = None if label is None else self.every_plane(quarter(self.read(label)))
-        return correspondence.key(correspondence.image_adaptor(image), mixed), self.model.warp_values(image)
+        correspondence, mixed, planes = self.model.correspondence, None, image
+        if label is not None:
+            label = self.read(label)
+            mixed = self.every_plane(quarter(label))
+            if correspondence.image_detail is not None:
+                planes = torch.cat([image, self.every_plane(label)], 1)
+        return correspondence.key(correspondence.image_adaptor(image), mixed, planes), self.model.warp_values(image)
 
 
 class _Coarse(_Stage):

@@ -27,7 +27,7 @@ class Exemplar:
     """An encoded exemplar; constant, so that it can serve many translations and threads at once.
 
     Attributes:
-        phi: features (1, C, h, w) float32, read-only, of h = height / 4 and w = width / 4 positions.
+        phi: features (1, C, h, w) float32, read-only, of h x w positions, h = height / warp_stride.
         values: what the warp carries (1, V, h, w) float32, read-only.
         size: (height, width) in pixels of the picture as it was encoded.
         model: SHA-256 of the graph that encoded it; another model cannot use it.

@@ -36,7 +36,7 @@ _log = logging.getLogger("flashcocos.runtime")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Translation:
-    """One result, of height H and width W, with h = H / 4 and w = W / 4 positions of correspondence.
+    """One result, of height H and width W, with a map of h x w positions of correspondence, h = H / warp_stride.
 
     Attributes:
         image: the translated picture, (H, W, 3) uint8.
@@ -238,7 +238,7 @@ class Translator:
 
     def _positions(self, index: npt.NDArray[np.int64], exemplar: Exemplar) -> FloatArray:
         y, x = np.divmod(index, exemplar.phi.shape[3])
-        return ((np.stack([x, y], axis=-1) + 0.5) * self.config.down_scale).astype(np.float32)
+        return ((np.stack([x, y], axis=-1) + 0.5) * self.config.warp_stride).astype(np.float32)
 
     def _label(self, source: LabelSource, size: Size) -> npt.NDArray[Any]:
         planes = load_label(self.config, source)

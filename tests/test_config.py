@@ -43,7 +43,7 @@ def test_preset_with_changes() -> None:
         ({"ngf": 0}, "config.ngf: expected 1 to 4096, got 0"),
         ({"residual_blocks": -1}, "residual_blocks"),
         ({"adaptor_kernel": 5}, "adaptor_kernel: expected 3 or 4"),
-        ({"down_scale": 8}, "down_scale"),
+        ({"warp_stride": 8}, "warp_stride"),
         ({"patch": 2}, "patch: expected 1, 3 or 5, got 2"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import InputError
 from .data import PairData
+from .data.hand_drawn import hand_drawn
 from .settings import Settings
 
 _PICTURES, _LABELS = ("image", "exemplar"), ("label", "exemplar_label")
@@ -125,16 +126,19 @@ class Steps(Dataset[list[Batch]]):
         )
 
     def _augment(self, planes: dict[str, Tensor], step: int, mine: slice) -> None:
-        """Mirror whole samples and permute their colors, then halve them, as the settings ask for."""
+        """Mirror whole samples, permute colors, repaint labels, then halve the samples, as the settings ask for."""
         settings, generator = self.settings, _generator(self.settings.run.seed + 1, step)
         # drawn for the batch of all processes, of which this one uses its own rows
-        draws = torch.rand(settings.run.batch, 5, generator=generator)[mine]
+        draws = torch.rand(settings.run.batch, 6, generator=generator)[mine]
         mirrored, recolored = draws[:, 0] < settings.data.mirror, draws[:, 1] < settings.data.recolor
         for name in (*_PICTURES, *_LABELS):
             planes[name][mirrored] = planes[name][mirrored].flip(-1)
-        colors = torch.where(recolored[:, None], draws[:, 2:].argsort(1), torch.arange(3))
+        colors = torch.where(recolored[:, None], draws[:, 2:5].argsort(1), torch.arange(3))
         for name in _PICTURES:
             planes[name] = planes[name][torch.arange(len(colors))[:, None], colors]
+        for place in (draws[:, 5] < settings.data.hand_drawn).nonzero()[:, 0].tolist():
+            label = hand_drawn(planes["label"][place].numpy(), seed=step * settings.run.batch + mine.start + place)
+            planes["label"][place] = torch.from_numpy(label)
         if step < settings.schedule.low_res_steps:
             for name in _PICTURES:
                 planes[name] = F.avg_pool2d(planes[name], 2)

@@ -25,7 +25,7 @@ from .networks import CoCosNet
 from .networks.layers import folded_state
 
 FORMAT = "flashcocos-model"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 # what torch.load raises for damaged files, seen on thousands of randomly altered ones
 _LOAD_ERRORS = (
     OSError,

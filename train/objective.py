@@ -26,7 +26,7 @@ class GeneratorPass(NamedTuple):
     terms: dict[str, Tensor]
     image: Tensor  # (B, 3, H, W)
     warped_image: Tensor  # (B, 3, H, W)
-    carried: Tensor | None  # (B, K, H/4, W/4): `carry`, warped as the exemplar is
+    carried: Tensor | None  # (B, K, h, w): `carry`, warped as the exemplar is
 
 
 def generator_pass(
@@ -46,7 +46,7 @@ def generator_pass(
         vgg: the frozen feature network; None where no term needs it.
         weights: of the terms.
         batch: the samples.
-        carry: planes (B, K, H/4, W/4) to warp along with the exemplar.
+        carry: planes (B, K, h, w) to warp along with the exemplar.
         backend: of `corr_warp`.
 
     Returns:
@@ -57,18 +57,18 @@ def generator_pass(
     label, exemplar_label = model.label_planes(batch.label), model.label_planes(batch.exemplar_label)
     terms = {}
     features = model.correspondence.label_adaptor(label)
-    theta = model.correspondence.query(features, label)
+    theta = model.correspondence.query(features, label, label)
     phi, values = model.encode_exemplar(batch.exemplar, exemplar_label)
     if weights.domain:
         terms["domain"] = losses.domain_alignment(features, model.correspondence.image_adaptor(batch.image))
-    planes = [values]
+    planes, stride = [values], config.warp_stride
     if weights.warp_mask:
-        planes.append(subsample(exemplar_label, 4))
+        planes.append(subsample(exemplar_label, stride))
     if carry is not None:
         planes.append(carry)
     warped, *others = warp(theta, phi, torch.cat(planes, 1)).split([part.shape[1] for part in planes], 1)
     if weights.warp_mask:
-        terms["warp_mask"] = losses.warp_mask(others[0], subsample(label, 4), subsample(exemplar_label, 4))
+        terms["warp_mask"] = losses.warp_mask(others[0], subsample(label, stride), subsample(exemplar_label, stride))
     if weights.warp_cycle:
         terms["warp_cycle"] = losses.warp_cycle(warp(phi, theta, warped), values)
     if weights.warp_two_cycle:

@@ -50,6 +50,7 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         hard_share, flip, load_size: of photos, as in `PhotoOptions`; load_size 0 for 286 / 256 of the model's size.
         count, cache: of the avatars, the number of pairs, 0 for all, and the folder that keeps them.
         mirror, recolor: chances of mirroring a whole sample and of permuting its red, green and blue.
+        hand_drawn: share of the samples whose label is painted anew as if by hand (`data.hand_drawn`).
     """
 
     kind: Literal["avatars", "photos"] = "photos"
@@ -66,6 +67,7 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache: str = ""
     mirror: Share = 0.0
     recolor: Share = 0.0
+    hand_drawn: Share = 0.0
 
 
 class OptimizerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -177,6 +179,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.perceptual == "none":
             off = msgspec.structs.replace(self.loss, pseudo_features=0.0, perceptual=0.0, contextual=0.0)
             msgspec.structs.force_setattr(self, "loss", off)
+        if self.data.hand_drawn and self.model.label_kind != "classes":
+            raise InputError(f"data.hand_drawn repaints class ids; labels of {self.model.task} are planes: set it to 0")
         if self.loss.discriminator_features and not self.loss.adversarial:
             raise InputError(
                 "loss.discriminator_features needs loss.adversarial, which trains the discriminator; give both or none"

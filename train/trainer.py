@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import CheckpointError, FlashcocosError
+from ..errors import CheckpointError, FlashcocosError, InputError
 from ..files import atomic_path, require_file
 from .batches import Batch, Steps, open_data
 from .checkpoint import load_model, save_model
@@ -40,11 +40,12 @@ from .logger import TrainLogger
 from .losses import LossWeights
 from .networks import CoCosNet, Discriminator, Vgg19, initialize, spectral
 from .networks.correspondence import ResidualBlock
+from .networks.growth import GROWABLE, grown_state
 from .networks.layers import SpadeBlock, add_spectral_norm, folded_state
 from .networks.vgg_weights import load_features
 from .objective import GeneratorPass, discriminator_pass, generator_pass
 from .settings import FRESH, Settings, read_settings
-from .supervised import quarter, supervised_terms
+from .supervised import class_shares, supervised_terms
 
 CHECKPOINT, MODEL, SETTINGS = "checkpoint.pt", "model.safetensors", "settings.toml"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -143,7 +144,8 @@ class GeneratorStep(nn.Module):
         label, exemplar_label = (self.model.label_planes(x) for x in (batch.label, batch.exemplar_label))
         batch = batch._replace(label=label, exemplar_label=exemplar_label)
         weights = self.settings.supervised
-        carry = quarter(exemplar_label) if weights.label else None
+        stride = self.model.config.warp_stride
+        carry = class_shares(exemplar_label, stride) if weights.label else None
         result = generator_pass(self.model, *self.frozen, self.settings.loss, batch, carry, self.warp)
         image, warped_image = result.image.float(), result.warped_image.float()
         with torch.autocast(label.device.type, enabled=False):  # sums over a picture leave the range of float16
@@ -432,7 +434,10 @@ class Trainer:
 
 
 def start_model(settings: Settings) -> CoCosNet:
-    """The model with the weights that `settings.init` asks for; `CheckpointError` for a file of another network."""
+    """The model with the weights that `settings.init` asks for; `CheckpointError` for a file of another network.
+
+    A file of a network that is narrower, or whose map is coarser, grows into it.
+    """
     model = CoCosNet(settings.model)
     if settings.init == "upstream":
         initialize(model)
@@ -442,11 +447,14 @@ def start_model(settings: Settings) -> CoCosNet:
         loaded = load_model(settings.init)
         given, wanted = (msgspec.structs.asdict(config) for config in (loaded.config, settings.model))
         for name in given:
-            if name not in ("task", "image_size") and given[name] != wanted[name]:
+            if name not in ("task", "image_size", *GROWABLE) and given[name] != wanted[name]:
                 raise CheckpointError(
                     f"{settings.init}: its {name} is {given[name]!r}, expected model.{name}, {wanted[name]!r}"
                 )
-        model.load_state_dict(loaded.state_dict())
+        try:
+            model.load_state_dict(grown_state(model.state_dict(), loaded.state_dict()))
+        except InputError as error:
+            raise CheckpointError(f"{settings.init} cannot grow into the model of these settings: {error}") from error
     if settings.optimizer.spectral_norm:
         # after the weights, so that the estimates start from them
         add_spectral_norm(model)

@@ -18,7 +18,6 @@ from ...errors import BackendError, InputError
 from ...preprocess import images
 from ...preprocess.images import FloatArray, UInt8Array
 
-STEP = 4  # pixels per correspondence position, along each axis
 PATCH, PATCHES = 7, 128  # side of a patch, and patches of an image at each level
 DIRECTIONS = 512
 SMALLEST_LEVEL = 16
@@ -85,20 +84,21 @@ def correspondence_accuracy(label: Ids, exemplar_label: Ids, matches: npt.NDArra
     Args:
         label: Ids (H, W).
         exemplar_label: Ids (H, W).
-        matches: For each position (H / 4, W / 4) the flat index of the exemplar's position that it matches best.
+        matches: For each position (h, w) of the map the flat index of the exemplar's position that it matches best.
         classes: Number of classes.
 
     Returns:
-        0 to 1. A position's class is the most frequent of its 4 x 4 pixels, the lowest among equals.
+        0 to 1. A position's class is the most frequent of its pixels, the lowest among equals.
     """
-    fetched = coarse_label(exemplar_label, classes).ravel()[matches]
-    return float((coarse_label(label, classes) == fetched).mean())
+    stride = len(label) // len(matches)
+    fetched = coarse_label(exemplar_label, classes, stride).ravel()[matches]
+    return float((coarse_label(label, classes, stride) == fetched).mean())
 
 
-def coarse_label(label: Ids, classes: int) -> npt.NDArray[np.int64]:
-    """The most frequent class (H / 4, W / 4) of each 4 x 4 pixels."""
+def coarse_label(label: Ids, classes: int, stride: int) -> npt.NDArray[np.int64]:
+    """The most frequent class (H / stride, W / stride) of each stride x stride pixels."""
     height, width = label.shape
-    blocks = label.reshape(height // STEP, STEP, width // STEP, STEP)
+    blocks = label.reshape(height // stride, stride, width // stride, stride)
     counts = (blocks[..., None] == np.arange(classes)).sum((1, 3))
     coarse: npt.NDArray[np.int64] = counts.argmax(-1)
     return coarse

@@ -27,7 +27,7 @@ class Prediction:
     Attributes:
         image: uint8 (H, W, 3).
         warped: The warped exemplar, uint8 (H, W, 3).
-        matches: For each position (H / 4, W / 4) the flat index of the exemplar's position that it matches best.
+        matches: For each position (h, w) of the map the flat index of the exemplar's position that it matches best.
     """
 
     image: UInt8Array
@@ -55,7 +55,7 @@ class BundlePredictor:
         label = item["exemplar_label"] if self.config.condition_on_label else None
         exemplar = self.translator.encode_exemplar(to_uint8(item["exemplar"]), label, (height, width))
         result = self.translator.translate(item["label"], exemplar, (height, width))
-        step = self.config.down_scale
+        step = self.config.warp_stride
         x, y = np.moveaxis(result.matches.astype(np.int64) // step, -1, 0)
         return Prediction(result.image, result.warped, y * (width // step) + x)
 

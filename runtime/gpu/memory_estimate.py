@@ -83,7 +83,7 @@ def estimate_memory(
             )
         engines[stage] = fitting[0]
     warp = WarpTensors.of(config, engines["query"].key.precision)
-    shape, feature_map = (batch, height, width), (height // config.down_scale, width // config.down_scale)
+    shape, feature_map = (batch, height, width), (height // config.warp_stride, width // config.warp_stride)
     fine = device_tensors(config, "fine", uint8_output=True)
     stages, keys, results, parts = translate_tensors(config, warp, fine, shape, feature_map, tile)
     encoding = [

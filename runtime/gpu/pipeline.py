@@ -163,7 +163,7 @@ class GpuPipeline:
         pinned = workspace.pinned
         if "invalid" in pinned:
             self._require_finite("fine", "image", not pinned["invalid"].any())
-        query_map = shape[1] // self._config.down_scale, shape[2] // self._config.down_scale
+        query_map = shape[1] // self._config.warp_stride, shape[2] // self._config.warp_stride
         return [
             PipelineOutput(
                 self._picture("image", pinned["image"][item]),

@@ -180,7 +180,7 @@ class TranslateWorkspace(Workspace):
         tile: int | None,
     ) -> None:
         super().__init__(device)
-        batch, query_map = shape[0], (shape[1] // config.down_scale, shape[2] // config.down_scale)
+        batch, query_map = shape[0], (shape[1] // config.warp_stride, shape[2] // config.warp_stride)
         tensors = device_tensors(config, "fine", uint8_output=engines["fine"].uint8_output)
         stages, keys, results, parts = translate_tensors(config, warp.tensors, tensors, shape, key_map, tile)
         pictures = [tensor.name for tensor in tensors[1]]
@@ -325,7 +325,7 @@ def translate_tensors(
         parts = concrete(config, [*filter(is_cut, fine[0]), *fine[1]], part)
         count = sum(1 for _ in tiles(*shape[1:], tile))
         stages |= {spec.name: ((count,), spec.dtype) for spec in fine[1] if not is_cut(spec)}
-    query_map = shape[1] // config.down_scale, shape[2] // config.down_scale
+    query_map = shape[1] // config.warp_stride, shape[2] // config.warp_stride
     return stages, warp.keys(shape[0], *key_map), warp.results(shape[0], *query_map), parts
 
 

@@ -68,7 +68,7 @@ def test_an_unlisted_file_is_not_read(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda m: m.update(format="zip"), 'expected an object with "format"'),
-        (lambda m: m.update(format_version=1), "format_version 1 is unknown to this flashcocos, which reads 3"),
+        (lambda m: m.update(format_version=1), "format_version 1 is unknown to this flashcocos, which reads 4"),
         (lambda m: m.pop("format_version"), "format_version None is unknown"),
         (lambda m: m.update(extra=1), "unknown key extra; known: config, "),
         (lambda m: m.pop("opset"), "opset is missing"),

@@ -32,7 +32,7 @@ def rewrite(path: Path, change: Any = None, **metadata: str | None) -> None:
     config, provenance = read_metadata(path)
     stored: dict[str, str | None] = {
         "format": "flashcocos-model",
-        "format_version": "1",
+        "format_version": "2",
         "config": config.to_json(),
         "provenance": json.dumps(provenance),
     }
@@ -110,7 +110,7 @@ def test_another_configuration_does_not_fit(model_file: Path) -> None:
     ("metadata", "message"),
     [
         ({"format": None}, "not of flashcocos"),
-        ({"format_version": "2"}, "format version '2' is unknown"),
+        ({"format_version": "1"}, "format version '1' is unknown"),
         ({"config": "{"}, "metadata is damaged"),
         ({"config": None}, "metadata is damaged"),
         ({"config": '{"task": "x"}'}, "config.label_kind is missing"),

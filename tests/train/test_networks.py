@@ -77,6 +77,28 @@ def test_stages_equal_the_whole(preset: str) -> None:
     assert whole.image.std() > 0.01
 
 
+@pytest.mark.parametrize("stride", [2, 1])
+@pytest.mark.parametrize("preset", SMALL)
+@torch.no_grad()
+def test_a_finer_map_has_the_strides_size_and_every_pixel_of_detail(preset: str, stride: int) -> None:
+    torch.manual_seed(0)
+    model = CoCosNet(ModelConfig.preset(preset, warp_stride=stride)).eval()
+    config = model.config
+    label, exemplar_label = make_label(config, 1, 64, 96), make_label(config, 1, 96, 64)
+    exemplar = torch.rand(1, 3, 96, 64) * 2 - 1
+    result = model(label, exemplar, exemplar_label, backend="reference")
+    assert result.theta.shape == (1, config.feature_channels, 64 // stride, 96 // stride)
+    assert result.phi.shape == (1, config.feature_channels, 96 // stride, 64 // stride)
+    assert result.warped.shape == (1, config.warped_channels, 64 // stride, 96 // stride)
+    assert result.image.shape == result.warped_image.shape == (1, 3, 64, 96)
+    assert torch.equal(result.theta, model.encode_query(label))
+    # one pixel of the label that no trunk of stride 4 sees alone changes the query around it
+    moved = label.clone()
+    moved[..., 33, 49] = (moved[..., 33, 49] + 1) % 5
+    change = (model.encode_query(moved) - result.theta).abs().amax((0, 1))
+    assert change[33 // stride, 49 // stride] > 0
+
+
 @pytest.mark.parametrize("preset", SMALL)
 @torch.no_grad()
 def test_batch_equals_single(preset: str) -> None:

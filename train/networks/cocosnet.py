@@ -20,7 +20,7 @@ from .layers import add_spectral_norm
 
 
 class ModelOutput(NamedTuple):
-    """What a forward pass returns; images in [-1, 1], H = 4 h."""
+    """What a forward pass returns; images in [-1, 1], H = h * warp_stride."""
 
     image: Tensor  # (B, 3, H, W)
     warped_image: Tensor  # (B, 3, H, W)
@@ -48,12 +48,12 @@ class CoCosNet(nn.Module):
             add_spectral_norm(self)
 
     def encode_query(self, label: Tensor) -> Tensor:
-        """Label -> theta (B, C, H/4, W/4)."""
+        """Label -> theta (B, C, h, w), h = H / warp_stride."""
         planes = self.label_planes(label)
-        return self.correspondence.query(self.correspondence.label_adaptor(planes), planes)
+        return self.correspondence.query(self.correspondence.label_adaptor(planes), planes, planes)
 
     def encode_exemplar(self, image: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Exemplar, and its label if `condition_on_label` -> phi (B, C, H/4, W/4), values to warp (B, V, H/4, W/4)."""
+        """Exemplar, and its label if `condition_on_label` -> phi (B, C, h, w) and the values to warp (B, V, h, w)."""
         _check_size(image, 4, "image")
         planes = None
         if self.config.condition_on_label:
@@ -62,19 +62,20 @@ class CoCosNet(nn.Module):
             planes = self.label_planes(label)
             if planes.shape[2:] != image.shape[2:]:
                 raise InputError(f"exemplar of {tuple(image.shape[2:])} has a label of {tuple(planes.shape[2:])}")
-        phi = self.correspondence.key(self.correspondence.image_adaptor(image), planes)
+        both = image if planes is None else torch.cat([image, planes], 1)
+        phi = self.correspondence.key(self.correspondence.image_adaptor(image), planes, both)
         return phi, self.warp_values(image)
 
     def warp_values(self, image: Tensor) -> Tensor:
-        """Image (B, 3, H, W) -> (B, V, H/4, W/4): each 4x4 patch's mean color, or for "pixel_shuffle" its 48 values."""
-        step = self.config.down_scale
+        """Image (B, 3, H, W) -> (B, V, h, w): each position's mean color, or for "pixel_shuffle" all its pixels."""
+        step = self.config.warp_stride
         if self.config.warp_upsampling == "pixel_shuffle":
             return F.pixel_unshuffle(image, step)
         return F.avg_pool2d(image, step)
 
     def upsample_warp(self, warped: Tensor) -> Tensor:
-        """Warped values (B, V, h, w) -> warped_image (B, 3, 4 h, 4 w)."""
-        step, mode = self.config.down_scale, self.config.warp_upsampling
+        """Warped values (B, V, h, w) -> warped_image (B, 3, H, W)."""
+        step, mode = self.config.warp_stride, self.config.warp_upsampling
         if mode == "pixel_shuffle":
             return F.pixel_shuffle(warped, step)
         if mode == "bilinear":

@@ -2,6 +2,8 @@
 
 Source: CoCosNet, arXiv 2004.05571 section 3.1. The adaptors map each domain to features at a quarter of the image's
 size; residual blocks shared by both domains and two 1x1 convolutions turn them into theta (query) and phi (key).
+Upstream compares positions at that size (`warp_stride` 4). For a finer map the features are enlarged, and a few
+convolutions over the full-size planes add the detail that the quarter has lost.
 """
 
 from __future__ import annotations
@@ -68,40 +70,87 @@ class ResidualBlock(nn.Module):
         return result
 
 
+class Detail(nn.Module):
+    """What a map finer than a quarter adds: planes (B, in, H, W) and coarse features -> (B, C, H / s, W / s).
+
+    s is the `warp_stride`, 2 or 1; the coarse features are enlarged already.
+    """
+
+    def __init__(self, in_channels: int, coarse_channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.feature_channels
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv2d(in_channels, width, 3, stride=config.warp_stride, padding=1),
+                nn.Conv2d(width, width, 3, padding=1),
+            ]
+        )
+        self.join = nn.Conv2d(width + coarse_channels, width, 3, padding=1)
+
+    def forward(self, planes: Tensor, coarse: Tensor) -> Tensor:
+        for layer in self.layers:
+            planes = F.leaky_relu(layer(planes), LEAKY_SLOPE)
+        return F.leaky_relu(self.join(torch.cat([planes, coarse], 1)), LEAKY_SLOPE)
+
+
 class Correspondence(nn.Module):
-    """Adaptors, shared residual blocks, theta and phi. Features and label planes in, raw theta or phi out."""
+    """Adaptors, shared residual blocks, theta and phi. Features and planes in, raw theta or phi out."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.feature_channels + (config.label_channels if config.condition_on_label else 0)
+        labels = config.label_channels if config.condition_on_label else 0
+        width = config.feature_channels + labels
         self.condition_on_label = config.condition_on_label
         self.label_adaptor = DomainAdaptor(config.label_channels, config)
         self.image_adaptor = DomainAdaptor(3, config)
         self.residual = nn.Sequential(*(ResidualBlock(width) for _ in range(config.residual_blocks)))
         self.position_frequencies = config.position_frequencies
-        self.theta = nn.Conv2d(width + 4 * config.position_frequencies, config.feature_channels, 1)
-        self.phi = nn.Conv2d(width + 4 * config.position_frequencies, config.feature_channels, 1)
+        mixed = width + 4 * config.position_frequencies
+        self.enlargement = 4 // config.warp_stride
+        self.label_detail: Detail | None = None
+        self.image_detail: Detail | None = None
+        if self.enlargement > 1:
+            self.label_detail = Detail(config.label_channels, mixed, config)
+            self.image_detail = Detail(3 + labels, mixed, config)
+            mixed += config.feature_channels
+        self.theta = nn.Conv2d(mixed, config.feature_channels, 1)
+        self.phi = nn.Conv2d(mixed, config.feature_channels, 1)
 
-    def query(self, features: Tensor, label: Tensor) -> Tensor:
-        """Label features (B, C, h, w) and the label's planes, k h x k w for any whole k -> theta (B, C, h, w)."""
-        theta: Tensor = self.theta(self._mix(features, label))
+    def query(self, features: Tensor, label: Tensor, planes: Tensor) -> Tensor:
+        """Label features -> theta (B, C, h, w), h = H / warp_stride.
+
+        Args:
+            features: of the label adaptor, (B, C, H / 4, W / 4).
+            label: the label's planes (B, nc, k H / 4, k W / 4) for any whole k.
+            planes: the label's planes (B, nc, H, W); the detail alone reads them.
+        """
+        theta: Tensor = self.theta(self._mix(features, label, self.label_detail, planes))
         return theta
 
-    def key(self, features: Tensor, label: Tensor | None) -> Tensor:
-        """Exemplar features (B, C, h, w) and its label's planes likewise (for `condition_on_label`) -> phi."""
-        phi: Tensor = self.phi(self._mix(features, label))
+    def key(self, features: Tensor, label: Tensor | None, planes: Tensor) -> Tensor:
+        """Exemplar features -> phi (B, C, h, w), as `query`.
+
+        Args:
+            features: of the image adaptor, (B, C, H / 4, W / 4).
+            label: for `condition_on_label` the exemplar's label planes (B, nc, k H / 4, k W / 4).
+            planes: the exemplar and, for `condition_on_label`, its label's planes, (B, 3 + nc, H, W); the detail alone
+                reads them.
+        """
+        phi: Tensor = self.phi(self._mix(features, label, self.image_detail, planes))
         return phi
 
-    def _mix(self, features: Tensor, label: Tensor | None) -> Tensor:
+    def _mix(self, features: Tensor, label: Tensor | None, detail: Detail | None, planes: Tensor) -> Tensor:
         if self.condition_on_label:
             assert label is not None  # CoCosNet.encode_exemplar has refused its absence
             label = subsample(label, label.shape[2] // features.shape[2])
             features = torch.cat([features, label], 1)
         features = self.residual(features)
-        if not self.position_frequencies:
-            return features
-        waves = position_frequencies(features, self.position_frequencies).expand(features.shape[0], -1, -1, -1)
-        return torch.cat([features, waves], 1)
+        if self.enlargement > 1:
+            features = F.interpolate(features, scale_factor=float(self.enlargement), mode="bilinear")
+        if self.position_frequencies:
+            waves = position_frequencies(features, self.position_frequencies).expand(features.shape[0], -1, -1, -1)
+            features = torch.cat([features, waves], 1)
+        return features if detail is None else torch.cat([features, detail(planes, features)], 1)
 
 
 def position_frequencies(features: Tensor, count: int) -> Tensor:

@@ -14,22 +14,26 @@ from .layers import LEAKY_SLOPE, SelfAttention, SpadeBlock, subsample
 
 
 class Generator(nn.Module):
-    """warped_image (B, 3, H, W) in [-1, 1] and label planes (B, nc, H, W) -> image (B, 3, H, W) in [-1, 1]."""
+    """warped_image (B, 3, H, W) in [-1, 1] and label planes (B, nc, H, W) -> image (B, 3, H, W) in [-1, 1].
+
+    Its layers have c16, c8, c4, c2 and c1 channels: 16, 8 ... times ngf, but no more than `max_channels`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        ngf, hidden, self.warp_residual = config.ngf, config.spade_hidden, config.warp_residual
+        hidden, self.warp_residual = config.spade_hidden, config.warp_residual
+        c16, c8, c4, c2, c1 = map(config.generator_channels, (16, 8, 4, 2, 1))
         condition = (6 if config.warp_residual else 3) + config.label_channels
-        self.first = nn.Conv2d(condition, 16 * ngf, 3, padding=1)
-        self.head = SpadeBlock(16 * ngf, 16 * ngf, condition, hidden)
-        self.middle_0 = SpadeBlock(16 * ngf, 16 * ngf, condition, hidden)
-        self.middle_1 = SpadeBlock(16 * ngf, 16 * ngf, condition, hidden)
-        self.up_0 = SpadeBlock(16 * ngf, 8 * ngf, condition, hidden)
-        self.up_1 = SpadeBlock(8 * ngf, 4 * ngf, condition, hidden)
-        self.attention = SelfAttention(4 * ngf) if config.attention else nn.Identity()
-        self.up_2 = SpadeBlock(4 * ngf, 2 * ngf, condition, hidden)
-        self.up_3 = SpadeBlock(2 * ngf, ngf, condition, hidden)
-        self.last = nn.Conv2d(ngf, 4 if config.warp_residual else 3, 3, padding=1)
+        self.first = nn.Conv2d(condition, c16, 3, padding=1)
+        self.head = SpadeBlock(c16, c16, condition, hidden)
+        self.middle_0 = SpadeBlock(c16, c16, condition, hidden)
+        self.middle_1 = SpadeBlock(c16, c16, condition, hidden)
+        self.up_0 = SpadeBlock(c16, c8, condition, hidden)
+        self.up_1 = SpadeBlock(c8, c4, condition, hidden)
+        self.attention = SelfAttention(c4) if config.attention else nn.Identity()
+        self.up_2 = SpadeBlock(c4, c2, condition, hidden)
+        self.up_3 = SpadeBlock(c2, c1, condition, hidden)
+        self.last = nn.Conv2d(c1, 4 if config.warp_residual else 3, 3, padding=1)
 
     def forward(self, warped_image: Tensor, label: Tensor) -> Tensor:
         means = class_means(warped_image, label) if self.warp_residual else None
@@ -47,24 +51,24 @@ class Generator(nn.Module):
         return torch.cat([warped_image, painted, label], 1)  # (B, 3 + nc, h, w), with the skip 6 + nc
 
     def coarse(self, condition: Tensor) -> Tensor:
-        """Condition at a fourth of the size (B, c, H/4, W/4) -> features (B, 4 ngf, H/2, W/2): all that looks afar."""
-        x = self.first(subsample(condition, SIZE_MULTIPLE // 4))  # (B, 16 ngf, H/32, W/32)
+        """Condition at a fourth of the size (B, c, H/4, W/4) -> features (B, c4, H/2, W/2): all that looks afar."""
+        x = self.first(subsample(condition, SIZE_MULTIPLE // 4))  # (B, c16, H/32, W/32)
         x = self.head(x, subsample(condition, 8))
         x, condition_16 = _double(x), subsample(condition, 4)
         x = self.middle_0(x, condition_16)
-        x = self.middle_1(x, condition_16)  # (B, 16 ngf, H/16, W/16)
-        x = self.up_0(_double(x), subsample(condition, 2))  # (B, 8 ngf, H/8, W/8)
-        x = self.up_1(_double(x), condition)  # (B, 4 ngf, H/4, W/4)
+        x = self.middle_1(x, condition_16)  # (B, c16, H/16, W/16)
+        x = self.up_0(_double(x), subsample(condition, 2))  # (B, c8, H/8, W/8)
+        x = self.up_1(_double(x), condition)  # (B, c4, H/4, W/4)
         features: Tensor = self.attention(_double(x))
         return features
 
     def fine(self, features: Tensor, condition: Tensor) -> Tensor:
-        """Features (B, 4 ngf, H/2, W/2) and the condition (B, c, H, W) -> image (B, 3, H, W).
+        """Features (B, c4, H/2, W/2) and the condition (B, c, H, W) -> image (B, 3, H, W).
 
         No pixel depends on anything `TILE_OVERLAP` pixels away, so a picture can be made in tiles.
         """
-        x = self.up_2(features, subsample(condition, 2))  # (B, 2 ngf, H/2, W/2)
-        x = self.up_3(_double(x), condition)  # (B, ngf, H, W)
+        x = self.up_2(features, subsample(condition, 2))  # (B, c2, H/2, W/2)
+        x = self.up_3(_double(x), condition)  # (B, c1, H, W)
         x = self.last(F.leaky_relu(x, LEAKY_SLOPE))  # (B, 3 or 4, H, W)
         if not self.warp_residual:
             return torch.tanh(x)

@@ -60,7 +60,7 @@ def test_correspondence_by_the_commonest_class_of_each_position() -> None:
     label = np.zeros((8, 8), np.uint8)
     label[:, 5:] = 1  # 12 of the right positions' 16 pixels
     label[0, 0] = 2
-    assert metrics.coarse_label(label, 3).tolist() == [[0, 1], [0, 1]]
+    assert metrics.coarse_label(label, 3, 4).tolist() == [[0, 1], [0, 1]]
     exemplar_label = label[:, ::-1]
     straight = np.arange(4).reshape(2, 2)
     assert metrics.correspondence_accuracy(label, label, straight, 3) == 1
