@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..bundle import TensorSpec
-from ..bundle.stages import stage_tensors
+from ..bundle.stages import axis_sizes, concrete_shape, stage_tensors
 from ..config import SIZE_MULTIPLE, ModelConfig
 from ..errors import BundleError, InputError
 from ..train.networks import CoCosNet
@@ -34,18 +34,18 @@ RANDOM = {
     "Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
 }  # fmt: skip
 _DTYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
-# sizes of the traced example; none is 1, which the exporter would take for a constant, and no two are equal
-_EXAMPLE = {"batch": 2, "height": 64, "width": 96, "half_height": 32, "half_width": 48, "h": 16, "w": 24}
+# batch, height and width of the traced example; none is 1, which the exporter would take for a constant
+_EXAMPLE = (2, 64, 96)
 
 
 def export_stage(model: CoCosNet, stage: str) -> ModelProto:
     """One of `bundle.STAGES` of `model` as an ONNX model that `check_graph` has passed."""
     inputs, outputs = stage_tensors(model.config)[stage]
-    axes = _axes(model.config)
+    axes, sizes = _axes(model.config), axis_sizes(model.config, *_EXAMPLE)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             stage_module(model, stage),
-            tuple(_example(tensor) for tensor in inputs),
+            tuple(_example(tensor, sizes) for tensor in inputs),
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=tuple({i: axes[a] for i, a in enumerate(t.shape) if isinstance(a, str)} for t in inputs),
@@ -160,21 +160,20 @@ def _replace(graph: GraphProto, nodes: list[NodeProto], initializers: list[Tenso
 def _axes(config: ModelConfig) -> dict[str, torch.export.Dim]:
     # one symbol per image axis, so that the exporter knows every side to be a multiple of SIZE_MULTIPLE
     rows, columns = torch.export.Dim("rows", min=2, max=4096), torch.export.Dim("columns", min=2, max=4096)
-    quarter = SIZE_MULTIPLE // config.warp_stride
+    positions = SIZE_MULTIPLE // config.warp_stride
     return {
         "batch": torch.export.Dim("batch", min=1, max=4096),
         "height": SIZE_MULTIPLE * rows,
         "width": SIZE_MULTIPLE * columns,
         "half_height": SIZE_MULTIPLE // 2 * rows,
         "half_width": SIZE_MULTIPLE // 2 * columns,
-        "h": quarter * rows,
-        "w": quarter * columns,
+        "h": positions * rows,
+        "w": positions * columns,
     }
 
 
-def _example(tensor: TensorSpec) -> Tensor:
-    shape = [side if isinstance(side, int) else _EXAMPLE[side] for side in tensor.shape]
-    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
+def _example(tensor: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
+    return torch.zeros(concrete_shape(tensor, sizes), dtype=getattr(torch, tensor.dtype))
 
 
 def _listed(infos: Iterable[ValueInfoProto]) -> str:
