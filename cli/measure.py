@@ -32,6 +32,9 @@ def _add_evaluate(command: AddCommand) -> None:
     parser.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="of the avatars (default: test)"
     )
+    parser.add_argument(
+        "--hand-drawn", action="store_true", help="avatars: labels as if painted by hand (the targets stay)"
+    )
     parser.add_argument("--pairs", metavar="LIST", help="photographs: list of name,exemplar (see `flashcocos pairs`)")
     parser.add_argument("--labels", metavar="FOLDER", help="photographs: labels that `flashcocos prepare` wrote")
     parser.add_argument("--task", help="photographs: whose layout the folder has (default: the model's task)")
@@ -69,6 +72,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.data,
         split=options.split,
         count=options.count,
+        hand_drawn=options.hand_drawn,
         task=options.task,
         pairs=options.pairs,
         labels=options.labels,

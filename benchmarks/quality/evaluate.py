@@ -17,6 +17,7 @@ from ...errors import InputError
 from ...preprocess.images import PathLike, to_uint8
 from ...runtime.options import EngineOptions
 from ...train.data import Item, PairData
+from ...train.data import hand_drawn as painting
 from .contact_sheet import ContactSheet
 from .metrics import ExactSums, class_mean_baseline, correspondence_accuracy
 from .photo_metrics import METRICS, PhotoMetrics, check_networks, open_metrics
@@ -53,6 +54,7 @@ def evaluate_exact(
     class_names: Sequence[str],
     *,
     count: int | None = None,
+    repaint: bool = False,
     sheet: ContactSheet | None = None,
 ) -> ExactScores:
     """Score pairs against their exact targets.
@@ -62,6 +64,7 @@ def evaluate_exact(
         pairs: Pairs whose labels are ids of classes.
         class_names: The classes, by id.
         count: Score the first so many; all by default.
+        repaint: Give the predictor each label as if painted by hand (`train.data.hand_drawn`); the targets stay.
         sheet: Collects the pictures.
 
     Returns:
@@ -80,10 +83,12 @@ def evaluate_exact(
     for index, item in _items(pairs, count):
         if not item["has_target"]:
             raise InputError(f"pair {index} has no exact target to be scored against")
-        prediction, target, exemplar = predictor.predict(item), to_uint8(item["image"]), to_uint8(item["exemplar"])
         label, exemplar_label = item["label"], item["exemplar_label"]
-        baseline = class_mean_baseline(label, exemplar, exemplar_label, classes)
-        correspondence = correspondence_accuracy(label, exemplar_label, prediction.matches, classes)
+        if repaint:
+            item["label"] = painting.hand_drawn(label, seed=index)
+        prediction, target, exemplar = predictor.predict(item), to_uint8(item["image"]), to_uint8(item["exemplar"])
+        baseline = class_mean_baseline(item["label"], exemplar, exemplar_label, classes)
+        correspondence = correspondence_accuracy(item["label"], exemplar_label, prediction.matches, classes)
         sums.add(label, target, prediction.image, prediction.warped, baseline, correspondence)
         if sheet is not None:
             sheet.add(item, prediction)
@@ -118,6 +123,7 @@ def evaluate_model(
     *,
     split: str = "test",
     count: int | None = None,
+    hand_drawn: bool = False,
     task: str | None = None,
     pairs: PathLike | None = None,
     labels: PathLike | None = None,
@@ -134,6 +140,7 @@ def evaluate_model(
         data: "avatars", rendered where the cache lacks them, or the folder of a photo data set.
         split: "train", "validation" or "test" of the avatars.
         count: Score the first so many pairs; all by default.
+        hand_drawn: Of the avatars, give the model each label as if painted by hand; the targets stay.
         task: Whose layout the folder of photographs has; the model's own by default.
         pairs: The retrieval list of the photographs.
         labels: The folder of their prepared labels.
@@ -151,6 +158,8 @@ def evaluate_model(
     """
     exact = str(data) == "avatars"
     if not exact:
+        if hand_drawn:
+            raise InputError("hand_drawn: photographs have no exact target; expected data 'avatars'")
         check_networks(metrics, vgg, inception)
         if split != "test":
             raise InputError(f"split {split!r}: a folder of photographs is scored as a test; its list says which")
@@ -163,7 +172,9 @@ def evaluate_model(
 
         avatars = AvatarOptions(size=predictor.config.image_size, retrieved_share=1.0, pseudo_share=0.0)
         exact_pairs = AvatarPairs(split, avatars, count=count)
-        scores = dataclasses.asdict(evaluate_exact(predictor, exact_pairs, CLASSES, sheet=contact_sheet))
+        scores = dataclasses.asdict(
+            evaluate_exact(predictor, exact_pairs, CLASSES, repaint=hand_drawn, sheet=contact_sheet)
+        )
     else:
         from ...train.data.photos import PhotoPairs
         from ...train.device import torch_device
@@ -176,7 +187,8 @@ def evaluate_model(
         scores = evaluate_photos(predictor, photos, photo_metrics, count=count, sheet=contact_sheet)
     if sheet is not None and contact_sheet is not None:
         contact_sheet.write(sheet)
-    return {"model": str(model), "data": str(data), "split": split, **scores}
+    labels_of = {"labels": "hand-drawn"} if hand_drawn else {}
+    return {"model": str(model), "data": str(data), "split": split, **labels_of, **scores}
 
 
 def _items(pairs: PairData, count: int | None) -> Iterator[tuple[int, Item]]:

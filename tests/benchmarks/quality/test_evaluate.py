@@ -14,7 +14,7 @@ from tiny_bundle import CHANNELS, CLASSES, write_tiny_bundle
 from flashcocos.benchmarks.quality.contact_sheet import ContactSheet
 from flashcocos.benchmarks.quality.evaluate import evaluate_exact, evaluate_model, evaluate_photos
 from flashcocos.benchmarks.quality.photo_metrics import PhotoMetrics, open_metrics
-from flashcocos.benchmarks.quality.predictors import BundlePredictor, ModelPredictor, open_predictor
+from flashcocos.benchmarks.quality.predictors import BundlePredictor, ModelPredictor, Prediction, open_predictor
 from flashcocos.bundle.default_model import default_model_path
 from flashcocos.cli import main
 from flashcocos.config import ModelConfig
@@ -212,3 +212,21 @@ def test_the_shipped_model_beats_the_class_mean_baseline(tmp_path: Path, monkeyp
     assert scores["correspondence"] > 0.9
     assert {"background", "skin", "hair"} <= set(scores["psnr_by_class"])
     assert Image.open(tmp_path / "sheet.png").size == (3 * 5 * 128, 16 + 3 * 128)
+
+
+def test_labels_painted_by_hand_reach_the_model_alone(copier: ModelPredictor) -> None:
+    seen = []
+
+    class Recorder:
+        config = copier.config
+
+        def predict(self, item: Item) -> Prediction:
+            seen.append(item["label"])
+            return copier.predict(item)
+
+    plain = evaluate_exact(copier, FlatPairs(), NAMES, count=2)
+    painted = evaluate_exact(Recorder(), FlatPairs(), NAMES, count=2, repaint=True)
+    assert painted.psnr_by_class == plain.psnr_by_class  # this model copies by place, and the targets stay
+    assert all(0 < (label != FlatPairs()[0]["label"]).mean() < 0.1 for label in seen)
+    with pytest.raises(InputError, match="no exact target"):
+        evaluate_model("model.zip", "photos", hand_drawn=True)
