@@ -16,9 +16,9 @@ from ..bundle import TensorSpec
 from ..config import SIZE_MULTIPLE, TILE_OVERLAP
 from .gpu.device import Box, Layout
 
-# image pixels per position along each axis that a tile cuts
-_ROWS: dict[int | str, int] = {"height": 1, "half_height": 2, "h": 4}
-_COLUMNS: dict[int | str, int] = {"width": 1, "half_width": 2, "w": 4}
+# axes that a tile cuts
+_ROWS = ("height", "half_height", "h")
+_COLUMNS = ("width", "half_width", "w")
 _ALIGNED = 4  # pixels; tiles begin on whole positions of all maps
 
 
@@ -42,36 +42,39 @@ class Span(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One tile of a picture."""
+    """One tile of a picture whose correspondence has a position every `warp_stride` pixels."""
 
     rows: Span
     columns: Span
+    warp_stride: int
 
     def window(self, tensor: TensorSpec) -> tuple[slice, ...]:
         """Where the tile lies in a tensor of the whole picture."""
-        return _cut(tensor, *(slice(span.start, span.start + span.size) for span in self))
+        spans = (self.rows, self.columns)
+        return self._cut(tensor, *(slice(span.start, span.start + span.size) for span in spans))
 
     def kept(self, tensor: TensorSpec) -> tuple[slice, ...]:
         """Where what is kept lies in a tensor of the whole picture."""
-        return _cut(tensor, self.rows.kept, self.columns.kept)
+        return self._cut(tensor, self.rows.kept, self.columns.kept)
 
     def inner(self, tensor: TensorSpec) -> tuple[slice, ...]:
         """Where what is kept lies in the tile's own tensor."""
-        return _cut(tensor, self.rows.inner, self.columns.inner)
+        return self._cut(tensor, self.rows.inner, self.columns.inner)
+
+    def _cut(self, tensor: TensorSpec, rows: slice, columns: slice) -> tuple[slice, ...]:
+        """`rows` and `columns`, in pixels, of a tensor, whatever its scale."""
+        steps = {"half_height": 2, "half_width": 2, "h": self.warp_stride, "w": self.warp_stride}
+        cuts = []
+        for side in tensor.shape:
+            cut = rows if side in _ROWS else columns if side in _COLUMNS else slice(None)
+            step = steps.get(str(side), 1)
+            cuts.append(cut if step == 1 else slice(cut.start // step, cut.stop // step))
+        return tuple(cuts)
 
 
 def is_cut(tensor: TensorSpec) -> bool:
     """Whether a tile has a part of its own of `tensor`."""
-    return not _ROWS.keys().isdisjoint(tensor.shape)
-
-
-def _cut(tensor: TensorSpec, rows: slice, columns: slice) -> tuple[slice, ...]:
-    """`rows` and `columns`, in pixels, of a tensor, whatever its scale."""
-    cuts = [(slice(None), 1)] * len(tensor.shape)
-    for axis, side in enumerate(tensor.shape):
-        if side in _ROWS or side in _COLUMNS:
-            cuts[axis] = (rows, _ROWS[side]) if side in _ROWS else (columns, _COLUMNS[side])
-    return tuple(cut if step == 1 else slice(cut.start // step, cut.stop // step) for cut, step in cuts)
+    return any(side in _ROWS for side in tensor.shape)
 
 
 def placed(
@@ -99,12 +102,12 @@ def tile_side(length: int, tile: int | None) -> int:
     return -(-(length + 2 * TILE_OVERLAP * (count - 1)) // (count * SIZE_MULTIPLE)) * SIZE_MULTIPLE
 
 
-def tiles(height: int, width: int, tile: int | None) -> Iterator[Tile]:
+def tiles(height: int, width: int, tile: int | None, warp_stride: int) -> Iterator[Tile]:
     """The tiles of a picture, row by row: one that is the picture where `tile` is None or as large."""
     rows, columns = tile_size(height, width, tile)
     for row in _spans(height, rows):
         for column in _spans(width, columns):
-            yield Tile(row, column)
+            yield Tile(row, column, warp_stride)
 
 
 def _spans(length: int, size: int) -> Sequence[Span]:

@@ -72,7 +72,7 @@ class CpuPipeline:
         inputs |= self._run("coarse", inputs, (height, width))
         pictures = {name: np.empty((batch, height, width, 3), np.uint8) for name in ("image", "warped_image")}
         takes = self._tensors["fine"][0]
-        for tile in tiles(height, width, self._tile):
+        for tile in tiles(height, width, self._tile, self._config.warp_stride):
             parts = {spec.name: np.ascontiguousarray(inputs[spec.name][tile.window(spec)]) for spec in takes}
             made = self._run("fine", parts, (tile.rows.size, tile.columns.size))
             for name, picture in pictures.items():

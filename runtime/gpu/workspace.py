@@ -209,7 +209,13 @@ class TranslateWorkspace(Workspace):
             "synthesis": [
                 coarse.enqueue,
                 *self._fine_steps(
-                    fine, tensors, {**stages, **results}, addresses, parts, tile_addresses, tiles(*shape[1:], tile)
+                    fine,
+                    tensors,
+                    {**stages, **results},
+                    addresses,
+                    parts,
+                    tile_addresses,
+                    tiles(*shape[1:], tile, config.warp_stride),
                 ),
                 *(download(name) for name in (*pictures, "index", "probability")),
             ],
@@ -323,7 +329,7 @@ def translate_tensors(
     parts: Tensors = {}
     if (part := tile_shape(shape, tile)) != shape:
         parts = concrete(config, [*filter(is_cut, fine[0]), *fine[1]], part)
-        count = sum(1 for _ in tiles(*shape[1:], tile))
+        count = sum(1 for _ in tiles(*shape[1:], tile, config.warp_stride))
         stages |= {spec.name: ((count,), spec.dtype) for spec in fine[1] if not is_cut(spec)}
     query_map = shape[1] // config.warp_stride, shape[2] // config.warp_stride
     return stages, warp.keys(shape[0], *key_map), warp.results(shape[0], *query_map), parts

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_gpu import fake_gpu
 from real_gpu import real_translator
-from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_tiny_bundle
+from tiny_bundle import CHANNELS, CLASSES, FINE, random_label, random_picture, write_tiny_bundle
 
 from flashcocos.config import ModelConfig
 from flashcocos.errors import BackendError, InputError
@@ -22,9 +22,12 @@ WHOLE = ("cpu", *(f"fake {backend}" for backend in FAKE), *(f"real {backend}" fo
 WAYS = (*WHOLE, *(f"{way} in tiles" for way in ("cpu", "fake tensorrt", "real tensorrt")))
 
 
+CONFIGS = {"classes": CLASSES, "channels": CHANNELS, "fine": FINE}
+
+
 @pytest.fixture(params=["classes", "channels"])
 def config(request: pytest.FixtureRequest) -> ModelConfig:
-    return CLASSES if request.param == "classes" else CHANNELS
+    return CONFIGS[request.param]
 
 
 @pytest.fixture
@@ -68,12 +71,13 @@ def assert_same(result: Translation, expected: Translation) -> None:
         assert difference.max() <= 1, name
     differs = (result.matches != expected.matches).any(-1)
     assert result.confidence[differs].max(initial=0) <= 0.501  # where two positions match equally well
-    assert differs.mean() < 0.02
+    assert differs.mean() < 0.05  # a finer map has more equal positions
     np.testing.assert_allclose(result.confidence, expected.confidence, atol=1e-5)
     assert result.exemplar_size == expected.exemplar_size
     assert result.image.std() > 10  # a flat picture would prove nothing
 
 
+@pytest.mark.parametrize("config", CONFIGS, indirect=True)
 def test_pictures_are_those_of_the_cpu(translator: Translator, reference: Translator) -> None:
     """At sizes that change from run to run, each often enough to be recorded and replayed."""
     exemplars = {size: (exemplar_of(translator, size), exemplar_of(reference, size)) for size in ((64, 64), (96, 64))}

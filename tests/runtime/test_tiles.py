@@ -19,7 +19,7 @@ from flashcocos.runtime.tiles import is_cut, placed, tile_side, tile_size, tiles
 @pytest.mark.parametrize("tile", [64, 96, 160, 512])
 def test_every_pixel_is_kept_once_and_far_from_a_cut(tile: int) -> None:
     for side in range(64, 1100, 32):
-        spans = [part.columns for part in tiles(64, side, tile)]
+        spans = [part.columns for part in tiles(64, side, tile, 4)]
         assert [pixel for span in spans for pixel in range(span.first, span.last)] == list(range(side))
         (size,) = {span.size for span in spans}
         assert size == tile_side(side, tile) <= min(side, tile)
@@ -36,24 +36,27 @@ def test_every_pixel_is_kept_once_and_far_from_a_cut(tile: int) -> None:
 
 
 def test_tiles_lie_row_by_row() -> None:
-    parts = list(tiles(96, 128, 64))
+    parts = list(tiles(96, 128, 64, 4))
     assert [(part.rows.start, part.columns.start) for part in parts] == [(y, x) for y in (0, 32) for x in (0, 32, 64)]
     assert [(part.rows.first, part.columns.first) for part in parts[:4]] == [(0, 0), (0, 48), (0, 80), (48, 0)]
     assert tile_size(96, 128, 64) == (64, 64)
     assert tile_size(96, 32, 64) == (64, 32)
     for tile in (None, 128, 256):
-        (whole,) = tiles(96, 128, tile)
+        (whole,) = tiles(96, 128, tile, 4)
         assert (whole.rows.kept, whole.columns.inner) == (slice(0, 96), slice(0, 128))
         assert tile_size(96, 128, tile) == (96, 128)
 
 
 def test_windows_follow_the_axes() -> None:
-    tile = list(tiles(128, 160, 96))[-1]
+    tile = list(tiles(128, 160, 96, 4))[-1]
     assert (tile.rows.start, tile.columns.start) == (32, 64)
     features = TensorSpec("features", "float32", ("batch", 8, "half_height", "half_width"))
     label = TensorSpec("label", "uint8", ("batch", "height", "width"))
     assert tile.window(features) == (slice(None), slice(None), slice(16, 64), slice(32, 80))
     assert tile.window(TensorSpec("warped", "float32", ("batch", 3, "h", "w")))[2:] == (slice(8, 32), slice(16, 40))
+    assert tile._replace(warp_stride=2).window(TensorSpec("warped", "float32", ("batch", 3, "h", "w"))) == (
+        slice(None), slice(None), slice(16, 64), slice(32, 80),
+    )  # fmt: skip
     assert tile.window(label) == (slice(None), slice(32, 128), slice(64, 160))
     assert tile.kept(label)[1:] == (slice(80, 128), slice(80, 160))
     assert tile.inner(label)[1:] == (slice(48, 96), slice(16, 96))
@@ -66,7 +69,7 @@ def test_windows_follow_the_axes() -> None:
 )
 def test_where_a_window_lies_in_memory(axes: tuple[int | str, ...], sides: tuple[int, ...]) -> None:
     spec, array = TensorSpec("x", "int16", axes), np.arange(np.prod(sides), dtype=np.int16).reshape(sides)
-    for tile in tiles(96, 128, 64):
+    for tile in tiles(96, 128, 64, 4):
         start, (pitch, rows), (width, height, depth) = placed(spec, sides, 2, tile.kept(spec))
         flat = array.tobytes()
         window = [
@@ -91,7 +94,7 @@ def test_a_picture_in_tiles_is_the_picture(tmp_path: Path, config) -> None:
             fine.run = lambda inputs, run=run, shapes=shapes: shapes.append(inputs["label"].shape[-2:]) or run(inputs)
             results.append(translator.translate(labels, exemplar, "input"))
             assert set(shapes) == {tile_size(160, 224, tile)}
-            assert len(shapes) == len(list(tiles(160, 224, tile)))
+            assert len(shapes) == len(list(tiles(160, 224, tile, 4)))
     for parts in results[1:]:
         for tiled, whole in zip(parts, results[0], strict=True):
             assert np.abs(tiled.image.astype(int) - whole.image).max() <= 1  # a sum's last digit at a rounding edge

@@ -61,6 +61,7 @@ def write_engines(
             key = EngineKey(stage, manifest.files[file].sha256, variant, version, (architecture,), precision, one)
             record = EngineRecord(key, tensors[0], tensors[1], WEIGHTS, scratch, 0, "")
             says = {"architecture": architecture, "version": version, "stage": stage, "scratch": scratch}
+            says["stride"] = manifest.config.warp_stride
             says["tensors"] = [[(t.name, t.dtype, t.shape) for t in side] for side in sides]
             text = json.dumps({**says, **(header or {})}).encode()
             engine = MAGIC + len(text).to_bytes(4, "little") + text + bundle.read_stage(stage)
@@ -209,7 +210,8 @@ class Context:
         for key, shape in self.shapes.items():
             known |= {s: size for s, size in zip(self.engine.tensors[key][1], shape, strict=True) if isinstance(s, str)}
         if "height" in known:
-            known |= {"h": known["height"] // 4, "w": known["width"] // 4}
+            stride = self.engine.header["stride"]
+            known |= {"h": known["height"] // stride, "w": known["width"] // stride}
             known |= {"half_height": known["height"] // 2, "half_width": known["width"] // 2}
         return tuple(known[side] if isinstance(side, str) else side for side in self.engine.tensors[name][1])
 

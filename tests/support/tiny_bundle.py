@@ -1,8 +1,8 @@
 """Model bundles small enough to make in a test: a few ONNX operators a stage, no trained weights, no torch.
 
-theta is a fixed 1x1 convolution of the label averaged over 4x4 pixels and phi the same of the exemplar's label (of its
-picture, where the label is not mixed in), so that equal labels match; the synthesis enlarges the warped colors and
-adds a little of the label around and of features made of the colors.
+theta is a fixed 1x1 convolution of the label averaged over the pixels of each position and phi the same of the
+exemplar's label (of its picture, where the label is not mixed in), so that equal labels match; the synthesis enlarges
+the warped colors and adds a little of the label around and of features made of the colors.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from flashcocos.config import ModelConfig
 
 CLASSES = ModelConfig.preset("tiny", warp_upsampling="nearest")
 CHANNELS = ModelConfig.preset("tiny-channels")
+FINE = ModelConfig.preset("tiny", warp_upsampling="nearest", warp_stride=2)
 _TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
 
 
@@ -60,24 +61,31 @@ def _graph(stage: str, config: ModelConfig, seed: int) -> ModelProto:
     source = config.label_channels if stage == "query" or config.condition_on_label else 3
     features = generator.standard_normal((config.feature_channels, source, 1, 1)).astype(np.float32)
     constants: dict[str, np.ndarray] = {}
+    stride = config.warp_stride
     if stage == "query":
-        nodes = [*_planes(config, constants), _pool("planes", "coarse"), _node("Conv", ["coarse", "w"], "theta")]
+        nodes = [
+            *_planes(config, constants),
+            _pool("planes", "coarse", stride),
+            _node("Conv", ["coarse", "w"], "theta"),
+        ]
         constants["w"] = features
     elif stage == "exemplar":
         nodes = [_values(config)]
         nodes += (
-            [*_planes(config, constants), _pool("planes", "c")] if config.condition_on_label else [_pool("image", "c")]
+            [*_planes(config, constants), _pool("planes", "c", stride)]
+            if config.condition_on_label
+            else [_pool("image", "c", stride)]
         )
         nodes += [_node("Conv", ["c", "w"], "phi")]
         constants["w"] = features
     elif stage == "coarse":
-        constants["twice"] = np.array([1, 1, 2, 2], np.float32)
+        constants["scales"] = np.array([1, 1, stride / 2, stride / 2], np.float32)
         wide = 4 * config.ngf
         constants["w"] = generator.standard_normal((wide, config.warped_channels, 1, 1)).astype(np.float32)
         constants["mix"] = generator.standard_normal((wide, config.label_channels, 1, 1)).astype(np.float32)
         nodes = [
             *_planes(config, constants),
-            _node("Resize", ["warped", "", "twice"], "larger", mode="nearest"),
+            _node("Resize", ["warped", "", "scales"], "larger", mode="nearest"),
             _node("Conv", ["larger", "w"], "colors"),
             _node("Conv", ["planes", "mix"], "places", strides=[2, 2]),
             _node("Add", ["colors", "places"], "features"),
@@ -85,9 +93,9 @@ def _graph(stage: str, config: ModelConfig, seed: int) -> ModelProto:
     else:
         constants["twice"] = np.array([1, 1, 2, 2], np.float32)
         if config.warp_upsampling == "pixel_shuffle":
-            nodes = [_node("DepthToSpace", ["warped"], "warped_image", blocksize=4, mode="DCR")]
+            nodes = [_node("DepthToSpace", ["warped"], "warped_image", blocksize=stride, mode="DCR")]
         else:
-            constants["scales"] = np.array([1, 1, 4, 4], np.float32)
+            constants["scales"] = np.array([1, 1, stride, stride], np.float32)
             nodes = [_node("Resize", ["warped", "", "scales"], "warped_image", mode="nearest")]
         constants["mix"] = 0.1 * generator.standard_normal((3, config.label_channels, 1, 1)).astype(np.float32)
         constants["shade"] = 0.02 * generator.standard_normal((3, 4 * config.ngf, 1, 1)).astype(np.float32)
@@ -125,12 +133,12 @@ def _planes(config: ModelConfig, constants: dict[str, np.ndarray]) -> list[NodeP
 
 def _values(config: ModelConfig) -> NodeProto:
     if config.warp_upsampling == "pixel_shuffle":
-        return _node("SpaceToDepth", ["image"], "values", blocksize=4)
-    return _pool("image", "values")
+        return _node("SpaceToDepth", ["image"], "values", blocksize=config.warp_stride)
+    return _pool("image", "values", config.warp_stride)
 
 
-def _pool(source: str, target: str) -> NodeProto:
-    return _node("AveragePool", [source], target, kernel_shape=[4, 4], strides=[4, 4])
+def _pool(source: str, target: str, stride: int) -> NodeProto:
+    return _node("AveragePool", [source], target, kernel_shape=[stride, stride], strides=[stride, stride])
 
 
 def _node(operator: str, inputs: list[str], output: str, **attributes: object) -> NodeProto:
