@@ -15,12 +15,12 @@ from flashcocos.export.inference import ATTENTION_ROWS, loop_attention, stage_mo
 
 
 @pytest.mark.parametrize("ids", [(7,), (0, 3, 11), tuple(range(12))], ids=["one", "some", "all"])
-@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
-def test_the_classes_that_occur_give_what_all_give(ids: tuple[int, ...], skip: bool) -> None:
-    model = seeded_model(ModelConfig.preset("tiny", warp_residual=skip)).double()
+@pytest.mark.parametrize(("skip", "stride"), [(False, 4), (True, 4), (True, 2)], ids=["plain", "skip", "fine"])
+def test_the_classes_that_occur_give_what_all_give(ids: tuple[int, ...], skip: bool, stride: int) -> None:
+    model = seeded_model(ModelConfig.preset("tiny", warp_residual=skip, warp_stride=stride)).double()
     generator = torch.Generator().manual_seed(0)
     label = torch.tensor(ids, dtype=torch.uint8)[torch.randint(0, len(ids), (2, 64, 96), generator=generator)]
-    warped = torch.rand(2, 3, 16, 24, generator=generator).double()
+    warped = torch.rand(2, 3, 64 // stride, 96 // stride, generator=generator).double()
     seen: list[int] = []
     query, coarse, fine = (stage_module(model, stage) for stage in ("query", "coarse", "fine"))
     for stage in (query, coarse, fine):
@@ -29,14 +29,19 @@ def test_the_classes_that_occur_give_what_all_give(ids: tuple[int, ...], skip: b
                 module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
     with torch.inference_mode():
         torch.testing.assert_close(query(label), model.encode_query(label), rtol=0, atol=1e-12)
+        picture = torch.rand(2, 3, 64, 96, generator=generator).double()
+        expected_phi, expected_values = model.encode_exemplar(picture, label)
+        phi, values = stage_module(model, "exemplar")(picture, label)
+        torch.testing.assert_close(phi, expected_phi, rtol=0, atol=1e-12)
+        assert torch.equal(values, expected_values)
         features, *means = coarse(warped, label)
         made = fine(features, warped, label, *means)
         for found, expected in zip(made, model.synthesize(warped, label), strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     planes = len({0, *ids})
     others = 6 if skip else 3
-    # the adaptor's first convolution and its seven conditions, the generator's first and its eighteen
-    assert seen == [planes] * 8 + [others + planes] * 19
+    # the adaptor's first convolution and seven conditions, the detail's first; the generator's first and its eighteen
+    assert seen == [planes] * (8 if stride == 4 else 9) + [others + planes] * 19
 
 
 def test_stages_share_the_weights_and_leave_the_model_as_it_was() -> None:
