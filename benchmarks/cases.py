@@ -124,7 +124,7 @@ def _naive(
 
 def _largest_matrix(size: int, config: ModelConfig) -> int:
     """Elements of the larger of the two matrices of the published form: the warp's and the self-attention's."""
-    return max((size // 4) ** 4, (size // 2) ** 2 * (size // 4) ** 2 * config.attention)
+    return max((size // config.warp_stride) ** 4, (size // 2) ** 2 * (size // 4) ** 2 * config.attention)
 
 
 def _runtime(
