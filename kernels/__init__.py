@@ -5,7 +5,7 @@
     corr_warp(theta, phi, values, backend="cpu")
 
 Source: arXiv 2004.05571, equations 2 and 3, with the 3 x 3 patches of its public code. Importing this
-folder loads neither torch, triton nor numba; the array paths never load torch, and the tensor paths never load numba.
+folder loads neither torch, triton nor numba, and the array paths never load torch.
 
 One naming grammar for every file of this folder:
   B  batch                       N  queries, Hq x Wq, positions of theta and of the output

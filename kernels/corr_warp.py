@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 ARRAY_BACKENDS = ("auto", "numba", "numpy")
-TENSOR_BACKENDS = ("auto", "triton", "cpu", "reference")
+TENSOR_BACKENDS = ("auto", "triton", "numba", "cpu", "reference")
 PATCHES = (1, 3, 5)
+NUMBA_MISSING = "backend 'numba' needs numba: pip install 'flashcocos[cpu]', or use backend='{other}'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,9 @@ def corr_warp(
         patch: Side of the correlated patch, 1, 3 or 5, zero padded.
         temperature: The correlation, -1 to 1, is divided by it before the softmax.
         return_lse: Also return the log-sum-exp of each query's logits; it has no gradient.
-        backend: For tensors "triton" (CUDA), "cpu" (tiled torch), "reference" (the definition; forms the matrix) or
-            "auto" (triton on CUDA, else cpu); for arrays "numba", "numpy" or "auto" (numba where installed).
+        backend: For tensors "triton" (CUDA), "numba" (float32 on the CPU), "cpu" (tiled torch), "reference" (the
+            definition; forms the matrix) or "auto": triton on CUDA; else numba for float32 where it is installed, and
+            cpu for the rest. For arrays "numba", "numpy" or "auto" (numba where installed).
 
     Returns:
         The warp (B, V, Hq, Wq) in the dtype of the values, differentiable in all three tensors. With `return_lse`
@@ -238,7 +240,7 @@ def _warp_tensors(
     theta: torch.Tensor, phi: torch.Tensor, values: torch.Tensor, patch: int, temperature: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_tensors((theta, phi, values), ("theta", "phi", "values"), patch, temperature)
-    backend = _tensor_backend(theta, backend)
+    backend = _tensor_backend((theta, phi, values), backend)
     if backend == "reference":
         from . import reference
 
@@ -249,14 +251,18 @@ def _warp_tensors(
     return result
 
 
-def _tensor_backend(theta: torch.Tensor, backend: str) -> str:
-    """The implementation that `corr_warp` runs for `theta`: `backend`, or what "auto" stands for."""
+def _tensor_backend(inputs: Sequence[torch.Tensor], backend: str) -> str:
+    """The implementation that `corr_warp` runs for theta, phi and values: `backend`, or what "auto" stands for."""
     if backend not in TENSOR_BACKENDS:
         raise InputError(f"backend for tensors: expected one of {', '.join(TENSOR_BACKENDS)}, got {backend!r}")
+    device = inputs[0].device
     if backend == "auto":
-        backend = "triton" if theta.is_cuda else "cpu"
-    if backend == "cpu" and theta.device.type != "cpu":
-        raise BackendError(f"backend 'cpu' needs tensors on the CPU, got {theta.device}; use 'triton' or 'reference'")
+        single = all(tensor.dtype == sys.modules["torch"].float32 for tensor in inputs)
+        backend = "triton" if device.type == "cuda" else "numba" if single and _has_numba() else "cpu"
+    if backend == "numba" and not _has_numba():
+        raise BackendError(NUMBA_MISSING.format(other="cpu"))
+    if backend in ("cpu", "numba") and device.type != "cpu":
+        raise BackendError(f"backend '{backend}' needs tensors on the CPU, got {device}; use 'triton' or 'reference'")
     return backend
 
 
@@ -297,10 +303,13 @@ def _run_arrays(
 def _array_backend(backend: str) -> str:
     if backend not in ARRAY_BACKENDS:
         raise InputError(f"backend for arrays: expected one of {', '.join(ARRAY_BACKENDS)}, got {backend!r}")
-    has_numba = importlib.util.find_spec("numba") is not None
-    if backend == "numba" and not has_numba:
-        raise BackendError("backend 'numba' needs numba: pip install 'flashcocos[cpu]', or use backend='numpy'")
-    return "numba" if has_numba and backend != "numpy" else "numpy"
+    if backend == "numba" and not _has_numba():
+        raise BackendError(NUMBA_MISSING.format(other="numpy"))
+    return "numba" if backend != "numpy" and _has_numba() else "numpy"
+
+
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def _check(inputs: Sequence[Any], names: Sequence[str], patch: int, temperature: float, kind: type[Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import BackendError, InputError
 
-_MODULES = {"cpu": "cpu.torch_warp", "triton": "gpu.triton_warp"}
+_MODULES = {"numba": "cpu.numba_tensors", "cpu": "cpu.torch_warp", "triton": "gpu.triton_warp"}
 
 
 @torch.library.custom_op(
@@ -28,8 +28,8 @@ def corr_warp_op(
 ) -> tuple[Tensor, Tensor]:
     """The warp (B, V, Hq, Wq) in the dtype of the values and its lse (B, Hq, Wq), which carries no gradient.
 
-    theta (B, C, Hq, Wq), phi (B, C, Hk, Wk), values (B, V, Hk, Wk); backend "cpu" or "triton". Shapes are those that
-    `flashcocos.kernels.corr_warp` has checked. Raises `BackendError` where the backend cannot run.
+    theta (B, C, Hq, Wq), phi (B, C, Hk, Wk), values (B, V, Hk, Wk); backend "numba", "cpu" or "triton". Shapes are
+    those that `flashcocos.kernels.corr_warp` has checked. Raises `BackendError` where the backend cannot run.
     """
     result: tuple[Tensor, Tensor] = implementation(backend).warp_forward(theta, phi, values, patch, temperature)
     return result
@@ -85,7 +85,7 @@ def _(
     if backend == "triton":
         like = [_channels_last(theta), _channels_last(phi), values.new_empty(values.shape)]
     else:
-        like = [torch.empty_like(x) for x in (theta, phi, values)]
+        like = [x.new_empty(x.shape) if backend == "numba" else torch.empty_like(x) for x in (theta, phi, values)]
     return [grad for grad, need in zip(like, needs, strict=True) if need]
 
 

@@ -1,1 +1,1 @@
-"""The warp on the CPU, tile by tile: for numpy arrays (with numba or numpy alone) and for torch tensors."""
+"""The warp on the CPU, tile by tile: for numpy arrays and for torch tensors, with numba or without."""

@@ -212,18 +212,19 @@ def diagonal_sum(typing: Any, array: Any, slots: Any, offset: Any, step: Any) ->
 def _register_tile(accumulate: bool) -> Any:
     @intrinsic
     def product(
-        typing: Any, a: Any, o_a: Any, s_a: Any, b: Any, o_b: Any, depth: Any, c: Any, o_c: Any, s_c: Any
-    ) -> Any:
-        """C (ROWS, COLUMNS) = or += A (ROWS, depth) @ B (depth, COLUMNS), B contiguous; o_ offsets, s_ row strides."""
+        typing: Any, a: Any, o_a: Any, s_a: Any, d_a: Any, b: Any, o_b: Any, d_b: Any, depth: Any,
+        c: Any, o_c: Any, s_c: Any,
+    ) -> Any:  # fmt: skip
+        """C (ROWS, COLUMNS) = or += A (ROWS, depth) @ B (depth, COLUMNS); o_ offsets, s_ row and d_ depth strides."""
 
         def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            a, o_a, s_a, b, o_b, depth, c, o_c, s_c = arguments
+            a, o_a, s_a, d_a, b, o_b, d_b, depth, c, o_c, s_c = arguments
             index = depth.type
             rows = [_address(context, builder, signature.args[0], a, o_a)]
             for _ in range(1, ROWS):
                 rows.append(builder.gep(rows[-1], [s_a]))
-            right = _address(context, builder, signature.args[3], b, o_b)
-            line = _address(context, builder, signature.args[6], c, o_c)
+            right = _address(context, builder, signature.args[4], b, o_b)
+            line = _address(context, builder, signature.args[8], c, o_c)
             targets = []
             for _ in range(ROWS):
                 targets += [builder.gep(line, [ir.Constant(index, j)]) for j in range(0, COLUMNS, LANES)]
@@ -234,10 +235,11 @@ def _register_tile(accumulate: bool) -> Any:
                 for target in targets
             ]
             with cgutils.for_range(builder, depth) as loop:
-                start = builder.gep(right, [builder.mul(loop.index, ir.Constant(index, COLUMNS))])
+                start = builder.gep(right, [builder.mul(loop.index, d_b)])
                 panel = [_read(builder, builder.gep(start, [ir.Constant(index, j)])) for j in range(0, COLUMNS, LANES)]
+                along = builder.mul(loop.index, d_a)
                 for i, row in enumerate(rows):
-                    factor = _spread(builder, builder.load(builder.gep(row, [loop.index])))
+                    factor = _spread(builder, builder.load(builder.gep(row, [along])))
                     for j, column in enumerate(panel):
                         slot = sums[i * len(panel) + j]
                         builder.store(_multiply_add(builder, factor, column, builder.load(slot)), slot)
@@ -246,7 +248,7 @@ def _register_tile(accumulate: bool) -> Any:
             return context.get_dummy_value()
 
         n = types.intp
-        return types.void(a, n, n, b, n, n, c, n, n), build
+        return types.void(a, n, n, n, b, n, n, n, c, n, n), build
 
     return product
 
@@ -343,8 +345,8 @@ def form_products(shape, inputs, products, slot, x, r, diagonal):
             o_k = (s * panels + panel) * shape.channels * COLUMNS
             for i in range(0, shape.rows, ROWS):
                 set_product(
-                    inputs.queries, o_q + i * shape.channels, shape.channels,
-                    inputs.keys, o_k, shape.channels,
+                    inputs.queries, o_q + i * shape.channels, shape.channels, 1,
+                    inputs.keys, o_k, COLUMNS, shape.channels,
                     products, o_p + i * shape.line + panel * COLUMNS, shape.line,
                 )  # fmt: skip
 
@@ -427,8 +429,9 @@ def add_value_tiles(shape, values, state, q, weights, count, s):
         o_v = k * keys + s * shape.columns * COLUMNS
         for i in range(0, shape.weight_rows, ROWS):
             add_product(
-                weights, i * size, size, values, o_v, count, state.acc, (q + i) * shape.carried + k, shape.carried
-            )
+                weights, i * size, size, 1, values, o_v, COLUMNS, count,
+                state.acc, (q + i) * shape.carried + k, shape.carried,
+            )  # fmt: skip
 
 
 @_jit
@@ -503,9 +506,9 @@ def warp_task(shape, inputs, slots, x, first, last, cutoff, results):
 
 
 def warp_forward(
-    theta: Array, phi: Array, values: Array, patch: int, temperature: float, *, match: bool = False
+    theta: Array, phi: Array, values: Array, patch: int, temperature: float, *, match: bool = False, threads: int = 0
 ) -> tuple[Array, Array, Match | None]:
-    """As `numpy_warp.warp_forward`; the match costs nothing here.
+    """As `numpy_warp.warp_forward`; the match costs nothing here. `threads` 0 stands for `NUMBA_NUM_THREADS`.
 
     Memory beside inputs and results: one item's theta and phi in the kernels' layout, and for each thread about
     0.5 MiB of tiles and the state of its queries, (V + 5) * 4 bytes each.
@@ -513,7 +516,7 @@ def warp_forward(
     (batch, _, hq, wq), channels = theta.shape, values.shape[1]
     out, lse = np.empty((batch, channels, hq * wq), np.float32), np.empty((batch, hq * wq), np.float32)
     matches = empty_match(batch, hq * wq)
-    threads = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    threads = threads or config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     blocks = choose_cache_blocks(theta.shape[2:], phi.shape[2:], patch, threads, rows=ROWS, columns=COLUMNS)
     with ThreadPoolExecutor(threads) as pool:
         for i in range(batch):
@@ -522,7 +525,7 @@ def warp_forward(
     return out, lse, matches if match else None
 
 
-def _round_up(length: int, multiple: int) -> int:
+def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
@@ -537,12 +540,12 @@ def _warp_item(
     results: tuple[npt.NDArray[Any], ...],
 ) -> None:
     (channels, hq, wq), (_, hk, wk) = theta.shape, phi.shape
-    columns = _round_up(wk, COLUMNS)
+    columns = round_up(wk, COLUMNS)
     few = len(values) <= SMALL
-    rows = _round_up(blocks.block + patch - 1, ROWS)
+    rows = round_up(blocks.block + patch - 1, ROWS)
     shape = Shape(
         hq, wq, hk, wk, channels, len(values), columns, columns + LANES, blocks.block, rows,
-        _round_up(blocks.block, ROWS), blocks.group, _round_up(len(values), 4 if few else COLUMNS),
+        round_up(blocks.block, ROWS), blocks.group, round_up(len(values), 4 if few else COLUMNS),
     )  # fmt: skip
     starts = range(0, wq, blocks.block)
     queries = np.zeros((hq, starts[-1] + rows, channels), np.float32)

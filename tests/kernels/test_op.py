@@ -10,7 +10,7 @@ from flashcocos.kernels import corr_warp
 from flashcocos.kernels.op import corr_warp_op
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["numba", "cpu", "triton"])
 def backend(request):
     if request.param == "triton":
         request.getfixturevalue("device")
@@ -80,5 +80,11 @@ def test_lse_carries_no_gradient(backend, inputs):
 
 def test_unknown_backend_is_refused():
     x = torch.zeros(1, 2, 2, 2)
-    with pytest.raises(InputError, match="expected one of cpu, triton, got 'cuda'"):
+    with pytest.raises(InputError, match="expected one of numba, cpu, triton, got 'cuda'"):
         corr_warp_op(x, x, x, 3, 0.01, "cuda")
+
+
+def test_the_choice_of_a_backend_compiles_without_a_break():
+    x = torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(corr_warp, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, x, x), corr_warp(x, x, x))

@@ -16,8 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flashcocos.cli import main
 from flashcocos.errors import BackendError, CheckpointError, InputError
-from flashcocos.kernels import reference
-from flashcocos.kernels.cpu import torch_warp
+from flashcocos.kernels.cpu import numba_warp, torch_warp
 from flashcocos.train import trainer as trainer_module
 from flashcocos.train.batches import Batch
 from flashcocos.train.checkpoint import load_model, read_metadata, save_model
@@ -163,7 +162,12 @@ def test_the_discriminator_sees_the_pictures_of_the_models_step(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("warp", "unused"), [("reference", (torch_warp, "warp_forward")), ("auto", (reference, "warp"))]
+    ("warp", "unused"),
+    [
+        ("reference", (torch_warp, "warp_forward")),
+        ("cpu", (numba_warp, "warp_forward")),
+        ("auto", (torch_warp, "warp_forward")),
+    ],
 )
 def test_the_warps_backend_is_this_trainers(
     warp: str, unused: tuple[ModuleType, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

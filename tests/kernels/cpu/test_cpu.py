@@ -108,18 +108,20 @@ def test_many_tiles_and_tasks(monkeypatch, backend):
     check_arrays(backend, theta, phi, values, 3)
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE, HALF, BRAIN], ids=str)
-def test_tensors_equal_the_oracle(case, dtype):
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("numba", SINGLE), *(("cpu", dtype) for dtype in (SINGLE, DOUBLE, HALF, BRAIN))]
+)
+def test_tensors_equal_the_oracle(case, backend, dtype):
     theta, phi, values, grad, patch = case
-    check_tensors([tensor.to(dtype) for tensor in (theta, phi, values, grad)], patch)
+    check_tensors(backend, [tensor.to(dtype) for tensor in (theta, phi, values, grad)], patch)
 
 
-def check_tensors(inputs, patch):
-    """Warp, lse and gradients of the tiled torch path against the oracle, on the same values."""
+def check_tensors(backend, inputs, patch):
+    """Warp, lse and gradients of a backend for tensors against the oracle, on the same values."""
     *inputs, grad = inputs
     dtype = inputs[0].dtype
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    out, lse = corr_warp(*leaves, patch=patch, return_lse=True, backend="cpu")
+    out, lse = corr_warp(*leaves, patch=patch, return_lse=True, backend=backend)
     grads = torch.autograd.grad(out, leaves, grad)
     expected, expected_lse, expected_grads = oracle(*inputs, grad, patch)
     assert out.dtype == dtype
@@ -136,18 +138,22 @@ def check_tensors(inputs, patch):
 def test_tensors_in_many_tiles(monkeypatch):
     monkeypatch.setattr(torch_warp, "BUDGET", 1 << 17)
     assert tiling.fit_tiles((13, 11), (12, 17), 3, 1 << 17, buffers=3).key_rows < 12
-    check_tensors(make(2, 16, (13, 11), (12, 17), 20), 3)
+    check_tensors("cpu", make(2, 16, (13, 11), (12, 17), 20), 3)
 
 
-def test_gradients_only_where_needed():
+TENSORS = pytest.mark.parametrize("backend", ["numba", "cpu"])
+
+
+@TENSORS
+def test_gradients_only_where_needed(backend):
     inputs = make(1, 6, (4, 5), (5, 4), 3)[:3]
     expected = None
     for needed in range(3):
         leaves = [tensor.clone().requires_grad_(i == needed) for i, tensor in enumerate(inputs)]
-        corr_warp(*leaves).square().sum().backward()
+        corr_warp(*leaves, backend=backend).square().sum().backward()
         assert [leaf.grad is not None for leaf in leaves] == [i == needed for i in range(3)]
         whole = [tensor.clone().requires_grad_() for tensor in inputs]
-        corr_warp(*whole).square().sum().backward()
+        corr_warp(*whole, backend=backend).square().sum().backward()
         expected = whole[needed].grad
         assert torch.equal(leaves[needed].grad, expected)
 
@@ -157,12 +163,13 @@ def test_gradcheck_of_the_tiled_path():
     assert torch.autograd.gradcheck(lambda *tensors: corr_warp(*tensors, temperature=0.2), inputs)
 
 
-def test_strided_inputs():
+@TENSORS
+def test_strided_inputs(backend):
     theta, phi, values, grad = make(2, 12, (7, 6), (5, 8), 5)
-    expected = corr_warp(theta, phi, values)
+    expected = corr_warp(theta, phi, values, backend=backend)
     strided = [x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for x in (theta, phi, values)]
     leaves = [x.requires_grad_() for x in strided]
-    out = corr_warp(*leaves)
+    out = corr_warp(*leaves, backend=backend)
     assert torch.equal(out, expected)
     grads = torch.autograd.grad(out, leaves, grad.transpose(2, 3).contiguous().transpose(2, 3))
     for got, want in zip(grads, oracle(theta, phi, values, grad, 3)[2], strict=True):
@@ -227,10 +234,11 @@ def test_constant_features_average(backend):
     torch.testing.assert_close(out, values.mean((2, 3), keepdim=True).expand_as(out), rtol=0, atol=1e-6)
 
 
-def test_constant_features_have_no_gradient():
+@TENSORS
+def test_constant_features_have_no_gradient(backend):
     values = make(1, 4, (5, 6), (5, 6), 3)[2]
     leaves = [torch.full((1, 4, 5, 6), 0.7, requires_grad=True) for _ in range(2)]
-    corr_warp(*leaves, values, patch=1).square().sum().backward()
+    corr_warp(*leaves, values, patch=1, backend=backend).square().sum().backward()
     assert all(leaf.grad.abs().max() == 0 for leaf in leaves)
 
 
@@ -243,13 +251,14 @@ def test_nan_is_not_hidden(backend):
     assert out[:, :, :, 4].isfinite().all()
 
 
+def poisoned(shape, dtype=float, order="C"):
+    return np.full(shape, np.nan if np.issubdtype(dtype, np.floating) else -1, dtype, order)
+
+
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_every_result_is_written(monkeypatch, backend):
     inputs = [x.numpy() for x in make(2, 5, (7, 6), (5, 9), 10)[:3]]
     expected = warp_arrays(*inputs, match=True, backend=backend)
-
-    def poisoned(shape, dtype=float, order="C"):
-        return np.full(shape, np.nan if np.issubdtype(dtype, np.floating) else -1, dtype, order)
 
     monkeypatch.setattr(np, "empty", poisoned)
     got = warp_arrays(*inputs, match=True, backend=backend)
@@ -259,12 +268,15 @@ def test_every_result_is_written(monkeypatch, backend):
         np.testing.assert_array_equal(getattr(got.match, name), field)
 
 
-def test_every_tensor_result_is_written():
+@TENSORS
+def test_every_tensor_result_is_written(monkeypatch, backend):
     inputs = make(2, 5, (7, 6), (5, 9), 10)[:3]
+    monkeypatch.setattr(np, "empty", poisoned)
+    monkeypatch.setattr(np, "empty_like", lambda array: poisoned(array.shape, array.dtype))
     torch.use_deterministic_algorithms(True)  # fills new memory with nan
     try:
         leaves = [x.requires_grad_() for x in inputs]
-        out, lse = corr_warp(*leaves, return_lse=True)
+        out, lse = corr_warp(*leaves, return_lse=True, backend=backend)
         out.sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
