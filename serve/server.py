@@ -27,6 +27,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._drain_s, self._announce = service, drain_s, announce
         self._end: asyncio.Task[None] | None = None
+        self.cut_off = False  # whether requests were left when the time to drain was over
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -44,8 +45,10 @@ class _Server(uvicorn.Server):
         self._end = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
+        try:
             await asyncio.wait_for(self._service.batcher.drain(), self._drain_s)
+        except asyncio.TimeoutError:
+            self.cut_off = True
         self.should_exit = True
 
 
@@ -77,9 +80,10 @@ def run(config: ServeConfig, announce: Callable[[str], None]) -> int:
     with _listen(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        _Server(settings, service, config.drain_s, lambda: announce(address)).run([listener])
-    if service.batcher.tickets:
-        os._exit(1)  # a thread of the engine would keep the process
+        server = _Server(settings, service, config.drain_s, lambda: announce(address))
+        server.run([listener])
+    if server.cut_off:
+        os._exit(1)  # and not wait for the engine
     engine.close()
     return 0
 
