@@ -146,9 +146,8 @@ class Service:
         source = Source(wire.write_png(np.zeros((*size, 3), np.uint8)), label, None, size)
         try:
             exemplar = await self._encode(source)
-            for _ in range(2):  # the first one of a process is slow
-                with Ticket(self.batcher, "", 0, blank.size / 1e6, math.inf) as ticket:
-                    await ticket.run(blank.shape, (blank, exemplar))
+            with Ticket(self.batcher, "", 0, size[0] * size[1] / 1e6, math.inf) as ticket:
+                await ticket.run(blank.shape, (blank, exemplar))
             self.ready = True
         except Exception:
             _log.exception("the first translation failed")

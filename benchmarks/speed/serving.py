@@ -267,7 +267,7 @@ class Bare:
         pairs: list[tuple[Any, Exemplar]] = [(label, exemplar) for exemplar in self.exemplars for label in self.labels]
         start, done = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:
-            part = random.sample(pairs, batch)
+            part = random.choices(pairs, k=batch)
             self.translator.translate([label for label, _ in part], [exemplar for _, exemplar in part], self.size)
             done += batch
         return done / (time.perf_counter() - start)

@@ -274,6 +274,14 @@ def test_the_deadline_ends_the_wait(service: Live, client: httpx.Client, path: s
     assert refusal(client.post(path, content=label(9), headers={"X-Deadline-Ms": "-1"})) == (422, "invalid")
 
 
+def test_who_hangs_up_within_the_body_frees_the_place(service: Live, client: httpx.Client, path: str) -> None:
+    with socket.create_connection(("127.0.0.1", service.port)) as caller:
+        caller.sendall(request_head(path, 1000) + bytes(500))
+        service.until(lambda: service.service.batcher.tickets == 1)
+    service.until(lambda: service.service.batcher.tickets == 0)
+    assert 'flashcocos_cancelled_total{where="body"} 1.0' in client.get("/metrics").text
+
+
 @pytest.mark.parametrize("head", [b"", b"\x89PNG"])
 def test_a_body_that_does_not_come_is_not_waited_for(service: Live, path: str, head: bytes) -> None:
     with socket.create_connection(("127.0.0.1", service.port)) as caller:

@@ -19,6 +19,7 @@ from flashcocos.cli import main
 from flashcocos.serve.client import Client
 from flashcocos.serve.config import read_config
 from flashcocos.serve.engine import LocalEngine
+from flashcocos.serve.server import _listen
 
 DEMO = serving.PAIRS.parent
 
@@ -94,6 +95,11 @@ def test_a_taken_port_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         port = str(listener.getsockname()[1])
         assert main(["serve", "--port", port]) == 1
     assert "cannot listen on 127.0.0.1, port" in capsys.readouterr().err
+
+
+def test_answers_leave_at_once() -> None:
+    with _listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # by which asyncio switches off the wait of 40 ms
 
 
 def test_the_service_loads_no_torch(tmp_path: Path) -> None:
