@@ -46,7 +46,8 @@ CAVEATS = """## What these numbers do not show
 - A full-size network has seeded noise as weights here. Agreement is that of two programs on the same weights, and says
   nothing about how good a picture is.
 - Inputs are in memory already; reading, decoding and writing files is not in any time.
-- Each process had the machine to itself. Other processors, with AVX-512 or more cores, rank the rows differently.
+- Each process had the machine to itself, except the service: it was measured beside a training of lower priority, which
+  kept both cores busy. Other processors, with AVX-512 or more cores, rank the rows differently.
 - Peak memory is that of a whole fresh process, the interpreter and its packages included.
 - The published form is flashcocos's own code of the published computation, not the authors' program.
 - torch.compile found code of an earlier run in its cache; without it, its first run had taken 97 s.
@@ -259,6 +260,22 @@ def throughput(rows: Sequence[Row]) -> str:
     return f"## Batches\n\nAt {rows[0]['parameters']['size']} px, the same network.\n\n{table(head, lines)}"
 
 
+def serving(rows: Sequence[Row]) -> str:
+    """What each kind of load found."""
+    lines = [
+        [row["measures"], ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in row["facts"].items())]
+        if row["status"] == "measured"
+        else [row["measures"], unmeasured(row)]
+        for row in rows
+    ]
+    return (
+        "## The HTTP service\n\n`flashcocos serve` with the model that ships, on loopback; the client, which compares "
+        "each answer with the bare\nTranslator's, runs on the same cores. \"Outside\" is a request without the model's "
+        'stages as Server-Timing states them:\nclient, HTTP, queue and PNG both ways. "Other" counts answers that are '
+        f"wrong, lost or of another status.\n\n{table(['', 'found'], lines)}"
+    )
+
+
 def startup(rows: Sequence[Row]) -> str:
     """First pictures, then sizes of installations."""
     starts: list[list[str]] = []
@@ -291,6 +308,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "training": training,
     "estimate": estimate,
     "throughput": throughput,
+    "serving": serving,
     "startup": startup,
 }
 

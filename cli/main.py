@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import FlashcocosError, printable
-from . import measure, models, train, translate
+from . import measure, models, serve, train, translate
 from .arguments import Run
 
 # the extra that brings a package which a command may find missing
@@ -34,10 +34,14 @@ _EXTRAS = {
     "dicebear": "avatars",
     "resvg": "avatars",
     "tensorboard": "train",
-    "tomli": "train",
+    "tomli": "serve",
     "h5py": "hed",
     "torchmetrics": "eval",
     "psutil": "cpu",
+    "fastapi": "serve",
+    "prometheus_client": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 _COMMAND_EXTRAS = {"train": "train", "pairs": "train", "evaluate": "eval"}  # each brings all that its command needs
 
@@ -124,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    for family in (translate, models, train, measure):
+    for family in (translate, serve, models, train, measure):
         listed.append(f"\n{family.TITLE}:")
         family.add_commands(command)
     parser.description = (

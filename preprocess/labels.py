@@ -13,7 +13,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -135,7 +135,8 @@ def _read_planes(source: LabelSource) -> npt.NDArray[Any]:
     """Planes (channels, H, W) as uint8 or float32, each value checked."""
     name = source_name(source)
     if isinstance(source, str | os.PathLike):
-        return _read_npz(Path(source))
+        require_file(source)
+        return read_npz(Path(source), str(source))
     if not isinstance(source, np.ndarray) or source.ndim != 3:
         what = source.shape if isinstance(source, np.ndarray) else type(source).__name__
         raise InputError(f"{name}: expected an .npz path or an array (channels, height, width), got {what}")
@@ -149,29 +150,40 @@ def _read_planes(source: LabelSource) -> npt.NDArray[Any]:
     return np.ascontiguousarray(source, np.float32)
 
 
-def _read_npz(path: Path) -> UInt8Array:
-    """The uint8 array `label` of an .npz, its header checked before its bytes are read."""
-    require_file(path)
+def read_npz(file: Path | BinaryIO, name: str, max_bytes: int = 4 * MAX_PIXELS) -> UInt8Array:
+    """The planes of a label file.
+
+    Args:
+        file: an .npz, as `save_label` writes it.
+        name: of the file, in messages.
+        max_bytes: of the planes; a file that states more is refused before they are read.
+
+    Returns:
+        uint8 (channels, H, W).
+
+    Raises:
+        InputError: the file is damaged, too large, or has other content.
+    """
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(_PLANES_MEMBER) as member:
+        with zipfile.ZipFile(file) as archive, archive.open(_PLANES_MEMBER) as member:
             if archive.getinfo(_PLANES_MEMBER).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise InputError(f"{path}: label is neither stored nor deflated; run `flashcocos prepare`")
+                raise InputError(f"{name}: label is neither stored nor deflated; run `flashcocos prepare`")
             if np.lib.format.read_magic(member) != (1, 0):
-                raise InputError(f"{path}: unknown .npy version in {_PLANES_MEMBER}; run `flashcocos prepare` again")
+                raise InputError(f"{name}: unknown .npy version in {_PLANES_MEMBER}; run `flashcocos prepare` again")
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
             if dtype != np.uint8 or len(shape) != 3 or fortran:
-                raise InputError(f"{path}: label is {dtype} {shape}; expected uint8 (channels, height, width)")
-            check_extent(shape[1], shape[2], str(path))
+                raise InputError(f"{name}: label is {dtype} {shape}; expected uint8 (channels, height, width)")
+            check_extent(shape[1], shape[2], name)
             count = shape[0] * shape[1] * shape[2]
-            if not 0 < shape[0] <= 255 or count > 4 * MAX_PIXELS:
-                raise InputError(f"{path}: label is {shape}; expected 1 to 255 planes and {MAX_PIXELS * 4} bytes")
+            if not 0 < shape[0] <= 255 or count > max_bytes:
+                raise InputError(f"{name}: label is {shape}; expected 1 to 255 planes and at most {max_bytes} bytes")
             data = member.read(count)
     except InputError:
         raise
     except KeyError as error:
-        raise InputError(f"{path}: no array named 'label' in this .npz; run `flashcocos prepare`") from error
+        raise InputError(f"{name}: no array named 'label' in this .npz; run `flashcocos prepare`") from error
     except (OSError, ValueError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a readable label .npz: {error}; run `flashcocos prepare`") from error
+        raise InputError(f"{name}: not a readable label .npz: {error}; run `flashcocos prepare`") from error
     if len(data) != count:
-        raise InputError(f"{path}: label is cut short: {len(data)} of {count} bytes; run `flashcocos prepare` again")
+        raise InputError(f"{name}: label is cut short: {len(data)} of {count} bytes; run `flashcocos prepare` again")
     return np.frombuffer(data, np.uint8).reshape(shape)

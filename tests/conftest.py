@@ -19,6 +19,7 @@ SLOW = (
     "kernels/gpu/test_aot.py",
     "benchmarks/test_cases.py",
     "runtime/test_end_to_end.py",
+    "serve/test_server.py",
     "bundle/test_model_file.py",
     "train/test_trainer.py",
     "train/test_memory_estimate.py",

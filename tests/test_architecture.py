@@ -46,7 +46,12 @@ IMPORT_NAMES = {
     "scikit-image": "skimage",
     "tensorboard": "torch.utils.tensorboard",
 }
-BROUGHT_BY = {"google": "onnx", "llvmlite": "numba", "triton": "torch"}  # google.protobuf; torch brings triton on Linux
+BROUGHT_BY = {
+    "google": "onnx",  # google.protobuf
+    "llvmlite": "numba",
+    "starlette": "fastapi",
+    "triton": "torch",  # on Linux
+}
 
 
 def _imports(path: Path) -> list[tuple[Path | str, str]]:

@@ -1,0 +1,222 @@
+"""Labels and exemplars that the service holds: by content, the least recently used make room, each encoded once."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import os
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+
+from ..files import atomic_path
+from ..runtime import Exemplar
+from .errors import ApiError
+
+T = TypeVar("T")
+_ID = re.compile(r"[0-9a-f]{32}")
+_SUFFIX = ".exemplar"
+
+
+class LruBytes(Generic[T]):
+    """A dictionary of bounded size in bytes; `sizeof` gives an entry's."""
+
+    def __init__(self, limit: int, sizeof: Callable[[T], int]) -> None:
+        self._limit, self._sizeof = limit, sizeof
+        self._entries: collections.OrderedDict[str, T] = collections.OrderedDict()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: str) -> T | None:
+        """The entry, which is then the most recently used."""
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def put(self, key: str, entry: T) -> None:
+        """Add an entry; one that is larger than all the room is kept alone."""
+        self.pop(key)
+        self._entries[key] = entry
+        self.bytes += self._sizeof(entry)
+        while self.bytes > self._limit and len(self._entries) > 1:
+            self.pop(next(iter(self._entries)))
+
+    def pop(self, key: str) -> bool:
+        """Remove an entry; whether it was there."""
+        if key not in self._entries:
+            return False
+        self.bytes -= self._sizeof(self._entries.pop(key))
+        return True
+
+
+class Source(msgspec.Struct, frozen=True):
+    """What an exemplar is encoded from: PNG of its picture and, for models that want it, its label, both at `size`."""
+
+    image: bytes
+    label: bytes | None
+    label_id: str | None
+    size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+    """A source and its encoding."""
+
+    source: Source
+    exemplar: Exemplar
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return source_bytes(self.source) + self.exemplar.phi.nbytes + self.exemplar.values.nbytes
+
+
+def source_bytes(source: Source) -> int:
+    """Memory that a source takes."""
+    return len(source.image) + len(source.label or b"")
+
+
+class Folder:
+    """Sources as files, of bounded size together; the oldest make room. Several processes may share the folder."""
+
+    def __init__(self, path: str, limit: int) -> None:
+        self._path, self._limit = Path(path), limit
+        self._path.mkdir(parents=True, exist_ok=True)
+
+    def read(self, key: str) -> Source | None:
+        """The source; None where there is none that can be read."""
+        path = self._file(key)
+        try:
+            with path.open("rb") as file:
+                source = msgspec.msgpack.decode(file.read(self._limit), type=Source)
+            os.utime(path)
+        except (OSError, msgspec.DecodeError):
+            return None
+        return source
+
+    def write(self, key: str, source: Source) -> None:
+        """Keep a source."""
+        with atomic_path(self._file(key)) as temporary:
+            temporary.write_bytes(msgspec.msgpack.encode(source))
+        files = []
+        for entry in os.scandir(self._path):
+            if entry.name.endswith(_SUFFIX):
+                status = entry.stat()
+                files.append((status.st_mtime, status.st_size, entry.path))
+        total = sum(size for _, size, _ in files)
+        for _, size, name in sorted(files)[:-1]:
+            if total > self._limit:
+                Path(name).unlink(missing_ok=True)
+                total -= size
+
+    def remove(self, key: str) -> bool:
+        """Remove a source; whether it was there."""
+        path = self._file(key)
+        there = path.is_file()
+        path.unlink(missing_ok=True)
+        return there
+
+    def _file(self, key: str) -> Path:
+        return self._path / f"{int(key, 16):032x}{_SUFFIX}"  # of a number, so that no name reaches the disk
+
+
+class ExemplarStore:
+    """Exemplars by id.
+
+    Args:
+        encode: encodes a source, waiting for its turn.
+        disk: runs a blocking function in a thread.
+        limit: bytes of encoded exemplars.
+        folder: where sources are kept too, if anywhere.
+        builtin: sources that are always there.
+        on_lookup: called with "hit", "encode" or "unknown".
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Source], Awaitable[Exemplar]],
+        disk: Callable[..., Awaitable[Source | bool | None]],
+        limit: int,
+        folder: Folder | None,
+        builtin: dict[str, Source],
+        on_lookup: Callable[[str], None] = lambda result: None,
+    ) -> None:
+        self.entries: LruBytes[Entry] = LruBytes(limit, lambda entry: entry.nbytes)
+        self._encode, self._disk, self._folder, self._builtin, self._on_lookup = (
+            encode,
+            disk,
+            folder,
+            builtin,
+            on_lookup,
+        )
+        self._flights: dict[str, tuple[asyncio.Task[Entry], set[object]]] = {}
+
+    async def source(self, key: str) -> Source:
+        """What the exemplar `key` is encoded from; `ApiError` 404."""
+        if entry := self.entries.get(key):
+            return entry.source
+        source = self._builtin.get(key)
+        if source is None and self._folder and _ID.fullmatch(key):
+            source = await self._disk(self._folder.read, key)  # type: ignore[assignment]
+        if source is None:
+            self._on_lookup("unknown")
+            raise ApiError(404, "exemplar_unknown", "no exemplar of this id: put it (again, after a restart)")
+        return source
+
+    def size(self, key: str) -> int:
+        """Memory that the exemplar takes now."""
+        entry = self.entries.get(key)
+        return entry.nbytes if entry else 0
+
+    async def get(self, key: str) -> Entry:
+        """The encoded exemplar; `ApiError` 404."""
+        if entry := self.entries.get(key):
+            self._on_lookup("hit")
+            return entry
+        return await self._fly(key, await self.source(key))
+
+    async def put(self, key: str, source: Source) -> tuple[Entry, bool]:
+        """Encode a source and keep it; and whether it is new."""
+        if entry := self.entries.get(key):
+            return entry, False
+        entry = await self._fly(key, source)
+        if self._folder and key not in self._builtin:
+            await self._disk(self._folder.write, key, source)
+        return entry, True
+
+    async def delete(self, key: str) -> None:
+        """Forget an exemplar; `ApiError` 404."""
+        there = self.entries.pop(key)
+        if self._folder and _ID.fullmatch(key):
+            there = bool(await self._disk(self._folder.remove, key)) or there
+        if not there:
+            raise ApiError(404, "exemplar_unknown", "no exemplar of this id, or one that always stays")
+
+    async def _fly(self, key: str, source: Source) -> Entry:
+        """Encode once, however many ask at a time; the last of them to go away takes it off the queue."""
+        if key not in self._flights:
+            self._on_lookup("encode")
+            self._flights[key] = asyncio.create_task(self._encoded(key, source)), set()
+        task, callers = self._flights[key]
+        callers.add(me := object())
+        try:
+            return await asyncio.shield(task)
+        finally:
+            callers.discard(me)
+            if not callers and not task.done():
+                task.cancel()
+
+    async def _encoded(self, key: str, source: Source) -> Entry:
+        try:
+            entry = Entry(source, await self._encode(source))
+            self.entries.put(key, entry)
+            return entry
+        finally:
+            del self._flights[key]
