@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from PIL import __version__ as pillow_version
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from ..bundle.default_model import PAIRS
@@ -36,6 +37,7 @@ from .errors import ApiError
 from .exemplars import ExemplarStore, Folder, LruBytes, Source, source_bytes
 from .gate import Gate
 from .metrics import Metrics
+from .openapi import ROUTES, complete
 
 T = TypeVar("T")
 _log = logging.getLogger("flashcocos.serve")
@@ -207,6 +209,8 @@ class Service:
 
         try:
             body = await asyncio.wait_for(collect(), min(self.config.body_s, max(0.001, ticket.seconds_left)))
+        except ClientDisconnect:
+            raise self._gone("body") from None
         except asyncio.TimeoutError:
             raise ApiError(408, "body_timeout", f"the body did not come within {self.config.body_s:g} s") from None
         if not body:
@@ -217,19 +221,23 @@ class Service:
     async def _unless_gone(self, request: Request, ticket: Ticket, work: Awaitable[T]) -> T:
         """The result of `work`, which is cancelled at the deadline and where the client goes away."""
         task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
-        where = "running"
         try:
             await asyncio.wait({task, gone}, timeout=max(0, ticket.seconds_left), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             where = "queue" if ticket.waits else "running"
-            self.metrics.cancelled.labels(where).inc()
             if gone.done():
-                raise ApiError(499, "gone", "the client went away")
+                raise self._gone(where)
+            self.metrics.cancelled.labels(where).inc()
             raise ApiError(504, "deadline", "the deadline has passed")
         finally:
             gone.cancel()
             task.cancel()
+
+    def _gone(self, where: str) -> ApiError:
+        """For the log of requests alone: nobody reads this answer."""
+        self.metrics.cancelled.labels(where).inc()
+        return ApiError(499, "gone", "the client went away")
 
     # routes
 
@@ -453,6 +461,8 @@ def build_app(config: ServeConfig, engine: Engine, on_stuck: Callable[[], None] 
     app = FastAPI(title="flashcocos", version=__version__, lifespan=service.lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     _add_routes(app, service)
+    schema = app.openapi
+    app.openapi = lambda: complete(schema())  # type: ignore[method-assign]
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _reraise)
     if config.cors_origins:
@@ -468,22 +478,8 @@ def build_app(config: ServeConfig, engine: Engine, on_stuck: Callable[[], None] 
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
-    routes: list[tuple[str, str, Any]] = [
-        ("PUT", "/v1/labels", service.put_label),
-        ("GET", "/v1/labels/{id}", service.get_label),
-        ("PUT", "/v1/exemplars", service.put_exemplar),
-        ("GET", "/v1/exemplars/{id}", service.get_exemplar),
-        ("DELETE", "/v1/exemplars/{id}", service.delete_exemplar),
-        ("GET", "/v1/exemplars/{id}/image", service.get_exemplar_image),
-        ("GET", "/v1/exemplars/{id}/label", service.get_exemplar_label),
-        ("POST", "/v1/exemplars/{id}/translate", service.translate),
-        ("GET", "/v1/model", service.get_model),
-        ("GET", "/healthz", service.health),
-        ("GET", "/readyz", service.readiness),
-        ("GET", "/metrics", service.get_metrics),
-    ]
-    for method, path, endpoint in routes:
-        app.add_api_route(path, endpoint, methods=[method], response_class=Response)
+    for route in ROUTES:
+        app.add_api_route(route.path, getattr(service, route.name), response_class=Response, **route.options())
     files = sorted(_PAGE.iterdir()) if _PAGE.is_dir() else []
     for file in files:
         if kind := _PAGE_TYPES.get(file.suffix):
@@ -503,7 +499,8 @@ async def _reraise(request: Request, error: Exception) -> Response:
         raise ApiError(422, "invalid", f"{first['loc'][-1]}: {first['msg']}")
     assert isinstance(error, HTTPException)
     codes = {404: "not_found", 405: "method_not_allowed"}
-    raise ApiError(error.status_code, codes.get(error.status_code, "malformed"), str(error.detail))
+    code = codes.get(error.status_code, "malformed")
+    raise ApiError(error.status_code, code, str(error.detail), headers=error.headers)
 
 
 async def _disconnect(request: Request) -> None:

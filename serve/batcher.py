@@ -156,9 +156,11 @@ class Batcher:
     def _start(self) -> None:
         """Give free workers what waits."""
         while len(self._running) < self._workers and (batch := self._take()):
-            megapixels = sum(item.ticket.megapixels for item in batch)
+            megapixels, now = sum(item.ticket.megapixels for item in batch), time.monotonic()
+            for item in batch:
+                item.ticket.waits, item.ticket.waited = False, now - item.since
             task = asyncio.get_running_loop().create_task(self._run(batch, megapixels))
-            self._running[task] = time.monotonic(), megapixels * (self._rate or 0.0)
+            self._running[task] = now, megapixels * (self._rate or 0.0)
 
     def _take(self) -> list[_Item]:
         """The oldest living item and younger ones of its key, off the queue; dead ones go too."""
@@ -169,8 +171,6 @@ class Batcher:
 
     async def _run(self, batch: list[_Item], megapixels: float) -> None:
         start = time.monotonic()
-        for item in batch:
-            item.ticket.waits, item.ticket.waited = False, start - item.since
         self._on_batch(len(batch), batch[0].ticket.waited)
         try:
             await self._call(batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..errors import FlashcocosError
 
 
@@ -12,8 +14,16 @@ class ApiError(FlashcocosError):
         status: HTTP status.
         code: one word for programs, as docs/serving.md lists them.
         retry_after: seconds after which the same request may succeed, for 429 and 503.
+        headers: further ones of the answer.
     """
 
-    def __init__(self, status: int, code: str, message: str, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.code, self.retry_after = status, code, retry_after
+        self.status, self.code, self.retry_after, self.headers = status, code, retry_after, headers or {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -101,7 +102,8 @@ class Gate:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         matches = [name for name, known in self._tokens.items() if hmac.compare_digest(known, token.encode())]
         if scheme.lower() != "bearer" or not matches:
-            raise ApiError(401, "unauthorized", "give a token: Authorization: Bearer TOKEN")
+            wanted = {"WWW-Authenticate": "Bearer"}
+            raise ApiError(401, "unauthorized", "give a token: Authorization: Bearer TOKEN", headers=wanted)
         return matches[0]
 
     def _drains(self, headers: Headers) -> bool:
@@ -126,9 +128,8 @@ def explain(error: Exception, request_id: str) -> ApiError:
 async def _send_error(error: ApiError, request_id: str, send: Send) -> None:
     body = msgspec.json.encode(ErrorReply(Problem(error.code, str(error), request_id)))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     if error.retry_after is not None:
-        headers.append((b"retry-after", str(int(error.retry_after + 0.999)).encode()))
-    if error.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+        headers.append((b"retry-after", str(math.ceil(error.retry_after)).encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -11,34 +11,32 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from ..errors import InputError
 from .app import Service, build_app
 from .config import ServeConfig
 from .engine import LocalEngine
 
 _EXIT_STUCK = 70  # of sysexits: an internal error; a supervisor starts the service anew
+_LAST_BYTES_S = 5  # for answers that are on their way when the queue is empty
 
 
 class _Server(uvicorn.Server):
     """uvicorn that drains at the first signal and leaves at the second."""
 
-    def __init__(
-        self, config: uvicorn.Config, service: Service, drain_s: float, announce: Callable[[str], None]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float, announce: Callable[[], None]) -> None:
         super().__init__(config)
         self._service, self._drain_s, self._announce = service, drain_s, announce
         self._end: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop, number)
+            asyncio.get_running_loop().add_signal_handler(number, self._stop, number)
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        self._announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        self._announce()
 
     def _stop(self, number: int) -> None:
         if self._end is not None:
@@ -59,24 +57,36 @@ def run(config: ServeConfig, announce: Callable[[str], None]) -> int:
         announce: called with the address once the service listens.
 
     Returns:
-        The exit code: 0.
+        The exit code: 0 where every accepted request was answered.
 
     Raises:
-        FlashcocosError: the model or a setting cannot be used.
+        FlashcocosError: the model or a setting cannot be used, or the address is taken.
     """
     engine = LocalEngine(config)
     app = build_app(config, engine, on_stuck=lambda: os._exit(_EXIT_STUCK))
     settings = uvicorn.Config(
         app,
-        host=config.host,
-        port=config.port,
         ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
         limit_concurrency=config.connections,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=_LAST_BYTES_S,
     )
-    _Server(settings, app.state.service, config.drain_s, announce).run()
+    service: Service = app.state.service
+    with _listen(config.host, config.port) as listener:
+        host, port = listener.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        _Server(settings, service, config.drain_s, lambda: announce(address)).run([listener])
+    if service.batcher.tickets:
+        os._exit(1)  # a thread of the engine would keep the process
     engine.close()
     return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port") from error
