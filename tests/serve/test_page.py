@@ -194,6 +194,33 @@ def replay(ids: np.ndarray, tool: str, points: Sequence[Sequence[int]], size: in
             replay_line(ids, a, b, size, number)
 
 
+def random_stroke(rng: np.random.Generator) -> tuple[str, list[list[int]], int, int]:
+    """Tool, points, brush and class. All but a filling may leave the picture and come back."""
+    tool = str(rng.choice(["brush", "line", "rectangle", "fill"], p=[0.6, 0.2, 0.1, 0.1]))
+    points = [rng.integers(0, 128, 2).tolist()]
+    if tool != "fill":
+        points += rng.integers(-9, 137, (int(rng.integers(1, 4)), 2)).tolist()
+    return tool, points, int(rng.integers(1, 65) if rng.random() < 0.3 else rng.integers(1, 8)), int(rng.integers(12))
+
+
+# strokes as by the mouse, all at once
+STROKES = """(strokes) => {
+  const canvas = document.getElementById("label"), box = canvas.getBoundingClientRect();
+  const fire = (type, [x, y], buttons) => canvas.dispatchEvent(new PointerEvent(type, {
+    pointerId: 1, isPrimary: true, button: 0, buttons,
+    clientX: box.left + (x + .5) * box.width / 128, clientY: box.top + (y + .5) * box.height / 128,
+  }));
+  for (const [tool, points, size, number] of strokes) {
+    document.querySelector(`input[name="tool"][value="${tool}"]`).click();
+    document.querySelector(`input[name="class"][value="${number}"]`).click();
+    Object.assign(document.getElementById("brush"), { value: size }).dispatchEvent(new Event("input"));
+    fire("pointerdown", points[0], 1);
+    for (const point of points.slice(1)) fire("pointermove", point, 1);
+    fire("pointerup", points.at(-1), 0);
+  }
+}"""
+
+
 def test_200_random_strokes_reach_the_model_exactly(
     service: Live, engine: Recorder, visit: Any, rng: np.random.Generator
 ) -> None:
@@ -201,20 +228,16 @@ def test_200_random_strokes_reach_the_model_exactly(
     canvas = Canvas(page, "#label")
     ids = demo(FIRST).copy()
     assert np.array_equal(engine.labels[-1], ids)
-    for stroke in range(200):
-        if stroke % 4 == 0:
-            size = int(rng.integers(1, 65) if stroke % 8 else rng.integers(1, 8))
+    for _ in range(10):
+        strokes = [random_stroke(rng) for _ in range(20)]
+        page.evaluate(STROKES, strokes[:16])
+        for tool, points, size, number in strokes[16:]:
             page.locator("#brush").fill(str(size))
-            tool = str(rng.choice(["brush", "line", "rectangle", "fill"], p=[0.6, 0.2, 0.1, 0.1]))
-            number = int(rng.integers(12))
             use(page, tool, number)
-        beyond = 0 if tool == "fill" else 9  # strokes leave the picture and come back
-        points = [rng.integers(0, 128, 2).tolist()]
-        points += rng.integers(-beyond, 128 + beyond, (int(rng.integers(1, 3)), 2)).tolist()
-        canvas.stroke(*points)
-        replay(ids, tool, points, size, number)
-        if stroke % 50 == 49:
-            received(service, engine, ids)
+            canvas.stroke(*points)
+        for tool, points, size, number in strokes:
+            replay(ids, tool, points, size, number)
+        received(service, engine, ids)
 
 
 def test_hover_shows_the_matches_of_the_model(visit: Any, rng: np.random.Generator) -> None:
