@@ -268,6 +268,39 @@ def estimate_cases(device: str, extra_bundles: Sequence[str], config: ModelConfi
             )
 
 
+def serving_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+    """The shipped model behind HTTP: a minute or two each, the soak of 10 000 requests five."""
+    common = {"size": 128, "pairs": 6}
+    batches = [(1, 4), (4, 8)]  # with their clients: as many again must wait as run, for batches to be full
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "overhead": ("one request after the other", common | {"count": 200}),
+        **{
+            f"throughput-batch{batch}": (
+                f"{clients} clients, --batch {batch}, by turns with the bare Translator",
+                common | {"kind": "throughput", "batch": batch, "clients": clients, "rounds": 8, "seconds": 4.0},
+            )
+            for batch, clients in batches
+        },
+        "overload": ("10 times as many requests as it can do, for 60 s", common | {"times": 10, "seconds": 60.0}),
+        "soak": (
+            "10 000 requests at 64 px from 16 clients, 4 in 10 hang up",
+            {"size": 64, "pairs": 6, "count": 10000, "clients": 8, "aborts": 0.4},
+        ),
+        "drain": ("SIGTERM with 16 requests in work, 5 times", common | {"clients": 16, "times": 5}),
+        "ready": ("start of the process until /readyz, 5 times", {"times": 5}),
+    }
+    for name, (text, parameters) in kinds.items():
+        yield Case(
+            f"serving/{name}",
+            ".speed.serving:prepare",
+            text,
+            {"kind": name, **parameters},
+            limit=1800.0,
+            requires=("onnxruntime", "fastapi", "psutil"),
+            published=True,
+        )
+
+
 def startup_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """From the start of a process, files in the system's cache, and what an installation takes on the disk."""
     shared: dict[str, Any] = {"repeats": 3, "seconds": 30.0, "published": True}
@@ -321,6 +354,7 @@ CASE_FACTORIES = (
     training_cases,
     estimate_cases,
     throughput_cases,
+    serving_cases,
     startup_cases,
 )
 

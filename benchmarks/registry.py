@@ -25,6 +25,7 @@ GROUPS = {
     "training": "one training step",
     "estimate": "the estimated memory of a training step, and the largest batch in 8, 12 and 24 GiB",
     "throughput": "translations in batches of 1, 4 and 16",
+    "serving": "the HTTP service under load, every answer checked, with the shipped model",
     "startup": "process start to first picture, and what has to be installed",
 }
 CHANNELS = 256  # of the published networks' features

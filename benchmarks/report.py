@@ -259,6 +259,22 @@ def throughput(rows: Sequence[Row]) -> str:
     return f"## Batches\n\nAt {rows[0]['parameters']['size']} px, the same network.\n\n{table(head, lines)}"
 
 
+def serving(rows: Sequence[Row]) -> str:
+    """What each kind of load found."""
+    lines = [
+        [row["measures"], ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in row["facts"].items())]
+        if row["status"] == "measured"
+        else [row["measures"], unmeasured(row)]
+        for row in rows
+    ]
+    return (
+        "## The HTTP service\n\n`flashcocos serve` with the model that ships, on loopback; the client, which compares "
+        "each answer with the bare\nTranslator's, runs on the same cores. \"Outside\" is a request without the model's "
+        'stages as Server-Timing states them:\nclient, HTTP, queue and PNG both ways. "Other" counts answers that are '
+        f"wrong, lost or of another status.\n\n{table(['', 'found'], lines)}"
+    )
+
+
 def startup(rows: Sequence[Row]) -> str:
     """First pictures, then sizes of installations."""
     starts: list[list[str]] = []
@@ -291,6 +307,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "training": training,
     "estimate": estimate,
     "throughput": throughput,
+    "serving": serving,
     "startup": startup,
 }
 

@@ -146,9 +146,8 @@ class Service:
         source = Source(wire.write_png(np.zeros((*size, 3), np.uint8)), label, None, size)
         try:
             exemplar = await self._encode(source)
-            for _ in range(2):  # the first one of a process is slow
-                with Ticket(self.batcher, "", 0, blank.size / 1e6, math.inf) as ticket:
-                    await ticket.run(blank.shape, (blank, exemplar))
+            with Ticket(self.batcher, "", 0, size[0] * size[1] / 1e6, math.inf) as ticket:
+                await ticket.run(blank.shape, (blank, exemplar))
             self.ready = True
         except Exception:
             _log.exception("the first translation failed")
@@ -465,15 +464,15 @@ def build_app(config: ServeConfig, engine: Engine, on_stuck: Callable[[], None] 
     app.openapi = lambda: complete(schema())  # type: ignore[method-assign]
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _reraise)
-    if config.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["Authorization"]
-        )
     hosts = config.hosts or (_LOOPBACK if config.loopback else ())
     app.add_middleware(
         Gate, tokens=service.tokens, hosts=hosts, origins=config.cors_origins, metrics=service.metrics,
         max_body=service.max_body,
     )  # fmt: skip
+    if config.cors_origins:  # before the gate, for a browser asks first without its token
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["Authorization"]
+        )
     return app
 
 

@@ -91,11 +91,10 @@ class Gate:
 
     def _check(self, path: str, headers: Headers) -> str:
         """The name of the request's token, "" where none is asked for; `ApiError` for what may not in."""
-        host = urlsplit(f"//{headers.get('host', '')}")
-        if self._hosts and host.hostname not in self._hosts:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self._hosts and _host_name(host) not in self._hosts:
             raise ApiError(400, "malformed", "the header Host names another service; see the setting hosts")
-        origin = headers.get("origin")
-        if origin and origin not in self._origins and urlsplit(origin).netloc != host.netloc:
+        if origin and origin not in self._origins and origin.partition("://")[2] != host:
             raise ApiError(403, "origin", "pages of other origins may not call this service; see cors_origins")
         if not self._tokens or not path.startswith(_GUARDED):
             return ""
@@ -110,6 +109,14 @@ class Gate:
         """Whether the rest of a body that nobody reads is small enough to wait for."""
         length = headers.get("content-length", "0")
         return "transfer-encoding" not in headers and length.isdecimal() and int(length) <= self._max_body
+
+
+def _host_name(host: str) -> str | None:
+    """Without the port and brackets; None for what is no host."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
 
 
 def explain(error: Exception, request_id: str) -> ApiError:

@@ -65,6 +65,19 @@ class Route:
         }
 
 
+def _without_tuples(schema: Any) -> Any:
+    """Tuples, all of one type here, as arrays of that type, which more tools understand than `prefixItems`."""
+    if isinstance(schema, list):
+        return [_without_tuples(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "prefixItems" in schema:
+        schema = {name: part for name, part in schema.items() if name != "prefixItems"} | {
+            "items": schema["prefixItems"][0]
+        }
+    return {name: _without_tuples(part) for name, part in schema.items()}
+
+
 def _reference(kind: type) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{kind.__name__}"}
 
@@ -102,7 +115,7 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
     """FastAPI's document with the schemas of the replies and the token."""
     components = document.setdefault("components", {})
     _, schemas = msgspec.json.schema_components(_REPLIES, ref_template="#/components/schemas/{name}")
-    components["schemas"] = schemas
+    components["schemas"] = _without_tuples(schemas)
     components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{}, {"token": []}]
     return document

@@ -27,6 +27,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._drain_s, self._announce = service, drain_s, announce
         self._end: asyncio.Task[None] | None = None
+        self.cut_off = False  # whether requests were left when the time to drain was over
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -44,8 +45,10 @@ class _Server(uvicorn.Server):
         self._end = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
+        try:
             await asyncio.wait_for(self._service.batcher.drain(), self._drain_s)
+        except asyncio.TimeoutError:
+            self.cut_off = True
         self.should_exit = True
 
 
@@ -77,16 +80,21 @@ def run(config: ServeConfig, announce: Callable[[str], None]) -> int:
     with _listen(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        _Server(settings, service, config.drain_s, lambda: announce(address)).run([listener])
-    if service.batcher.tickets:
-        os._exit(1)  # a thread of the engine would keep the process
+        server = _Server(settings, service, config.drain_s, lambda: announce(address))
+        server.run([listener])
+    if server.cut_off:
+        os._exit(1)  # and not wait for the engine
     engine.close()
     return 0
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    # with its protocol named, for asyncio only then sends an answer's last bytes without waiting for 40 ms
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
     except OSError as error:
+        listener.close()
         raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port") from error
+    return listener

@@ -20,6 +20,7 @@ SLOW = (
     "benchmarks/test_cases.py",
     "serve/test_page.py",
     "runtime/test_end_to_end.py",
+    "serve/test_server.py",
     "bundle/test_model_file.py",
     "train/test_trainer.py",
     "train/test_memory_estimate.py",

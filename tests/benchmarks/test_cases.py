@@ -72,7 +72,8 @@ def distinct(cases: list[Case]) -> list[Case]:
 
 
 ALL = distinct([shrunk(case) for case in all_cases(extra_bundles=["other"])])
-CASES = [case for case in ALL if case.parameters.get("method") != "naive-openvino"]
+# tests/serve/test_server.py runs those of the service
+CASES = [case for case in ALL if case.parameters.get("method") != "naive-openvino" and case.group != "serving"]
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,10 @@ def results(tmp_path: Path) -> Path:
             row("estimate/512", budgets, status="failed", reason="ended"),
         ],
         "throughput": [row("throughput/runtime-batch4", {**RUNTIME, "cached": True, "batch": 4})],
+        "serving": [
+            row("serving/drain", {}, status="measured", facts={"right": 16, "exit_s": 0.25}),
+            row("serving/soak", {}, status="failed", reason="ended"),
+        ],
         "startup": [
             row("startup/runtime", RUNTIME, parts_ms={"ready": 800.0}, facts={"peak_mib": 100.0}),
             row("startup/install", {"extra": "cpu"}, status="measured", facts=installed),
@@ -115,6 +119,8 @@ def test_every_row_has_its_line(results: Path) -> None:
         "| 4 | runtime, exemplar encoded once | 4 | 512 MiB |",
         "| measure of startup/runtime | 800 ms | 1.00 s | 100 MiB |",
         "| measure of startup/install | 372 MiB | 8 | a 9 |",
+        "| measure of serving/drain | right 16, exit s 0.25 |",
+        "| measure of serving/soak | failed: ended |",
         "| copy, GB/s | 31 |",
         "A CPU, 2 cores; Python 3.11.0, numpy 2.0; revision abc:\n\n```sh\nthe command\n```",
         "## What these numbers do not show",
