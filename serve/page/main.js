@@ -38,7 +38,10 @@ async function update(signal) {
   if (!exemplar || !(usesClasses() ? editor.label : state.planes)) return;
   const start = performance.now();
   $("result-stage").setAttribute("aria-busy", "true");
-  const clock = setInterval(() => showStatus(`Translating for ${seconds(start)} s`), 1000);
+  const clock = setInterval(() => {
+    showStatus("Translating");
+    $("clock").textContent = `for ${Math.floor(seconds(start))} s`;
+  }, 1000);
   try {
     const reply = await translate(exemplar, $("size").value, signal);
     const { ids: confidence } = await decode(reply.confidence);
@@ -50,9 +53,12 @@ async function update(signal) {
     const parts = Object.entries(reply.timings).map(([stage, time]) => `${stage} ${Math.round(time)} ms`);
     showStatus(`Translated in ${seconds(start)} s at ${new Date().toLocaleTimeString()} (${parts.join(", ")})`);
   } catch (error) {
-    if (!signal.aborted) report(error, () => latest.ask(0));
+    if (signal.aborted) return;
+    showStatus("Not translated: see the message");
+    report(error, () => latest.ask(0));
   } finally {
     clearInterval(clock);
+    $("clock").textContent = "";
     $("result-stage").setAttribute("aria-busy", "false");
   }
 }
@@ -94,13 +100,15 @@ function showStatus(text) {
 
 /** Say in words what went wrong; run `again` by itself where the service says when, or once there is a token. */
 function report(error, again) {
-  if (error.code === "unauthorized") return signIn(again);
+  if (error.code === "unauthorized") {
+    signIn(again);
+    return;
+  }
   if (!(error instanceof server.ServerError)) console.error(error);
   const wait = error.retryAfter;
   if (wait && again) setTimeout(again, wait * 1000);
   $("alert").firstElementChild.textContent = error.message + (wait && again ? ` Trying again in ${wait} s.` : "");
   $("alert").hidden = false;
-  return showStatus("Not translated: see the message");
 }
 
 function signIn(again) {
@@ -108,11 +116,12 @@ function signIn(again) {
   if (!$("sign-in").open) $("sign-in").showModal();
 }
 
-/** Run an action of the user; what goes wrong is reported. */
-const attempt = (action) => async (event) => {
+/** Run an action of the user; what goes wrong is reported under its name. */
+const attempt = (name, action) => async (event) => {
   try {
     await action(event);
   } catch (error) {
+    error.message = `${name}: ${error.message}`;
     report(error);
   }
 };
@@ -285,15 +294,15 @@ function listen() {
   $("zoom-in").onclick = () => zoomBy(2);
   $("zoom-out").onclick = () => zoomBy(0.5);
   $("blank").onclick = () => editor.load(blankLabel());
-  $("own").onclick = attempt(loadExemplarLabel);
-  $("import").onchange = attempt(importLabel);
+  $("own").onclick = attempt("Exemplar's label", loadExemplarLabel);
+  $("import").onchange = attempt("Import", importLabel);
   $("export").onclick = async () => save(await encode(editor.label, state.model.palette), "label.png");
   $("save").onclick = () => save(state.reply.image, "result.png");
   $("size").onchange = () => latest.ask(0);
   $("split").oninput = () => view.split(Number($("split").value));
   $("heat").onchange = $("threshold").oninput = showHeat;
   $("picture").onchange = $("picture-label").onchange = filesChosen;
-  $("upload").onclick = attempt(upload);
+  $("upload").onclick = attempt("Your own exemplar", upload);
   $("planes").onchange = () => {
     [state.planes] = $("planes").files;
     $("planes-name").value = state.planes?.name ?? "";
@@ -316,8 +325,8 @@ function showModel(model) {
   for (const part of document.querySelectorAll(".classes-only")) part.hidden = !usesClasses();
   for (const part of document.querySelectorAll(".planes-only")) part.hidden = usesClasses();
   $("planes-why").textContent =
-    `A label of this model is ${model.label_channels} planes of values, as edges with distances or poses are. A brush ` +
-    "paints classes, of which it has none: upload an .npz file that `flashcocos prepare` wrote.";
+    `A brush paints classes, and this model has none: its labels are ${model.label_channels} planes of values, as ` +
+    "poses are, or edges with their distances. Upload an .npz file that the command flashcocos prepare has written.";
   $("own").hidden = $("picture-label-field").hidden = !model.exemplar_needs_label;
   $("picture-label").accept = usesClasses() ? "image/png" : ".npz";
   $("upload-hint").textContent = !model.exemplar_needs_label
@@ -332,7 +341,7 @@ async function start() {
       showModel(model);
       listen();
     }
-    showStatus("Choose an exemplar");
+    showStatus(model.demo.length ? "Loading the demo" : "Upload an exemplar to begin");
     if (!usesClasses()) return;
     const colors = showClasses(model);
     if (model.demo.length) await loadDemo(model, colors);

@@ -68,8 +68,7 @@ export class Painter {
       this.#point(this.#cursor);
     });
     canvas.addEventListener("pointercancel", () => editor.cancel());
-    canvas.addEventListener("pointerleave", () => (this.outline.hidden = true));
-    canvas.addEventListener("blur", () => (this.outline.hidden = true));
+    for (const type of ["pointerleave", "blur"]) canvas.addEventListener(type, () => this.#leave());
     canvas.addEventListener("focus", () => canvas.matches(":focus-visible") && this.#point(this.#cursor));
     canvas.addEventListener("keydown", (event) => this.#key(event));
     stage.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
@@ -130,6 +129,11 @@ export class Painter {
     if (!event.ctrlKey) return;
     event.preventDefault();
     this.zoomBy(event.deltaY < 0 ? 2 : 0.5);
+  }
+
+  #leave() {
+    this.outline.hidden = true;
+    this.readout.value = "";
   }
 
   /** Outline what the tool would touch at `point`, and name what lies there. */

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from fake_engine import CHANNELS, FakeEngine
 from live_service import Live, live
+from painting import Canvas, gray_png, png, random_stroke, replay
 from PIL import Image
 
 from flashcocos.bundle.default_model import PAIRS
@@ -97,25 +96,6 @@ def visit(browser: Any, allowed: list[str]) -> Iterator[Callable[..., Any]]:
     assert [text for text in errors if not any(part in text for part in allowed)] == []
 
 
-class Canvas:
-    """A canvas of the page, spoken to in its own pixels."""
-
-    def __init__(self, page: Any, selector: str, side: int = 128) -> None:
-        self.mouse, self.side = page.mouse, side
-        self.box = page.locator(selector).bounding_box()
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        scale = self.box["width"] / self.side
-        return self.box["x"] + (x + 0.5) * scale, self.box["y"] + (y + 0.5) * scale
-
-    def stroke(self, *points: tuple[int, int]) -> None:
-        self.mouse.move(*self.at(*points[0]))
-        self.mouse.down()
-        for point in points[1:]:
-            self.mouse.move(*self.at(*point))
-        self.mouse.up()
-
-
 def use(page: Any, tool: str, number: int) -> None:
     page.keyboard.press(KEYS[tool])
     if number < 10:
@@ -126,16 +106,6 @@ def use(page: Any, tool: str, number: int) -> None:
 
 def demo(name: str) -> np.ndarray:
     return np.asarray(Image.open(DEMO / f"{name}.png"))
-
-
-def png(array: np.ndarray, mode: str | None = None) -> bytes:
-    buffer = io.BytesIO()
-    image = Image.fromarray(array)
-    if mode == "P":
-        image = image.convert("P")
-        image.putdata(array.ravel().tolist())
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def file(name: str, data: bytes) -> dict[str, Any]:
@@ -149,58 +119,6 @@ def received(service: Live, engine: Recorder, expected: np.ndarray) -> None:
         return bool(engine.labels) and np.array_equal(engine.labels[-1], expected)
 
     service.until(came, 10)
-
-
-# the same tools in numpy
-
-
-def replay_line(ids: np.ndarray, a: Sequence[int], b: Sequence[int], size: int, number: int) -> None:
-    rows, columns = np.mgrid[:size, :size]
-    inside = (2 * rows - size + 1) ** 2 + (2 * columns - size + 1) ** 2 <= size * size
-    dy, dx = rows[inside] - size // 2, columns[inside] - size // 2
-    steps = max(abs(b[0] - a[0]), abs(b[1] - a[1]), 1)
-    for step in range(steps + 1):
-        x, y = (start + (2 * step * (end - start) + steps) // (2 * steps) for start, end in zip(a, b, strict=True))
-        touched = (x + dx >= 0) & (x + dx < ids.shape[1]) & (y + dy >= 0) & (y + dy < ids.shape[0])
-        ids[(y + dy)[touched], (x + dx)[touched]] = number
-
-
-def replay_fill(ids: np.ndarray, point: Sequence[int], number: int) -> None:
-    same = np.pad(ids == ids[point[1], point[0]], 1)
-    region = np.zeros_like(same)
-    region[point[1] + 1, point[0] + 1] = True
-    while True:
-        grown = region.copy()
-        for axis in (0, 1):
-            for way in (-1, 1):
-                grown |= np.roll(region, way, axis)
-        grown &= same
-        if np.array_equal(grown, region):
-            ids[region[1:-1, 1:-1]] = number
-            return
-        region = grown
-
-
-def replay(ids: np.ndarray, tool: str, points: Sequence[Sequence[int]], size: int, number: int) -> None:
-    if tool == "fill":
-        replay_fill(ids, points[0], number)
-    elif tool == "rectangle":
-        (left, right), (top, bottom) = (sorted((points[0][k], points[-1][k])) for k in (0, 1))
-        ids[max(top, 0) : bottom + 1, max(left, 0) : right + 1] = number
-    elif tool == "line":
-        replay_line(ids, points[0], points[-1], size, number)
-    else:
-        for a, b in zip((points[0], *points), points, strict=False):
-            replay_line(ids, a, b, size, number)
-
-
-def random_stroke(rng: np.random.Generator) -> tuple[str, list[list[int]], int, int]:
-    """Tool, points, brush and class. All but a filling may leave the picture and come back."""
-    tool = str(rng.choice(["brush", "line", "rectangle", "fill"], p=[0.6, 0.2, 0.1, 0.1]))
-    points = [rng.integers(0, 128, 2).tolist()]
-    if tool != "fill":
-        points += rng.integers(-9, 137, (int(rng.integers(1, 4)), 2)).tolist()
-    return tool, points, int(rng.integers(1, 65) if rng.random() < 0.3 else rng.integers(1, 8)), int(rng.integers(12))
 
 
 # strokes as by the mouse, all at once
@@ -263,6 +181,9 @@ def test_hover_shows_the_matches_of_the_model(visit: Any, rng: np.random.Generat
             assert places == np.flatnonzero(wanted).tolist()
         assert sum(map(len, lit)) > 100
 
+        page.mouse.move(*Canvas(page, "#result-stage .image").at(41, 50))
+        x, y = expected.matches[12, 10].astype(int)
+        page.locator("#result-readout", has_text=f"x 41, y 50 came from x {x}, y {y};").wait_for()
         page.mouse.move(0, 0)
         page.locator("#heat").check()
         page.locator("#threshold").fill("50")
@@ -430,16 +351,6 @@ def test_png_files_of_every_filter_are_read(service: Live, visit: Any, rng: np.r
     assert page.evaluate(read, list(gray_png(bytes(rows), 33, 40))) == ids.ravel().tolist()
 
 
-def gray_png(rows: bytes, width: int, height: int) -> bytes:
-    """A PNG of rows that begin with their filter."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
 def test_an_overtaken_request_is_aborted_and_the_newest_shown(service: Live, engine: Recorder, visit: Any) -> None:
     page = visit(service)
     canvas = Canvas(page, "#label")
@@ -595,7 +506,7 @@ def test_labels_of_planes_are_uploaded_and_the_page_says_why(visit: Any, rng: np
     buffer = io.BytesIO()
     np.savez_compressed(buffer, label=planes)
     with live(engine) as service:
-        page = visit(service, ready='#status:text("Choose an exemplar")')
+        page = visit(service, ready='#status:text("Upload an exemplar")')
         assert page.locator("#label").is_hidden()
         page.locator("#planes-why", has_text=f"{CHANNELS.label_channels} planes of values").wait_for()
         page.locator("#planes").set_input_files(file("edges.npz", buffer.getvalue()))
