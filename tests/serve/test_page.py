@@ -316,15 +316,15 @@ def test_the_layout_of_an_exemplar_is_edited(service: Live, engine: Recorder, vi
     received(service, engine, np.zeros((128, 128), np.uint8))
 
 
-@pytest.mark.parametrize("mode", ["L", "P"])
 def test_labels_are_imported_and_exported(
-    service: Live, engine: Recorder, visit: Any, rng: np.random.Generator, mode: str
+    service: Live, engine: Recorder, visit: Any, rng: np.random.Generator
 ) -> None:
     page = visit(service)
-    ids = rng.integers(0, 12, (128, 128), np.uint8)
-    ids[40:60] = ids[40]  # rows that a writer filters
-    page.locator("#import").set_input_files(file("label.png", png(ids, mode)))
-    received(service, engine, ids)
+    for mode in ("L", "P"):
+        ids = rng.integers(0, 12, (128, 128), np.uint8)
+        ids[40:60] = ids[40]  # rows that a writer filters
+        page.locator("#import").set_input_files(file("label.png", png(ids, mode)))
+        received(service, engine, ids)
     with page.expect_download() as download:
         page.get_by_role("button", name="Export").click()
     image = Image.open(download.value.path())
@@ -454,14 +454,6 @@ def test_everything_works_without_a_pointer(service: Live, engine: Recorder, vis
     assert page.locator("#help").is_hidden()
 
 
-def test_every_control_has_a_name(service: Live, visit: Any) -> None:
-    page = visit(service)
-    nameless = """() => [...document.querySelectorAll("button, input, select, canvas[tabindex]")].filter((control) =>
-      !(control.getAttribute("aria-label") || control.textContent.trim() ||
-        [...control.labels ?? []].some((label) => label.textContent.trim()))).map((control) => control.outerHTML)"""
-    assert page.evaluate(nameless) == []
-
-
 def test_a_phone_paints_by_touch(service: Live, engine: Recorder, visit: Any) -> None:
     page = visit(service, viewport={"width": 390, "height": 640}, has_touch=True, is_mobile=True)
     wide = """() => [...document.querySelectorAll("body *")].filter((element) => {
@@ -480,8 +472,12 @@ def test_a_phone_paints_by_touch(service: Live, engine: Recorder, visit: Any) ->
     received(service, engine, ids)
 
 
-def test_text_stands_out_in_light_and_dark(service: Live, visit: Any) -> None:
+def test_controls_have_names_and_text_stands_out_in_light_and_dark(service: Live, visit: Any) -> None:
     page = visit(service)
+    nameless = """() => [...document.querySelectorAll("button, input, select, canvas[tabindex]")].filter((control) =>
+      !(control.getAttribute("aria-label") || control.textContent.trim() ||
+        [...control.labels ?? []].some((label) => label.textContent.trim()))).map((control) => control.outerHTML)"""
+    assert page.evaluate(nameless) == []
     read = """() => ["--panel", "--ground", "--soft", "--text", "--quiet", "--alarm", "--accent"].map((name) => {
       const probe = document.body.appendChild(document.createElement("i"));
       probe.style.color = `var(${name})`;
