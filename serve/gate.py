@@ -107,8 +107,7 @@ class Gate:
 
     def _drains(self, headers: Headers) -> bool:
         """Whether the rest of a body that nobody reads is small enough to wait for."""
-        length = headers.get("content-length", "0")
-        return "transfer-encoding" not in headers and length.isdecimal() and int(length) <= self._max_body
+        return "transfer-encoding" not in headers and int(headers.get("content-length", "0")) <= self._max_body
 
 
 def _host_name(host: str) -> str | None:

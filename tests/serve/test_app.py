@@ -271,7 +271,9 @@ def test_the_deadline_ends_the_wait(service: Live, client: httpx.Client, path: s
         engine.gate.set()
         assert running.result().status_code == 200
     assert engine.seen[before:] == [1]
-    assert refusal(client.post(path, content=label(9), headers={"X-Deadline-Ms": "-1"})) == (422, "invalid")
+    for wrong in ("-1", "0", "1.5", "soon", "9" * 5000):
+        answer = client.post(path, content=label(9), headers={"X-Deadline-Ms": wrong})
+        assert refusal(answer) == (422, "invalid")
 
 
 def test_who_hangs_up_within_the_body_frees_the_place(service: Live, client: httpx.Client, path: str) -> None:
@@ -298,6 +300,14 @@ def test_a_huge_body_is_refused_by_its_header(service: Live, path: str) -> None:
         answer = caller.recv(4096)
         assert answer.startswith(b"HTTP/1.1 413 ")
         assert b"connection: close" in answer.lower()
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "1e3", "9" * 5000, "5, 6"])
+def test_a_length_that_is_none_is_refused(service: Live, path: str, length: str) -> None:
+    with socket.create_connection(("127.0.0.1", service.port)) as caller:
+        caller.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode())
+        caller.settimeout(10)
+        assert caller.recv(1000).startswith(b"HTTP/1.1 400 ")
 
 
 def test_a_body_without_a_length_is_cut_off(service: Live, path: str) -> None:
