@@ -18,6 +18,7 @@ SLOW = (
     "kernels/gpu/test_triton.py",
     "kernels/gpu/test_aot.py",
     "benchmarks/test_cases.py",
+    "serve/test_page.py",
     "runtime/test_end_to_end.py",
     "serve/test_server.py",
     "bundle/test_model_file.py",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = {".zip", ".safetensors", ".md", ".png", ".csv", ".toml"}
+DATA = {".zip", ".safetensors", ".md", ".png", ".csv", ".toml", ".html", ".css", ".js", ".svg"}
 
 USE = """
 import contextlib, io, re, sys
@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_package_and_its_data_alone(wheel: Path) -> None:
     files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
     files = {path for path in files if path.parts[0] not in {"tests", "build"}}
     code = {path for path in files if path.suffix == ".py"}
-    data = {path for path in files if path.parent.name in {"models", "demo", "presets"} and path.suffix in DATA}
+    data = {path for path in files if path.parent.name in {"models", "demo", "page", "presets"} and path.suffix in DATA}
     expected = code | data - {Path("bundle/models/sheet.png")} | {Path("py.typed")}
     assert inside == {f"flashcocos/{path.as_posix()}" for path in expected}
 
