@@ -171,7 +171,6 @@ def test_labels_of_planes_come_as_npz() -> None:
     ("method", "where", "body", "expected"),
     [
         ("GET", "/nothing", None, (404, "not_found")),
-        ("GET", "/", None, (404, "not_found")),  # until there is a page
         ("GET", "/page/../../../etc/passwd", None, (404, "not_found")),
         ("POST", "/v1/model", None, (405, "method_not_allowed")),
         ("GET", "/v1/exemplars/..%2f..%2fetc%2fpasswd", None, (404, "not_found")),
