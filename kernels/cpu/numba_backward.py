@@ -25,10 +25,13 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import numpy.typing as npt
+from numba import types
 
 from . import numba_warp, tiling
 from .numba_warp import (
     COLUMNS,
+    F8,
     LANES,
     LOG2_E,
     ROWS,
@@ -51,13 +54,17 @@ from .numba_warp import (
 )
 from .numpy_warp import LOWEST, Array, box_sum, statistics_of_sums
 
-_jit = numba.njit(nogil=True, error_model="numpy")  # without a cache: see `_cached`
+_jit = numba.njit(nogil=True, error_model="numpy")  # without a cache: see `_backward_task`
+_inline = numba.njit(nogil=True, error_model="numpy", forceinline=True)
+Statistics = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # means and reciprocal norms of patches, (H, W)
 
 
 class Adjoint(NamedTuple):
-    """What the backward of one item needs beside `Inputs`, flat float32 arrays."""
+    """What the backward of one item needs beside `Inputs`, flat float32 arrays.
 
-    factors: Any  # (3, hq, wq): lse, base 2; delta; reciprocal norm / temperature
+    `Inputs.query_factors` has three planes more: lse, base 2; delta; reciprocal norm / temperature.
+    """
+
     grad_out: Any  # (hq, padded x, values)
     grad_row: int  # floats of one map row of `grad_out`
     keys: Any  # (hk, columns, wide)
@@ -87,57 +94,58 @@ class Work(NamedTuple):
     live: Any  # (patch + 2, tiles, panels): tiles that the taps of each slot reach; all slots; tiles of `weights`
 
 
-@_jit
-def form_tile(shape, inputs, adjoint, gradients, work, products, slots, n, o_g, s, y, start, stop, cutoff):
-    """Weights of a register tile, queries from n + start on, keys from (s, y) on, and gradients of its taps.
+@numba_warp.intrinsic
+def spread(typing: Any, array: Any, index: Any) -> Any:
+    """One float of a flat array in all eight places."""
 
-    Returns False where all weights vanish.
-    """
-    o_k, half = s * shape.columns + y, len(slots) // 2
-    plane, key_plane = shape.hq * shape.wq, shape.hk * shape.columns
-    o_t = slots[-1] + 2 * half * shape.line + LANES + y
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = numba_warp._address(context, builder, signature.args[0], *arguments)
+        return numba_warp._spread(builder, builder.load(address))
+
+    return F8(array, types.intp), build
+
+
+@_inline
+def form_logits(line, factors, key_factors, products, slots, tile, n, plane, o_p, o_k, key_plane, count):
+    """Logits less lse, base 2, of `count` queries from n on with COLUMNS keys, into `tile`; returns the largest."""
     top = splat(np.float32(LOWEST))
     for v in range(0, COLUMNS, LANES):
-        b_mean, b_scale = load(inputs.key_factors, o_k + v), load(inputs.key_factors, key_plane + o_k + v)
-        b_padding = load(inputs.key_factors, 2 * key_plane + o_k + v)
-        for i in range(start, stop):
-            taps = diagonal_sum(products, slots, i * shape.line + LANES - half + y + v, shape.line + 1)
-            b_a = splat(inputs.query_factors[plane + n + i]) * b_scale
-            logits = (taps - splat(inputs.query_factors[n + i]) * b_mean) * b_a + b_padding
-            logits = logits - splat(adjoint.factors[n + i])
-            store(work.tile, (i - start) * COLUMNS + v, logits)
+        b_mean, b_scale = load(key_factors, o_k + v), load(key_factors, key_plane + o_k + v)
+        b_padding = load(key_factors, 2 * key_plane + o_k + v)
+        for i in range(count):
+            taps = diagonal_sum(products, slots, o_p + i * line + v, line + 1)
+            b_a = spread(factors, plane + n + i) * b_scale
+            logits = (taps - spread(factors, n + i) * b_mean) * b_a + (b_padding - spread(factors, 2 * plane + n + i))
+            store(tile, i * COLUMNS + v, logits)
             top = larger(logits, top)
-    if largest(top) < -cutoff:
-        for i in range(start, stop):
-            for v in range(0, COLUMNS, LANES):
-                store(work.taps, o_t + i * shape.line + v, splat(np.float32(0)))
-        return False
-    o_d = ROWS * COLUMNS
-    if adjoint.features:
-        set_product(
-            adjoint.grad_out, o_g + start * shape.values, shape.values, 1,
-            inputs.values, o_k * shape.values, COLUMNS, shape.values, work.tile, o_d, COLUMNS,
-        )  # fmt: skip
+    return largest(top)
+
+
+@_inline
+def form_gradients(
+    line, factors, key_factors, tile, weights, taps, sums, key_sums, n, plane, o_s, o_w, o_t, o_k, key_plane, count
+):
+    """Weights and gradients of taps from a tile's logits and gradients of weights; adds to the sums of both sides."""
+    floor, rows = splat(np.float32(-126)), len(sums) // 2
     for v in range(0, COLUMNS, LANES):
-        b_mean, b_scale = load(inputs.key_factors, o_k + v), load(inputs.key_factors, key_plane + o_k + v)
-        k_mean, k_scale = load(gradients.key_sums, o_k + v), load(gradients.key_sums, key_plane + o_k + v)
-        for i in range(start, stop):
-            o_w = (i - start) * COLUMNS + v
-            logits = larger(load(work.tile, o_w), splat(np.float32(-126)))
-            weights = exp2(logits)
-            store(work.weights, i * shape.line + y + v, weights)
-            d_logits = weights * (load(work.tile, o_d + o_w) - splat(adjoint.factors[plane + n + i]))
-            share = d_logits * (logits + splat(adjoint.factors[n + i]))
-            d_taps = d_logits * (splat(adjoint.factors[2 * plane + n + i]) * b_scale)
-            store(work.taps, o_t + i * shape.line + v, d_taps)
-            o_s, o_r = i * LANES, (shape.rows + i) * LANES
-            store(work.sums, o_s, load(work.sums, o_s) + d_taps * b_mean)
-            store(work.sums, o_r, load(work.sums, o_r) + share)
-            k_mean = k_mean + d_taps * splat(inputs.query_factors[n + i])
+        b_mean, b_scale = load(key_factors, o_k + v), load(key_factors, key_plane + o_k + v)
+        k_mean, k_scale = load(key_sums, o_k + v), load(key_sums, key_plane + o_k + v)
+        for i in range(count):
+            logits = larger(load(tile, i * COLUMNS + v), floor)
+            b_weights = exp2(logits)
+            store(weights, o_w + i * line + v, b_weights)
+            d_weights = load(tile, (ROWS + i) * COLUMNS + v) - spread(factors, 3 * plane + n + i)
+            d_logits = b_weights * d_weights
+            share = d_logits * (logits + spread(factors, 2 * plane + n + i))
+            d_taps = d_logits * (spread(factors, 4 * plane + n + i) * b_scale)
+            store(taps, o_t + i * line + v, d_taps)
+            o_i = o_s + i * LANES
+            store(sums, o_i, load(sums, o_i) + d_taps * b_mean)
+            store(sums, rows + o_i, load(sums, rows + o_i) + share)
+            k_mean = k_mean + d_taps * spread(factors, n + i)
             k_scale = k_scale + share
-        store(gradients.key_sums, o_k + v, k_mean)
-        store(gradients.key_sums, key_plane + o_k + v, k_scale)
-    return True
+        store(key_sums, o_k + v, k_mean)
+        store(key_sums, key_plane + o_k + v, k_scale)
 
 
 @_jit
@@ -179,31 +187,50 @@ def add_by_queries(shape, live, matrix, right, o_b, channels, target, o_c):
 @_jit
 def form_row(shape, inputs, adjoint, gradients, work, products, slots, x, r, s, cutoff):
     """Gradients of taps of query row r with key row s, into the last of `slots`; adds those of the values."""
-    panels, tiles, patch = shape.columns // COLUMNS, shape.rows // ROWS, len(slots)
-    size = tiles * panels
-    reached = work.live[slots[-1] // slot_size(shape, patch) * size :]
-    live = work.live[(patch + 1) * size :]
+    panels, tiles, half = shape.columns // COLUMNS, shape.rows // ROWS, len(slots) // 2
+    # numba counts references to an array at each access to a field: none inside the loops
+    factors, key_factors, values, grad_out = inputs.query_factors, inputs.key_factors, inputs.values, adjoint.grad_out
+    tile, weights, taps, sums = work.tile, work.weights, work.taps, work.sums
+    query_sums, key_sums = gradients.query_sums, gradients.key_sums
+    reached = work.live[slots[-1] // slot_size(shape, len(slots)) * tiles * panels :]
+    live = work.live[(len(slots) + 1) * tiles * panels :]
+    line, plane, key_plane = shape.line, shape.hq * shape.wq, shape.hk * shape.columns
     n, o_g, count = r * shape.wq + x, r * adjoint.grad_row + x * shape.values, min(shape.block, shape.wq - x)
-    work.sums[:] = 0
+    sums[:] = 0
     live[:] = 0
-    for panel in range(panels):
-        for tile in range((count + ROWS - 1) // ROWS):
-            start, y = tile * ROWS, panel * COLUMNS
-            stop = min(start + ROWS, count)
-            if not form_tile(
-                shape, inputs, adjoint, gradients, work, products, slots, n, o_g, s, y, start, stop, cutoff
-            ):
+    for y in range(0, shape.columns, COLUMNS):
+        o_k = s * shape.columns + y
+        for i in range(0, count, ROWS):
+            rows = min(ROWS, count - i)
+            o_w, o_t = i * line + y, slots[-1] + (i + 2 * half) * line + LANES + y
+            o_p = i * line + LANES - half + y
+            top = form_logits(
+                line, factors, key_factors, products, slots, tile, n + i, plane, o_p, o_k, key_plane, rows
+            )
+            if top < -cutoff:
+                for o_row in range(o_t, o_t + rows * line, line):
+                    store(taps, o_row, splat(np.float32(0)))
+                    store(taps, o_row + LANES, splat(np.float32(0)))
                 continue
-            live[tile * panels + panel] = 1
-            for t in range(tile, min(tile + 2, tiles)):
-                for p in range(max(panel - 1, 0), min(panel + 2, panels)):
-                    reached[t * panels + p] = 1
+            if adjoint.features:
+                set_product(
+                    grad_out, o_g + i * shape.values, shape.values, 1,
+                    values, o_k * shape.values, COLUMNS, shape.values, tile, ROWS * COLUMNS, COLUMNS,
+                )  # fmt: skip
+            form_gradients(
+                line, factors, key_factors, tile, weights, taps, sums, key_sums,
+                n + i, plane, i * LANES, o_w, o_t, o_k, key_plane, rows,
+            )  # fmt: skip
+            t, p = i // ROWS, y // COLUMNS
+            live[t * panels + p] = 1
+            for o_l in range(t * panels, min(t + 2, tiles) * panels, panels):
+                reached[o_l + max(p - 1, 0) : o_l + min(p + 2, panels)] = 1
     for i in range(count):
-        gradients.query_sums[n + i] += total(load(work.sums, i * LANES))
-        gradients.query_sums[shape.hq * shape.wq + n + i] += total(load(work.sums, (shape.rows + i) * LANES))
+        query_sums[n + i] += total(load(sums, i * LANES))
+        query_sums[plane + n + i] += total(load(sums, (shape.rows + i) * LANES))
     if adjoint.values:
         o_v = s * shape.columns * ((shape.values + ROWS - 1) // ROWS * ROWS)
-        add_by_keys(shape, live, work.weights, adjoint.grad_out, o_g, shape.values, gradients.values, o_v)
+        add_by_keys(shape, live, weights, grad_out, o_g, shape.values, gradients.values, o_v)
 
 
 @_jit
@@ -217,22 +244,22 @@ def spread_row(shape, inputs, adjoint, gradients, work, slots, x, r, s, o_theta)
     """Gradients of the products of query row r, halo included, with key row s, and theirs of both maps."""
     panels, tiles, patch = shape.columns // COLUMNS, shape.rows // ROWS, len(slots)
     size = tiles * panels
-    live = work.live[patch * size :]
+    reached, live, taps, products = work.live, work.live[patch * size :], work.taps, work.products
     for tile in range(size):
         live[tile] = 0
         for slot in range(patch):
-            live[tile] |= work.live[slot * size + tile]
+            live[tile] |= reached[slot * size + tile]
         if live[tile]:
             o_y = tile % panels * COLUMNS
             for i in range(tile // panels * ROWS, tile // panels * ROWS + ROWS):
                 for y in range(o_y, o_y + COLUMNS, LANES):
                     o_t = i * shape.line + LANES - patch // 2 + y
-                    store(work.products, i * shape.line + y, diagonal_sum(work.taps, slots, o_t, shape.line + 1))
+                    store(products, i * shape.line + y, diagonal_sum(taps, slots, o_t, shape.line + 1))
     o_k = s * shape.columns
-    add_by_queries(shape, live, work.products, adjoint.keys, o_k * adjoint.wide, adjoint.wide, gradients.theta, o_theta)
+    add_by_queries(shape, live, products, adjoint.keys, o_k * adjoint.wide, adjoint.wide, gradients.theta, o_theta)
     o_q = r * inputs.row + x * shape.channels
     o_p = o_k * ((shape.channels + ROWS - 1) // ROWS * ROWS)
-    add_by_keys(shape, live, work.products, inputs.queries, o_q, shape.channels, gradients.phi, o_p)
+    add_by_keys(shape, live, products, inputs.queries, o_q, shape.channels, gradients.phi, o_p)
 
 
 def _cached(function: Callable[..., Any]) -> Any:
@@ -268,7 +295,7 @@ def _backward_task(version: str) -> Any:
             work.weights[:] = 0
             for diagonal in range(1 - last, shape.hk - first):
                 top, bottom = max(first, -diagonal), min(last, shape.hk - diagonal)
-                for r in range(top - half, bottom + 3 * half):
+                for r in range(top - half, bottom + 3 * half if adjoint.features else bottom + half):
                     slots = slots[1:] + slots[:1]
                     if r < bottom + half:
                         form_products(shape, inputs, products, slots[-1], x, r, diagonal)
@@ -305,8 +332,8 @@ def warp_backward(
 ) -> tuple[Array | None, Array | None, Array | None]:
     """As `torch_warp.warp_backward`, for contiguous float32 arrays.
 
-    Memory beside inputs and results: for each thread at work, about three times an item's theta, phi and values, and
-    0.5 MiB of tiles.
+    Memory beside inputs and results: for each thread at work, copies of an item's theta (1), phi (2), values and
+    `grad_out`, gradients of theta, phi and values, and 0.5 MiB of tiles.
     """
     grads = [np.empty_like(x) if need else None for x, need in zip((theta, phi, values), needs, strict=True)]
     strips = min(-(-threads // len(theta)), theta.shape[2])
@@ -338,61 +365,87 @@ def _item_gradients(
 ) -> tuple[Array, Array, Array]:
     """The gradients of one item, the unneeded ones of no use."""
     (channels, hq, wq), (_, hk, wk), half = theta.shape, phi.shape, patch // 2
+    delta = np.einsum("vhw,vhw->hw", grad_out, out)
+    length, step = patch * patch * channels, -(-hq // strips)
+    tasks = [range(top, min(top + step, hq)) for top in range(0, hq, step)]
+    shape, (first, *others), query_statistics, key_statistics = _run_tasks(
+        theta, phi, values, lse, delta, grad_out, patch, temperature, needs, tasks
+    )
+    d_theta = np.zeros((hq + 2 * half, len(first.theta) // (len(tasks[0]) + 2 * half)), np.float32)
+    for task, part in zip(tasks, (first, *others), strict=True):
+        d_theta[task.start : task.stop + 2 * half] += part.theta.reshape(-1, d_theta.shape[1])
+    d_theta = d_theta.reshape(hq + 2 * half, -1, round_up(channels, COLUMNS))[half : half + hq, half : half + wq]
+    for part in others:
+        for field in ("phi", "values", "query_sums", "key_sums"):
+            target = getattr(first, field)
+            target += getattr(part, field)
+    query_sums = first.query_sums.reshape(2, hq, wq)
+    d_phi, d_values, key_sums = (
+        field.reshape(*rows, -1, shape.columns)[..., :wk]
+        for field, rows in ((first.phi, (hk,)), (first.values, (hk,)), (first.key_sums, (2,)))
+    )
+    return (
+        d_theta[..., :channels].transpose(2, 0, 1)
+        + _through_statistics(theta, query_statistics, -query_sums[0], query_sums[1], patch),
+        d_phi[:, :channels].transpose(1, 0, 2)
+        + _through_statistics(phi, key_statistics, -length * key_sums[0], key_sums[1], patch),
+        d_values[:, : len(values)].transpose(1, 0, 2),
+    )
+
+
+def _run_tasks(
+    theta: Array,
+    phi: Array,
+    values: Array,
+    lse: Array,
+    delta: Array,
+    grad_out: Array,
+    patch: int,
+    temperature: float,
+    needs: tuple[bool, bool, bool],
+    tasks: list[range],
+) -> tuple[Shape, list[Gradients], Statistics, Statistics]:
+    """What each strip of query rows adds to the gradients, and the statistics of both maps."""
+    (channels, hq, wq), (_, hk, wk) = theta.shape, phi.shape
     columns, wide = round_up(wk, COLUMNS), round_up(channels, COLUMNS)
     block = choose_block(wq, columns + LANES, patch)
-    rows, padded = round_up(block + patch - 1, ROWS), round_up(wq, block) + round_up(block + patch - 1, ROWS)
+    rows = round_up(block + patch - 1, ROWS)
+    padded = round_up(wq, block) - block + rows
     shape = Shape(hq, wq, hk, wk, channels, len(values), columns, columns + LANES, block, rows, rows, 1, len(values))
-    queries, query_mean, query_reciprocal = _pack(theta, pack_queries, (hq, padded, channels), patch)
-    keys, key_mean, key_reciprocal = _pack(phi, pack_keys, (hk, columns // COLUMNS, channels, COLUMNS), patch)
-    query_factors = np.stack([query_mean, query_reciprocal * (LOG2_E / temperature)]).astype(np.float32)
+    queries, query_statistics = _pack(theta, pack_queries, (hq, padded, channels), patch)
+    keys, key_statistics = _pack(phi, pack_keys, (hk, columns // COLUMNS, channels, COLUMNS), patch)
+    mean, reciprocal = query_statistics
+    query_factors = np.empty((5, hq, wq), np.float32)
+    query_factors[[0, 1, 4]] = mean, reciprocal * (LOG2_E / temperature), reciprocal / temperature
+    query_factors[2:4] = lse * np.float64(LOG2_E), delta
     key_factors = np.zeros((3, hk, columns), np.float32)
-    key_factors[:2, :, :wk] = key_mean * (patch * patch * channels), key_reciprocal
+    key_factors[:2, :, :wk] = key_statistics[0] * (patch * patch * channels), key_statistics[1]
     key_factors[2, :, wk:] = LOWEST
     carried = np.zeros((len(values), hk, columns), np.float32)
     carried[:, :, :wk] = values
-    panels = carried.reshape(len(values), hk, -1, COLUMNS).transpose(1, 2, 0, 3)
-    inputs = Inputs(queries, padded * channels, keys, *map(_flat, (query_factors, key_factors, panels)))
-    delta = np.einsum("vhw,vhw->hw", grad_out, out)
-    factors = np.stack([lse * np.float64(LOG2_E), delta, query_reciprocal / temperature]).astype(np.float32)
-    right = np.zeros((hk, columns, wide), np.float32)
-    right[:, :wk, :channels] = phi.transpose(1, 2, 0)
+    carried = carried.reshape(len(values), -1, COLUMNS).transpose(1, 0, 2)
+    keys_by_position = np.zeros((hk, columns, wide), np.float32)
+    keys_by_position[:, :wk, :channels] = phi.transpose(1, 2, 0)
     left = np.zeros((hq, padded, len(values)), np.float32)
     left[:, :wq] = grad_out.transpose(1, 2, 0)
-    adjoint = Adjoint(_flat(factors), _flat(left), left[0].size, _flat(right), wide, needs[0] or needs[1], needs[2])
-    slots = tuple(range(0, patch * (rows + patch - 1) * shape.line, (rows + patch - 1) * shape.line))
+    inputs = Inputs(queries, padded * channels, keys, query_factors.ravel(), key_factors.ravel(), carried.ravel())
+    adjoint = Adjoint(_flat(left), left[0].size, keys_by_position.ravel(), wide, needs[0] or needs[1], needs[2])
+    slot = (rows + patch - 1) * shape.line
     # a nan somewhere must reach the gradients: no tile is left out
     cutoff = np.float32(25 + math.log2(hk * wk) if np.isfinite(lse).all() else math.inf)
 
     def run(strip: range) -> Gradients:
         sizes = (
-            (len(strip) + 2 * half) * padded * wide, hk * round_up(channels, ROWS) * columns,
+            (len(strip) + patch - 1) * padded * wide, hk * round_up(channels, ROWS) * columns,
             hk * round_up(len(values), ROWS) * columns, 2 * hq * wq, 2 * hk * columns,
         )  # fmt: skip
         gradients = Gradients(*(np.zeros(size, np.float32) for size in sizes))
+        slots = tuple(range(0, patch * slot, slot))
         backward_task(shape, inputs, adjoint, gradients, slots, strip.start, strip.stop, cutoff)
         return gradients
 
-    step = -(-hq // strips)
-    tasks = [range(top, min(top + step, hq)) for top in range(0, hq, step)]
     with ThreadPoolExecutor(len(tasks)) as pool:
-        first, *others = pool.map(run, tasks)
-    d_theta = np.zeros((hq + 2 * half, padded, wide), np.float32)
-    for task, part in zip(tasks, (first, *others), strict=True):
-        d_theta[task.start : task.stop + 2 * half] += part.theta.reshape(-1, padded, wide)
-    for part in others:
-        for field in ("phi", "values", "query_sums", "key_sums"):
-            target = getattr(first, field)
-            target += getattr(part, field)
-    query_sums, key_sums = first.query_sums.reshape(2, hq, wq), first.key_sums.reshape(2, hk, columns)[:, :, :wk]
-    return (
-        d_theta[half : half + hq, half : half + wq, :channels].transpose(2, 0, 1)
-        + _through_statistics(theta, query_mean, query_reciprocal, -query_sums[0], query_sums[1], patch),
-        first.phi.reshape(hk, -1, columns)[:, :channels, :wk].transpose(1, 0, 2)
-        + _through_statistics(
-            phi, key_mean, key_reciprocal, -patch * patch * channels * key_sums[0], key_sums[1], patch
-        ),
-        first.values.reshape(hk, -1, columns)[:, : len(values), :wk].transpose(1, 0, 2),
-    )
+        return shape, list(pool.map(run, tasks)), query_statistics, key_statistics
 
 
 def choose_block(width: int, line: int, patch: int) -> int:
@@ -406,18 +459,17 @@ def _flat(array: Array) -> Array:
     return np.append(array, np.zeros(ROWS, np.float32))
 
 
-def _pack(features: Array, kernel: Any, shape: tuple[int, ...], patch: int) -> tuple[Array, Any, Any]:
-    """A map in the flat layout of `kernel`, the mean and the reciprocal norm of its patches."""
+def _pack(features: Array, kernel: Any, shape: tuple[int, ...], patch: int) -> tuple[Array, Statistics]:
+    """A map in the flat layout of `kernel`, and the statistics of its patches."""
     packed = np.zeros(shape, np.float32)
     sums, squares = np.zeros((2, *features.shape[1:]))
     kernel(features, packed, sums, squares, 0, features.shape[1], patch // 2)
-    return _flat(packed), *statistics_of_sums(sums, squares, patch, len(features))
+    return _flat(packed), statistics_of_sums(sums, squares, patch, len(features))
 
 
-def _through_statistics(
-    features: Array, mean: Any, reciprocal: Any, d_mean: Array, d_scale: Array, patch: int
-) -> Array:
+def _through_statistics(features: Array, statistics: Statistics, d_mean: Array, d_scale: Array, patch: int) -> Array:
     """The gradient of features (C, H, W) through means and norms; `d_scale` sums d_logits * logits, base 2."""
+    mean, reciprocal = statistics
     d_squares = -0.5 / LOG2_E * d_scale * reciprocal**2  # of the sum of squares, and of the centered one
     # the centered square is squares - D mean^2; a constant patch has no gradient
     slope: Any = (reciprocal > 0) * (d_mean / (patch * patch * len(features)) - 2 * mean * d_squares)

@@ -224,8 +224,8 @@ def test_memory_of_the_forward(backend, side):
 
 
 @LINUX
-@pytest.mark.parametrize(("backend", "copies"), [("numba", 6), ("cpu", 4)])
-def test_memory_of_the_backward(backend, copies):
+@pytest.mark.parametrize("backend", ["numba", "cpu"])
+def test_memory_of_the_backward(backend):
     side = 64
     setup = (
         "import torch\nfrom flashcocos.kernels import corr_warp\n"
@@ -238,4 +238,4 @@ def test_memory_of_the_backward(backend, copies):
     )
     features = 2 * 256 * side * side * 4 / 2**20  # MiB of theta and phi: 8; the matrix would be 64
     extra = python(MEMORY.format(setup=setup, side=side)) - features  # beside the gradients
-    assert features < extra <= copies * features
+    assert features < extra <= 4 * features
