@@ -178,7 +178,7 @@ def warp_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -
     for method in ("numba", "numpy") if device == "cpu" else ():
         for size in (64, 128):
             yield _warp(method, size, device=device, inputs="shifted", published=True)
-    for method in trained:
+    for method in trained if device == "cuda" else ["numba", *trained]:
         for size in (32, 64, 128):
             yield _warp(method, size, device=device, backward=True, published=size == 64)
     for values in (48, 151):
@@ -205,13 +205,13 @@ def _warp(
     parameters |= {"channels": CHANNELS, "inputs": inputs, "backward": backward}
     parameters |= {
         "dtype": "float16" if device == "cuda" else "float32",
-        "product": method in ("numba", "numpy") and patch == 3,
+        "product": method in ("numba", "numpy") and patch == 3 and not backward,
     }
     extras = [f"v{values}"] * (values != 3) + [inputs] * (inputs != "noise") + ["backward"] * backward
     positions, width = size * size, 2 if device == "cuda" else 4
     matrices = (3 if backward else 2) if method in ("reference", "sdpa", "compiled") else 0
     needs = {"numba": ("numba",), "numpy": (), "compiled": ("torch", "c++")}.get(method, ("torch",))
-    needs += ("triton", "cuda") if method.startswith("triton") else ()
+    needs += ("triton", "cuda") if method.startswith("triton") else ("torch",) if backward and method == "numba" else ()
     return Case(
         "-".join([f"warp/{method}-p{patch}-n{positions}", *extras]),
         ".speed.warp:prepare",

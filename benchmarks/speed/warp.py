@@ -1,6 +1,6 @@
 """The correspondence warp alone: flashcocos's implementations against the published form and torch's attention.
 
-    numpy, numba    arrays, what the runtime has on a CPU
+    numpy, numba    arrays, what the runtime has on a CPU; with the backward pass numba gets tensors, as in training
     cpu             tensors: tiled torch
     triton          tensors on a GPU; triton-nine-tap and triton-straightforward name the kernel of the forward pass
     reference       the published form: unfold, center, normalize, N x N matrix, softmax, product
@@ -41,7 +41,7 @@ def prepare(case: Case, assets: Assets) -> Benchmark:
     arrays = warp_inputs(parameters["size"], parameters["values"], parameters["inputs"], parameters["channels"])
     small = warp_inputs(SMALL, parameters["values"], "noise", parameters["channels"])
     baseline = _product(*arrays[:2]) if parameters["product"] else None
-    if parameters["method"] in ARRAYS:
+    if parameters["method"] in ARRAYS and not parameters["backward"]:
         backend, patch = parameters["method"], parameters["patch"]
         corr_warp(*small, patch=patch, backend=backend)  # compiles
 
@@ -112,11 +112,11 @@ def _method(name: str, patch: int) -> Callable[..., Any]:
     if name == "compiled":
         compiled: Callable[..., Any] = torch.compile(published, dynamic=False)
         return compiled
-    tiled = functools.partial(corr_warp, patch=patch, temperature=TEMPERATURE, backend="cpu")
+    on_cpu = functools.partial(corr_warp, patch=patch, temperature=TEMPERATURE)
     methods: dict[str, Callable[..., Any]] = {
         "reference": published,
         "sdpa": sdpa,
-        "cpu": tiled,
+        **{backend: functools.partial(on_cpu, backend=backend) for backend in ("cpu", "numba")},
         **dict.fromkeys(TRITON_KERNELS, triton),
     }
     return methods[name]
