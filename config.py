@@ -189,8 +189,9 @@ PRESETS: dict[str, ModelConfig] = {
         "deepfashion", "channels", 20, adaptor_kernel=4, condition_on_label=False, warp_upsampling="pixel_shuffle"
     ),
     "avatars-128": ModelConfig(
-        "avatars", "classes", 12, image_size=128, ngf=8, nef=8, feature_channels=32, spade_hidden=16,
-        residual_blocks=1, warp_upsampling="pixel_shuffle", attention=False, position_frequencies=4, warp_residual=True,
+        "avatars", "classes", 12, image_size=128, ngf=12, nef=8, feature_channels=32, spade_hidden=24,
+        residual_blocks=1, warp_stride=2, warp_upsampling="pixel_shuffle", attention=False, position_frequencies=4,
+        warp_residual=True, max_channels=128,
     ),
     "tiny": ModelConfig(
         "avatars", "classes", 12, image_size=64, ngf=4, nef=4, feature_channels=16, spade_hidden=8, residual_blocks=1
