@@ -12,7 +12,6 @@ from flashcocos.errors import InputError
 from flashcocos.train.networks import CoCosNet
 from flashcocos.train.networks.growth import grown_state
 
-
 SMALL = {"ngf": 8, "spade_hidden": 16, "warp_stride": 4}
 
 
