@@ -33,6 +33,7 @@ from parity_weights import make_state
 from torch import Tensor
 
 from flashcocos.config import ModelConfig
+from flashcocos.kernels import reference
 from flashcocos.preprocess import load_image, load_raw
 from flashcocos.train import losses
 from flashcocos.train.batches import Batch
@@ -55,6 +56,12 @@ UPSTREAM_TERMS = {
     "warp_self": "G_warp_self",
     "warp_mask": "mask",
 }
+
+
+@pytest.fixture(autouse=True)
+def without_reference_warp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast warp is compared; a call of the plain one fails."""
+    monkeypatch.delattr(reference, "warp")
 
 
 def build(task: str, keys: dict[str, Any]) -> tuple[CoCosNet, Discriminator, Vgg19]:

@@ -18,6 +18,7 @@ from parity_weights import CLASS_TASKS, make_inputs, make_state
 from torch import Tensor
 
 from flashcocos.config import ModelConfig
+from flashcocos.kernels import reference
 from flashcocos.preprocess import load_image, load_raw
 from flashcocos.train.checkpoint import load_model
 from flashcocos.train.networks import CoCosNet
@@ -43,6 +44,12 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     yield load_model(folder / "model.safetensors")
     for file in folder.iterdir():  # 1.2 GB a task
         file.unlink()
+
+
+@pytest.fixture(autouse=True)
+def without_reference_warp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast warp is compared; a call of the plain one fails."""
+    monkeypatch.delattr(reference, "warp")
 
 
 @torch.no_grad()
