@@ -166,23 +166,24 @@ def test_hover_shows_the_matches_of_the_model(visit: Any, rng: np.random.Generat
         picture = Image.open(DEMO / f"{FIRST}_exemplar.png")
         exemplar = engine.encode(picture, demo(f"{FIRST}_exemplar_label"))
         (expected,) = engine.translate([demo(FIRST)], [exemplar])
+        stride = engine.describe().config.warp_stride
         points = rng.integers(0, 128, (1000, 2))
         found = page.evaluate(POINT, ["#result-stage .image", "#exemplar-stage canvas", ".ring", points.tolist()])
-        matches = expected.matches[points[:, 1] // 4, points[:, 0] // 4]
+        matches = expected.matches[points[:, 1] // stride, points[:, 0] // stride]
         assert np.allclose(found["places"], matches, atol=0.05)  # of a pixel; the browser rounds lengths to 1/64
         percents = [float(words.split("confidence ")[1].split()[0]) for words in found["words"]]
-        shares = expected.confidence[points[:, 1] // 4, points[:, 0] // 4]
+        shares = expected.confidence[points[:, 1] // stride, points[:, 0] // stride]
         assert np.abs(np.array(percents) / 100 - shares).max() < 0.005 + 0.5 / 255 + 1e-6
 
-        cells = rng.integers(0, 32, (200, 2))
-        lit = page.evaluate(LIGHT, (4 * cells + rng.integers(0, 4, cells.shape)).tolist())
+        cells = rng.integers(0, 128 // stride, (200, 2))
+        lit = page.evaluate(LIGHT, (stride * cells + rng.integers(0, stride, cells.shape)).tolist())
         for (column, row), places in zip(cells, lit, strict=True):
-            wanted = (expected.matches == (4 * column + 2, 4 * row + 2)).all(-1)
+            wanted = (expected.matches == (stride * (column + 0.5), stride * (row + 0.5))).all(-1)
             assert places == np.flatnonzero(wanted).tolist()
         assert sum(map(len, lit)) > 100
 
         page.mouse.move(*Canvas(page, "#result-stage .image").at(41, 50))
-        x, y = expected.matches[12, 10].astype(int)
+        x, y = expected.matches[50 // stride, 41 // stride].astype(int)
         page.locator("#result-readout", has_text=f"x 41, y 50 came from x {x}, y {y};").wait_for()
         page.mouse.move(0, 0)
         page.locator("#heat").check()

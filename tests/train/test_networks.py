@@ -52,9 +52,9 @@ def test_shapes_of_every_preset(preset: str, size: tuple[int, int]) -> None:
         theta = model.encode_query(label)
         phi, values = model.encode_exemplar(torch.empty(2, 3, height, width), label)
         image, warped_image = model.synthesize(values, label)
-    quarter = (height // 4, width // 4)
-    assert theta.shape == phi.shape == (2, config.feature_channels, *quarter)
-    assert values.shape == (2, config.warped_channels, *quarter)
+    map_size = (height // config.warp_stride, width // config.warp_stride)
+    assert theta.shape == phi.shape == (2, config.feature_channels, *map_size)
+    assert values.shape == (2, config.warped_channels, *map_size)
     assert image.shape == warped_image.shape == (2, 3, height, width)
 
 

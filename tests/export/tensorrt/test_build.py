@@ -96,9 +96,10 @@ def test_the_plan_adds_up(built):
     estimate = estimate_memory(config, records, 64, 64)
     static = {one.record.key.stage: one.record for one in engines if one.record.key.profile.static}
     assert estimate.working == {stage: record.activation_bytes for stage, record in static.items()}
-    positions = 16 * 16
+    positions = (64 // config.warp_stride) ** 2
+    padded = -(-config.warped_channels // 8) * 8
     # phi and values in float16 rows of C and of V padded to 8, and two float32 statistics
-    assert estimate.exemplar == positions * (2 * config.feature_channels + 2 * 48 + 4 + 4)
+    assert estimate.exemplar == positions * (2 * config.feature_channels + 2 * padded + 4 + 4)
     assert estimate.total == (
         sum(record.weight_bytes for record in static.values())
         + max(record.activation_bytes for record in static.values())
