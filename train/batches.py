@@ -79,8 +79,9 @@ def open_data(settings: Settings) -> PairData:
 class Steps(Dataset[list[Batch]]):
     """Item `step` is the list of micro-batches that process `rank` of `world` computes on in that step.
 
-    An epoch shows every sample once, but for a last part that fills no batch. Raises `InputError` for fewer samples
-    than a batch and for a batch that its processes and micro-batches do not divide.
+    An epoch shows every sample once, or as often as `data.repeat_rare` asks for, but for a last part that fills no
+    batch. Raises `InputError` for fewer samples than a batch and for a batch that its processes and micro-batches do
+    not divide.
     """
 
     def __init__(self, data: PairData, settings: Settings, rank: int = 0, world: int = 1) -> None:
@@ -93,7 +94,11 @@ class Steps(Dataset[list[Batch]]):
             )
         if len(data) < run.batch:
             raise InputError(f"{len(data)} samples do not fill a batch of {run.batch}; lower run.batch")
-        self.per_epoch = len(data) // run.batch
+        self.samples = torch.arange(len(data))
+        if settings.data.repeat_rare:
+            classes = settings.model.label_channels
+            self.samples = self.samples.repeat_interleave(repeats(data, classes, settings.data.repeat_rare))
+        self.per_epoch = len(self.samples) // run.batch
 
     def __len__(self) -> int:
         return self.settings.schedule.total(self.per_epoch)
@@ -101,7 +106,7 @@ class Steps(Dataset[list[Batch]]):
     def __getitem__(self, step: int) -> list[Batch]:
         run, mine = self.settings.run, slice(self.rank * self.share, (self.rank + 1) * self.share)
         epoch, place = divmod(step, self.per_epoch)
-        order = torch.randperm(len(self.data), generator=_generator(run.seed, epoch))
+        order = self.samples[torch.randperm(len(self.samples), generator=_generator(run.seed, epoch))]
         self.data.set_epoch(epoch)
         items: list[Any] = [self.data[int(index)] for index in order[place * run.batch : (place + 1) * run.batch][mine]]
         planes = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in Batch._fields}
@@ -144,6 +149,20 @@ class Steps(Dataset[list[Batch]]):
                 planes[name] = F.avg_pool2d(planes[name], 2)
             for name in _LABELS:
                 planes[name] = planes[name][..., ::2, ::2].contiguous()
+
+
+def repeats(data: PairData, classes: int, threshold: float) -> Tensor:
+    """How often an epoch shows each sample, (N,) integers of at least 1; reads every label once.
+
+    The repeat factor of arXiv 1908.03195, appendix B: sqrt(threshold / f) of the rarest class in the label, f being the
+    share of samples that show the class. The fractions add up until they make one more, so nothing is random.
+    """
+    labels = (torch.as_tensor(data[index]["label"]) for index in range(len(data)))
+    shown = torch.stack([torch.bincount(label.flatten().int(), minlength=classes) > 0 for label in labels])
+    factor = (threshold / shown.double().mean(0)).sqrt().clamp_min(1)
+    wanted = torch.where(shown, factor, 1.0).amax(1)
+    more = wanted.frac().cumsum(0).floor().diff(prepend=wanted.new_zeros(1))
+    return (wanted.floor() + more).long()
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:

@@ -51,6 +51,8 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         count, cache: of the avatars, the number of pairs, 0 for all, and the folder that keeps them.
         mirror, recolor: chances of mirroring a whole sample and of permuting its red, green and blue.
         hand_drawn: share of the samples whose label is painted anew as if by hand (`data.hand_drawn`).
+        repeat_rare: samples with a class that is in fewer than this share of all come more often, 0 for all alike
+            (`batches.repeats`).
     """
 
     kind: Literal["avatars", "photos"] = "photos"
@@ -68,6 +70,7 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mirror: Share = 0.0
     recolor: Share = 0.0
     hand_drawn: Share = 0.0
+    repeat_rare: Share = 0.0
 
 
 class OptimizerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -179,8 +182,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.perceptual == "none":
             off = msgspec.structs.replace(self.loss, pseudo_features=0.0, perceptual=0.0, contextual=0.0)
             msgspec.structs.force_setattr(self, "loss", off)
-        if self.data.hand_drawn and self.model.label_kind != "classes":
-            raise InputError(f"data.hand_drawn repaints class ids; labels of {self.model.task} are planes: set it to 0")
+        for name, does in (("hand_drawn", "repaints"), ("repeat_rare", "counts")):
+            if getattr(self.data, name) and self.model.label_kind != "classes":
+                raise InputError(f"data.{name} {does} class ids; labels of {self.model.task} are planes: set it to 0")
         if self.loss.discriminator_features and not self.loss.adversarial:
             raise InputError(
                 "loss.discriminator_features needs loss.adversarial, which trains the discriminator; give both or none"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flat_pairs import FlatPairs, settings
 
 from flashcocos.errors import InputError
 from flashcocos.train import data as data_package
-from flashcocos.train.batches import Batch, Steps, open_data
-from flashcocos.train.data import avatars, photos
+from flashcocos.train.batches import Batch, Steps, open_data, repeats
+from flashcocos.train.data import Item, avatars, photos
 
 
 def whole(pieces: list[Batch]) -> Batch:
@@ -31,6 +32,33 @@ def test_an_epoch_shows_every_sample_once_and_is_told_to_the_data() -> None:
         assert data.epoch == epoch
         orders.append(matches.int().argmax(1).tolist())
     assert orders[0] != orders[1]
+
+
+class Labels(FlatPairs):
+    """Samples whose label shows class 0 and one more class."""
+
+    def __init__(self, classes: list[int]) -> None:
+        super().__init__(len(classes))
+        self.classes = classes
+
+    def __getitem__(self, index: int) -> Item:
+        item = super().__getitem__(index)
+        item["label"] = np.zeros((64, 64), dtype=np.uint8)
+        item["label"][3, 5] = self.classes[index]
+        return item
+
+
+def test_samples_with_a_rare_class_come_as_often_as_their_factor_says() -> None:
+    data = Labels([1] * 12 + [2] * 3 + [3])  # in 12, 3 and 1 of 16 samples
+    times = repeats(data, 12, 0.75)
+    assert times[:12].tolist() == [1] * 12  # not rarer than the threshold
+    assert times[12:15].tolist() == [2] * 3  # sqrt(0.75 / (3 / 16)) = 2
+    assert times[15] == 3  # sqrt(0.75 / (1 / 16)) = 3.46, and no fraction before it
+    assert repeats(Labels([1] * 7 + [2] * 2), 12, 0.5).sum() == 7 + 3  # sqrt(0.5 / (2 / 9)) = 1.5, twice
+    steps = Steps(data, settings(data={"repeat_rare": 0.75}, schedule={"steps": 0, "epochs": 1}))
+    assert len(steps) == (12 + 6 + 3) // 2
+    classes = torch.cat([whole(steps[step]).label[:, 3, 5] for step in range(len(steps))])
+    assert classes.bincount(minlength=4).tolist()[2:] in ([6, 3], [5, 3], [6, 2])  # the last part fills no batch
 
 
 @pytest.mark.parametrize(("world", "micro_batch", "pieces"), [(1, 0, 1), (1, 2, 2), (2, 0, 1), (2, 1, 2), (4, 1, 1)])
