@@ -228,6 +228,22 @@ def _warp(
     )
 
 
+def stride_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+    """The small network at 128 and 256 px and a published one at 256, with a correspondence ever finer."""
+    for preset, size in (("avatars-128", 128), ("avatars-128", 256), ("ade20k", 256)) if device == "cpu" else ():
+        for stride in (4, 2, 1):
+            yield Case(
+                f"strides/{preset.partition('-')[0]}-{size}-{stride}",
+                ".speed.strides:prepare",
+                f"{preset}'s network, {size} px, a position for {stride} x {stride} pixels",
+                {"preset": preset, "size": size, "stride": stride},
+                Gate("largest", 1.0, at_least=False),
+                seconds=30.0,
+                requires=("torch", "numba"),
+                published=True,
+            )
+
+
 def training_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """The published objective of ade20k with one sample a step; on two cores 40 s at 256 px and four minutes at 512.
 
@@ -351,6 +367,7 @@ CASE_FACTORIES = (
     ablation_cases,
     resolution_cases,
     warp_cases,
+    stride_cases,
     training_cases,
     estimate_cases,
     throughput_cases,

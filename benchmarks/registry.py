@@ -22,6 +22,7 @@ GROUPS = {
     "ablation": "one translation at 256 px, from eager PyTorch to the fastest bundle, with the quality of each step",
     "resolution": "one translation at 512, 768 and 1024 px: time and memory",
     "warp": "the correspondence warp alone",
+    "strides": "one translation with a correspondence at a quarter, half and full resolution",
     "training": "one training step",
     "estimate": "the estimated memory of a training step, and the largest batch in 8, 12 and 24 GiB",
     "throughput": "translations in batches of 1, 4 and 16",

@@ -219,6 +219,26 @@ def shares(rows: Sequence[Row], machine: Sequence[Row]) -> str:
     return f"\n\nProducts of whole features, 2 C N^2, as a share of the matrix rate:\n\n{_by_count(methods, lines)}"
 
 
+def strides(rows: Sequence[Row]) -> str:
+    """The cost of a finer correspondence."""
+    lines = []
+    for row in rows:
+        parameters = row["parameters"]
+        lines.append([parameters["preset"], f"{parameters['size']} px", str(parameters["stride"])])
+        if row["status"] != "timed":
+            lines[-1].append(unmeasured(row))
+            continue
+        facts = row["facts"]
+        lines[-1] += [grouped(facts["positions"]), duration(row), seconds(row["parts_ms"]["warp"]), memory(row)]
+        lines[-1].append(f"{facts['matrix_gib']:.3g} GiB")
+    head = ["network", "size", "`warp_stride`", "positions", "time", "of it the warp", "peak memory", "a full matrix"]
+    return (
+        "## A finer correspondence\n\nOne translation in PyTorch, its exemplar encoded once, the warp by numba. The "
+        "weights are seeded noise: cost only. The\nlast column is what the published form would take for one "
+        f"float32 matrix of the warp.\n\n{table(head, lines)}"
+    )
+
+
 def training(rows: Sequence[Row]) -> str:
     """A training step."""
     lines = [
@@ -305,6 +325,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "ablation": ablation,
     "resolution": resolution,
     "warp": warp,
+    "strides": strides,
     "training": training,
     "estimate": estimate,
     "throughput": throughput,

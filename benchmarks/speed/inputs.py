@@ -33,6 +33,15 @@ def inputs(config: ModelConfig, size: int) -> tuple[UInt8Array, UInt8Array, UInt
     return label(), exemplar, label()
 
 
+def network_inputs(config: ModelConfig, size: int) -> list[np.ndarray]:
+    """label, exemplar and, for models conditioned on it, the exemplar's label, batched, as the networks take them."""
+    from ...preprocess import load_image, load_label
+
+    label, image, image_label = inputs(config, size)
+    arrays = [load_label(config, label)[None], load_image(image)[None]]
+    return [*arrays, load_label(config, image_label)[None]] if config.condition_on_label else arrays
+
+
 def differences(actual: UInt8Array, expected: UInt8Array) -> dict[str, float]:
     """psnr_db and max_abs (0 to 255) of two uint8 pictures."""
     error = np.abs(actual.astype(np.int16) - expected)

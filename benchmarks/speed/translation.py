@@ -23,7 +23,7 @@ import numpy as np
 from ...config import ModelConfig
 from ...errors import BackendError
 from ..registry import Assets, Benchmark, Case, Sample
-from .inputs import UInt8Array, differences, inputs, similarity
+from .inputs import UInt8Array, differences, inputs, network_inputs, similarity
 
 
 def prepare(case: Case, assets: Assets) -> Benchmark:
@@ -64,7 +64,7 @@ def _eager(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], 
 
     method, dtype, batch = parameters["method"], getattr(torch, parameters["dtype"]), parameters["batch"]
     model = load_model(assets.model).to(assets.device, dtype).eval()
-    tensors = [torch.from_numpy(array).to(assets.device) for array in _arrays(model.config, parameters["size"])]
+    tensors = [torch.from_numpy(array).to(assets.device) for array in network_inputs(model.config, parameters["size"])]
     tensors = [x.repeat(batch, *[1] * (x.ndim - 1)).to(dtype if x.is_floating_point() else x.dtype) for x in tensors]
     network: Callable[..., Any] = Published(model)
     if method == "compiled":
@@ -149,13 +149,4 @@ def _runtime(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[]
 
 def _feeds(parameters: Mapping[str, Any], assets: Assets, names: list[str]) -> dict[str, np.ndarray]:
     """Inputs of the single graph, by their names."""
-    return dict(zip(names, _arrays(ModelConfig.from_json(assets.config), parameters["size"]), strict=True))
-
-
-def _arrays(config: ModelConfig, size: int) -> list[np.ndarray]:
-    """label, exemplar and, for models conditioned on it, the exemplar's label, batched, as the networks take them."""
-    from ...preprocess import load_image, load_label
-
-    label, image, image_label = inputs(config, size)
-    arrays = [load_label(config, label)[None], load_image(image)[None]]
-    return [*arrays, load_label(config, image_label)[None]] if config.condition_on_label else arrays
+    return dict(zip(names, network_inputs(ModelConfig.from_json(assets.config), parameters["size"]), strict=True))

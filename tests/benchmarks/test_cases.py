@@ -51,6 +51,8 @@ def shrunk(case: Case) -> Case:
         parameters["size"] = 16 if case.group == "warp" else 64
     if case.group == "warp":
         parameters["channels"] = 8
+    if case.group == "strides":
+        parameters["preset"] = "tiny"
     if case.group == "training":
         # once with VGG19, which is large whatever the network
         parameters["changes"] = SMALL_TRAINING + ["perceptual=none"] * (parameters["method"] == "matrix")
