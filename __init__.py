@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from .config import ModelConfig
     from .errors import BackendError, BundleError, CheckpointError, FlashcocosError, InputError
     from .kernels import corr_match, corr_row, corr_warp
-    from .runtime import EngineOptions, Exemplar, Translation, Translator
+    from .runtime import EncodedLabel, EngineOptions, Exemplar, Translation, Translator
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BundleError",
     "CheckpointError",
+    "EncodedLabel",
     "EngineOptions",
     "Exemplar",
     "FlashcocosError",
@@ -37,7 +38,7 @@ __all__ = [
 
 _MODULES = {
     **dict.fromkeys(("BackendError", "BundleError", "CheckpointError", "FlashcocosError", "InputError"), "errors"),
-    **dict.fromkeys(("EngineOptions", "Exemplar", "Translation", "Translator"), "runtime"),
+    **dict.fromkeys(("EncodedLabel", "EngineOptions", "Exemplar", "Translation", "Translator"), "runtime"),
     **dict.fromkeys(("corr_match", "corr_row", "corr_warp"), "kernels"),
     "ModelConfig": "config",
 }

@@ -28,6 +28,7 @@ def ablation_cases(device: str, extra_bundles: Sequence[str], config: ModelConfi
         yield _naive("ablation/naive-openvino-256", "naive-openvino", size, config, repeats=3)
     yield _runtime("ablation/runtime-256", size, cached=False, published=True)
     yield _runtime("ablation/runtime-cached-256", size, published=True)
+    yield _runtime("ablation/runtime-label-256", size, label_cached=True, published=True)
     if device == "cpu":
         yield _runtime("ablation/openvino-256", size, backend="openvino", published=True)
         yield _runtime("ablation/openvino-bfloat16-256", size, backend="openvino", precision="bfloat16", published=True)
@@ -135,6 +136,7 @@ def _runtime(
     backend: str = "onnxruntime",
     precision: str = "float32",
     cached: bool = True,
+    label_cached: bool = False,
     batch: int = 1,
     tile: int | None = None,
     reference: str = "ablation/eager-256",
@@ -142,13 +144,21 @@ def _runtime(
 ) -> Case:
     bound = SIMILAR if bundle != "model" else EXACT if precision == "float32" else ROUNDED
     exemplar = "its exemplar encoded before" if cached else "with its exemplar"
+    exemplar += ", its label too" if label_cached else ""
     tiles = "" if tile is None else f", in tiles of {tile}"
     return Case(
         name,
         TRANSLATION,
         f"the runtime on {backend} in {precision}, bundle {bundle}, {size} px, batch {batch}, {exemplar}{tiles}",
         runtime_parameters(
-            size, bundle=bundle, backend=backend, precision=precision, cached=cached, batch=batch, tile=tile
+            size,
+            bundle=bundle,
+            backend=backend,
+            precision=precision,
+            cached=cached,
+            label_cached=label_cached,
+            batch=batch,
+            tile=tile,
         ),
         Gate("psnr_db", bound),
         reference,
@@ -161,7 +171,8 @@ def _runtime(
 def runtime_parameters(size: int, **changes: Any) -> dict[str, Any]:
     """Parameters of the runtime at `size` pixels: everything that `speed/translation.py` reads, with `changes`."""
     parameters = {"method": "runtime", "size": size, "bundle": "model", "backend": "onnxruntime"}
-    return {**parameters, "precision": "float32", "cached": True, "batch": 1, "tile": None, **changes}
+    parameters |= {"precision": "float32", "cached": True, "label_cached": False, "batch": 1, "tile": None}
+    return {**parameters, **changes}
 
 
 def warp_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:

@@ -45,7 +45,8 @@ def label(row: Row) -> str:
     parts = [] if parameters["bundle"] == "model" else [parameters["bundle"]]
     parts += ["OpenVINO"] * (parameters["backend"] == "openvino")
     parts += [parameters["precision"]] * (parameters["precision"] != "float32")
-    parts.append("exemplar encoded once" if parameters["cached"] else "exemplar encoded each time")
+    what = "label and exemplar" if parameters.get("label_cached") else "exemplar"
+    parts.append(f"{what} encoded once" if parameters["cached"] else "exemplar encoded each time")
     parts += [f"tiles of {parameters['tile']}"] if parameters.get("tile") else []
     return ", ".join([name, *parts])
 

@@ -11,6 +11,9 @@ from ..config import ModelConfig
 from ..errors import BundleError
 from . import Manifest, TensorSpec
 
+# begins the names of the nodes and initializers that export/winograd.py puts in place of a convolution
+WINOGRAD = "winograd_"
+
 
 def stage_tensors(config: ModelConfig) -> dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]:
     """(inputs, outputs) of every stage of a network of this configuration."""

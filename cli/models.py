@@ -126,6 +126,12 @@ def _add_export(command: AddCommand) -> None:
     parser.add_argument("--precision", choices=("float32", "float16"), default="float32", help="of the stored weights")
     parser.add_argument("--license", default="", metavar="TEXT", help="license of the weights, kept in the manifest")
     parser.add_argument("--aot", nargs="+", metavar="SM", help="also the warp, compiled for GPUs: --aot sm_86 sm_89")
+    parser.add_argument(
+        "--no-winograd",
+        dest="winograd",
+        action="store_false",
+        help="keep wide convolutions plain, for ONNX Runtime on a GPU; a CPU is faster without this",
+    )
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -146,7 +152,12 @@ def _export(options: argparse.Namespace) -> int:
     targets = [parse_target(target) for target in options.aot or ()]
     show(
         export_bundle(
-            options.model, options.output, precision=options.precision, license=options.license, targets=targets
+            options.model,
+            options.output,
+            precision=options.precision,
+            license=options.license,
+            targets=targets,
+            winograd=options.winograd,
         )
     )
     return 0

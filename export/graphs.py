@@ -56,7 +56,7 @@ def export_stage(model: CoCosNet, stage: str) -> ModelProto:
     assert program is not None  # with dynamo=True there always is one
     exported = program.model_proto
     if stage == "coarse" and model.config.attention:
-        _replace(exported.graph, *loop_attention(exported.graph))
+        replace(exported.graph, *loop_attention(exported.graph))
     clean(exported, stage, inputs, outputs)
     check_graph(exported, stage, inputs, outputs)
     return exported
@@ -128,7 +128,7 @@ def store_float16(model: ModelProto) -> None:
         stored.append(numpy_helper.from_array(array.astype(np.float16), half))
         casts.append(helper.make_node("Cast", [half], [tensor.name], f"cast_{tensor.name}", to=TensorProto.FLOAT))
     nodes = [*casts, *graph.node]
-    _replace(graph, nodes, stored)
+    replace(graph, nodes, stored)
 
 
 def renamed(graph: GraphProto, prefix: str, names: Mapping[str, str]) -> tuple[list[NodeProto], list[TensorProto]]:
@@ -151,7 +151,8 @@ def renamed(graph: GraphProto, prefix: str, names: Mapping[str, str]) -> tuple[l
     return list(copy.node), list(copy.initializer)
 
 
-def _replace(graph: GraphProto, nodes: list[NodeProto], initializers: list[TensorProto]) -> None:
+def replace(graph: GraphProto, nodes: list[NodeProto], initializers: list[TensorProto]) -> None:
+    """Put `nodes` and `initializers` in place of those of `graph`."""
     # built apart first: the elements of a cleared protobuf field must not be read again
     fresh = helper.make_graph(nodes, graph.name, list(graph.input), list(graph.output), initializers)
     graph.CopyFrom(fresh)

@@ -40,6 +40,27 @@ class Exemplar:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class EncodedLabel:
+    """An encoded label; constant, so that it can serve many translations and threads at once.
+
+    Attributes:
+        planes: class ids uint8 (H, W), or planes float32 (label_channels, H, W), read-only.
+        theta: features (1, C, h, w) float32, read-only, of h x w positions, h = H / warp_stride; None where a GPU
+            makes them with each picture.
+        model: SHA-256 of the graph that encodes it; another model cannot use it.
+    """
+
+    planes: npt.NDArray[Any]
+    theta: FloatArray | None
+    model: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.planes.shape[-2], self.planes.shape[-1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class PipelineOutput:
     """What the stages make of one label.
 
@@ -61,8 +82,17 @@ class Pipeline(Protocol):
         """phi and values of one exemplar, from the inputs of its stage."""
         ...
 
-    def render(self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar]) -> list[PipelineOutput]:
-        """The output for each item of the batch `label` with the exemplar of the same index."""
+    def encode_label(self, label: npt.NDArray[Any]) -> FloatArray | None:
+        """theta of one label, a batch of 1; None where `render` does without."""
+        ...
+
+    def render(
+        self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar], thetas: Sequence[FloatArray | None]
+    ) -> list[PipelineOutput]:
+        """The output for each item of the batch `label` with the exemplar of the same index.
+
+        thetas: what `encode_label` gave for each item; None for one that was not encoded.
+        """
         ...
 
     def describe(self) -> dict[str, EngineInfo]:

@@ -1,7 +1,7 @@
 """`Translator`: an opened model bundle that turns a label and an exemplar into a picture. Numpy in, numpy out.
 
-The exemplar's half of the correspondence network depends on the exemplar alone (arXiv 2004.05571, section 3.1), so it
-is run once by `encode_exemplar` and its result is used for any number of labels. What runs where is in backends.py.
+Each half of the correspondence network depends on the exemplar or the label alone (arXiv 2004.05571, section 3.1), so
+`encode_exemplar` and `encode_label` run it once for any number of translations. What runs where is in backends.py.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ..preprocess.images import FloatArray, ImageSource, UInt8Array, load_image,
 from ..preprocess.labels import LabelSource, load_label, resize_nearest
 from .backends import open_pipeline
 from .options import EngineOptions
-from .pipeline import Exemplar, Pipeline
+from .pipeline import EncodedLabel, Exemplar, Pipeline
 
-__all__ = ["EngineOptions", "Exemplar", "Size", "Translation", "Translator", "resolve_size"]
+__all__ = ["EncodedLabel", "EngineOptions", "Exemplar", "Size", "Translation", "Translator", "resolve_size"]
 
 Size: TypeAlias = "int | tuple[int, int] | str | None"
 _log = logging.getLogger("flashcocos.runtime")
@@ -110,7 +110,9 @@ class Translator:
         manifest = self.bundle.manifest
         check_stages(manifest)
         self.config = manifest.config
-        self._model = manifest.files[manifest.stages["exemplar"].file].sha256
+        self._model, self._label_model = (
+            manifest.files[manifest.stages[stage].file].sha256 for stage in ("exemplar", "query")
+        )
         self._warned_of_proportions = False
         self._pipeline: Pipeline = open_pipeline(self.bundle, options)
         self._release = weakref.finalize(self, self._pipeline.close)  # also where nobody closes it, and at exit
@@ -164,8 +166,29 @@ class Translator:
         phi.flags.writeable = values.flags.writeable = False
         return Exemplar(phi, values, (height, width), self._model)
 
+    def encode_label(self, label: LabelSource, size: Size = None) -> EncodedLabel:
+        """Encode a label once, for translations with any number of exemplars.
+
+        A label that comes again soon is not encoded again anyway; this spares reading and comparing it too, and keeps
+        it for as long as the result is held. On a GPU it is encoded with each picture all the same.
+
+        Args:
+            label: as for `translate`.
+            size: as for `translate`.
+
+        Returns:
+            The encoded label, for this model alone.
+
+        Raises:
+            InputError: the label or size cannot be used.
+            BackendError: the stage fails, for example out of memory.
+        """
+        planes = self._label(label, size).planes.copy()  # the source may be the caller's own array
+        planes.flags.writeable = False
+        return EncodedLabel(planes, self._pipeline.encode_label(planes[None]), self._label_model)
+
     @overload
-    def translate(self, label: LabelSource, exemplar: Exemplar, size: Size = None) -> Translation: ...
+    def translate(self, label: LabelSource | EncodedLabel, exemplar: Exemplar, size: Size = None) -> Translation: ...
 
     @overload
     def translate(
@@ -179,7 +202,7 @@ class Translator:
 
     def translate(
         self,
-        label: LabelSource | list[Any] | tuple[Any, ...],
+        label: LabelSource | EncodedLabel | list[Any] | tuple[Any, ...],
         exemplar: Exemplar | Sequence[Exemplar],
         size: Size = None,
         *,
@@ -188,11 +211,12 @@ class Translator:
         """Translate one label, or a list or tuple of labels with one exemplar for all or one each.
 
         Args:
-            label: a prepared label (path, array, or Pillow image of class ids), or a list or tuple of them.
+            label: a prepared label (path, array, or Pillow image of class ids) or a result of `encode_label`, or a list
+                or tuple of them.
             exemplar: result of `encode_exemplar`; for several labels, one for all or a sequence of one for each.
             size: (height, width) or the side of a square, in multiples of 32 from 64 to 8192; None is the square the
-                model was trained at; "input" the label's own size, rounded to multiples of 32. The exemplar's size may
-                differ.
+                model was trained at; "input" the label's own size, rounded to multiples of 32. An encoded label has its
+                size already. The exemplar's size may differ.
             batch_size: labels of one size that run together; more is faster on a GPU and takes more memory. TensorRT
                 runs as many of them together as an engine was built for.
 
@@ -213,8 +237,8 @@ class Translator:
         exemplars = [self._check_exemplar(item) for item in exemplars]
         labels = [self._label(item, size) for item in label]
         by_size: dict[tuple[int, ...], list[int]] = {}
-        for index, planes in enumerate(labels):
-            by_size.setdefault(planes.shape, []).append(index)
+        for index, encoded in enumerate(labels):
+            by_size.setdefault(encoded.size, []).append(index)
         results: dict[int, Translation] = {}
         for indices in by_size.values():
             for start in range(0, len(indices), batch_size):
@@ -223,7 +247,8 @@ class Translator:
                 results.update(zip(part, batch, strict=True))
         return [results[index] for index in range(len(labels))]
 
-    def _translate(self, labels: list[npt.NDArray[Any]], exemplars: list[Exemplar]) -> list[Translation]:
+    def _translate(self, labels: list[EncodedLabel], exemplars: list[Exemplar]) -> list[Translation]:
+        planes, thetas = np.stack([label.planes for label in labels]), [label.theta for label in labels]
         return [
             Translation(
                 image=result.image,
@@ -233,16 +258,27 @@ class Translator:
                 exemplar_size=exemplar.size,
                 timings=result.timings,
             )
-            for result, exemplar in zip(self._pipeline.render(np.stack(labels), exemplars), exemplars, strict=True)
+            for result, exemplar in zip(self._pipeline.render(planes, exemplars, thetas), exemplars, strict=True)
         ]
 
     def _positions(self, index: npt.NDArray[np.int64], exemplar: Exemplar) -> FloatArray:
         y, x = np.divmod(index, exemplar.phi.shape[3])
         return ((np.stack([x, y], axis=-1) + 0.5) * self.config.warp_stride).astype(np.float32)
 
-    def _label(self, source: LabelSource, size: Size) -> npt.NDArray[Any]:
-        planes = load_label(self.config, source)
-        return resize_nearest(planes, resolve_size(self.config, size, planes.shape[-2:]))
+    def _label(self, source: LabelSource | EncodedLabel, size: Size) -> EncodedLabel:
+        """A label at `size`, its theta None where it was not encoded before."""
+        if not isinstance(source, EncodedLabel):
+            planes = load_label(self.config, source)
+            resized = resize_nearest(planes, resolve_size(self.config, size, planes.shape[-2:]))
+            return EncodedLabel(resized, None, self._label_model)
+        if source.model != self._label_model:
+            raise InputError("label: encoded by another model; encode it with this translator")
+        if size is not None and resolve_size(self.config, size, source.size) != source.size:
+            raise InputError(
+                f"size: the label was encoded at {source.size[1]} x {source.size[0]} pixels, got {size!r}; leave size "
+                "out, or encode the label again"
+            )
+        return source
 
     def _compare_proportions(self, picture: tuple[int, int], label: tuple[int, int]) -> None:
         """Warn once where an exemplar and its label, each (width, height), differ by more than a rounded pixel."""

@@ -29,13 +29,14 @@ from ..config import MIN_SIDE, SIZE_MULTIPLE
 from ..errors import BackendError
 from ..preprocess.labels import resize_nearest
 from ..runtime import Exemplar, Translation
+from ..runtime.lru import LruBytes
 from ..runtime.translator import resolve_size
 from . import wire
 from .batcher import Batcher, Ticket
 from .config import ServeConfig, read_tokens
 from .engine import Engine, Label
 from .errors import ApiError
-from .exemplars import ExemplarStore, Folder, LruBytes, Source, source_bytes
+from .exemplars import ExemplarStore, Folder, Source, source_bytes
 from .gate import Gate
 from .metrics import Metrics
 from .openapi import ROUTES, complete

@@ -3,57 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import dataclasses
 import os
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import msgspec
 
 from ..files import atomic_path
 from ..runtime import Exemplar
+from ..runtime.lru import LruBytes
 from .errors import ApiError
 
-T = TypeVar("T")
 _ID = re.compile(r"[0-9a-f]{32}")
 _SUFFIX = ".exemplar"
-
-
-class LruBytes(Generic[T]):
-    """A dictionary of bounded size in bytes; `sizeof` gives an entry's."""
-
-    def __init__(self, limit: int, sizeof: Callable[[T], int]) -> None:
-        self._limit, self._sizeof = limit, sizeof
-        self._entries: collections.OrderedDict[str, T] = collections.OrderedDict()
-        self.bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, key: str) -> T | None:
-        """The entry, which is then the most recently used."""
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        return self._entries[key]
-
-    def put(self, key: str, entry: T) -> None:
-        """Add an entry; one that is larger than all the room is kept alone."""
-        self.pop(key)
-        self._entries[key] = entry
-        self.bytes += self._sizeof(entry)
-        while self.bytes > self._limit and len(self._entries) > 1:
-            self.pop(next(iter(self._entries)))
-
-    def pop(self, key: str) -> bool:
-        """Remove an entry; whether it was there."""
-        if key not in self._entries:
-            return False
-        self.bytes -= self._sizeof(self._entries.pop(key))
-        return True
 
 
 class Source(msgspec.Struct, frozen=True):

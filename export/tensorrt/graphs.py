@@ -5,6 +5,7 @@ What the graphs of a bundle do to save work on a CPU is put back, for TensorRT w
     classes that occur      NonZero of the classes in a label -> all classes, and their weights are constants again
     self-attention in rows  Loop -> MatMul, Softmax, MatMul over one head of equal sizes, the form of its fused kernel:
                             query and key are padded with zeros to the values' width, which adds nothing to a product
+    wide convolutions       Winograd's form -> Conv, for which TensorRT has kernels of its own
     pictures                image and warped_image leave as uint8 (batch, height, width, 3), rounded as `to_uint8` does,
                             with `invalid`, 1 where the network gave NaN: nothing else has to cross the bus
 
@@ -32,6 +33,8 @@ from onnxscript import optimizer
 from ...bundle import Bundle
 from ...bundle.graph_check import refuse_external_data
 from ...errors import BundleError
+from ..graphs import replace
+from ..winograd import restore
 from .int8 import is_quantized, prepare_int8
 
 # they square, sum, divide or end the network: float32 at any precision
@@ -61,7 +64,9 @@ def tensorrt_graph(graph: bytes, stage: str, *, classes: int, half: bool) -> onn
     Raises `BundleError` where the graph is not of the form that `flashcocos export` gives it.
     """
     try:
-        model = ir.from_proto(onnx.load_model_from_string(graph))
+        exported = onnx.load_model_from_string(graph)
+        replace(exported.graph, *restore(exported.graph))
+        model = ir.from_proto(exported)
         if classes:
             _let_every_class_occur(model.graph, classes)
             _cast_label(model.graph)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from ...bundle import Bundle, TensorSpec
 from ...bundle.graph_check import refuse_external_data
 from ...errors import BackendError, BundleError
 from ..engine import EngineInfo, check_inputs, check_tensors, one_line
+from .denormals import denormals_as_zero
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INSTALLS = {"cpu": "pip install flashcocos[cpu]", "cuda": "pip install flashcocos[gpu], or choose device cpu"}
@@ -43,7 +45,8 @@ class OnnxRuntimeEngine:
         check_inputs(self._name, self._spec, inputs)
         names = [tensor.name for tensor in self._spec.outputs]
         try:
-            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+            with denormals_as_zero():  # this thread works too, and the session sets its own threads alone
+                return dict(zip(names, session.run(names, dict(inputs)), strict=True))
         except self._errors as error:
             shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
             raise BackendError(
@@ -86,9 +89,19 @@ def open_session(
     # int8 products that saturate would be faster on CPUs without VNNI, and cost up to 13 dB
     settings.add_session_config_entry("session.x64quantprecision", "1")
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # never guessed from the bytes
+    settings.add_session_config_entry("session.set_denormal_as_zero", "1" if device == "cpu" else "0")
     providers = [(provider, dict(options)) if options else provider]
+
+    def create() -> Any:
+        return runtime.InferenceSession(model, settings, providers=providers, enable_fallback=0)
+
     try:
-        session = runtime.InferenceSession(model, settings, providers=providers, enable_fallback=0)
+        if device == "cpu":
+            # a process's first session leaves its setting for denormal numbers on in the thread that made it
+            with ThreadPoolExecutor(1) as thread:
+                session = thread.submit(create).result()
+        else:
+            session = create()
     except onnxruntime_errors() as error:
         message = f"{name}: onnxruntime cannot load the graph on {device}: {one_line(error)}"
         # on the CPU only the graph can be at fault

@@ -2,6 +2,7 @@
 
 Its convolutions take no weights whose number only a run tells, which a bundle's graphs have: the columns of the label
 classes that occur (export/inference.py). Here every class counts as occurring, to the same result by planes of zeros.
+And convolutions that export/winograd.py has written in another form become convolutions again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from ...bundle import Bundle, TensorSpec
 from ...bundle.graph_check import refuse_external_data
+from ...bundle.stages import WINOGRAD
 from ...errors import BackendError, BundleError
 from ..engine import EngineInfo, check_inputs, check_tensors, one_line
 
@@ -53,6 +55,7 @@ class OpenVinoEngine:
             f"openvino {openvino.__version__.partition('-')[0]}", "CPU", "cpu", bundle.manifest.precision, precision
         )
         graph = self._read(bundle.read_stage(stage))
+        _restore_convolutions(graph, self._name)
         if bundle.manifest.config.label_kind == "classes":
             _let_every_class_occur(graph, bundle.manifest.config.label_channels)
         check_tensors(self._name, "inputs", self._spec.inputs, _tensors(graph.inputs, self._spec.inputs))
@@ -122,6 +125,23 @@ def _let_every_class_occur(graph: Any, classes: int) -> None:
         if node.get_type_name() == "NonZero" and _shape(node.input_value(0)) == (classes,):
             node.output(0).replace(every.output(0))
     graph.validate_nodes_and_infer_types()
+
+
+def _restore_convolutions(graph: Any, name: str) -> None:
+    """Undo the Winograd form of convolutions, by the names that export/winograd.py gives to its tensors."""
+    operators = importlib.import_module("openvino.opset13")
+    values = {name: value for node in graph.get_ops() for value in node.outputs() for name in value.get_names()}
+    for whole in [name for name in values if name.startswith(f"{WINOGRAD}whole_")]:
+        result = whole.removeprefix(f"{WINOGRAD}whole_")
+        try:
+            x, weight = (values[f"{WINOGRAD}{part}_{result}"].get_node().input_value(0) for part in ("input", "weight"))
+            pads = values[f"{WINOGRAD}tiles_{result}"].get_node().get_attributes()["pads_begin"]
+        except KeyError as error:
+            raise BundleError(
+                f"{name}: {result}: a Winograd form that flashcocos does not write; export it again"
+            ) from error
+        convolution = operators.convolution(x, weight, [1, 1], pads, pads, [1, 1])
+        values[whole].replace(convolution.output(0))
 
 
 def _tensors(ports: list[Any], stated: tuple[TensorSpec, ...]) -> list[TensorSpec]:

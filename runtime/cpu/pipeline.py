@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,34 +17,60 @@ from ...errors import BundleError
 from ...kernels.corr_warp import CorrMatch, warp_arrays
 from ...preprocess.images import FloatArray, UInt8Array, to_uint8
 from ..engine import Engine, EngineInfo
+from ..lru import LruBytes
 from ..pipeline import Exemplar, PipelineOutput, require_finite
 from ..tiles import tiles
 
+LABEL_CACHE_BYTES = 64 << 20  # of encoded labels: 16 at 256 px and C = 256, one at 1024 px
+
 
 class CpuPipeline:
-    """`engines` on numpy arrays, which it closes, and the warp on the CPU: "numba" or "numpy". tile: side of tiles."""
+    """`engines` on numpy arrays, which it closes, and the warp on the CPU: "numba" or "numpy". tile: side of tiles.
+
+    What the latest labels were encoded to is kept, so that the same label again costs no query.
+    """
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], warp: str, tile: int | None) -> None:
         self._name, self._config = bundle.path, bundle.manifest.config
         self._warp, self._tile = warp, tile
         self._tensors = stage_tensors(self._config)
         self.engines = engines
+        self._thetas: LruBytes[FloatArray] = LruBytes(LABEL_CACHE_BYTES, lambda theta: theta.nbytes)
+        self._lock = threading.Lock()  # of the line above
 
     def encode(self, inputs: Mapping[str, npt.NDArray[Any]]) -> tuple[FloatArray, FloatArray]:
         """phi and values of one exemplar, from the inputs of its stage."""
         outputs = self._run("exemplar", inputs, inputs["image"].shape[2:])
         return outputs["phi"], outputs["values"]
 
-    def render(self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar]) -> list[PipelineOutput]:
+    def encode_label(self, label: npt.NDArray[Any]) -> FloatArray:
+        """theta of one label, a batch of 1, read-only."""
+        key = hashlib.blake2b(repr(label.shape).encode() + label.tobytes()).hexdigest()
+        with self._lock:
+            theta = self._thetas.get(key)
+        if theta is None:
+            theta = self._run("query", {"label": label}, label.shape[-2:])["theta"]
+            theta.flags.writeable = False
+            if theta.nbytes <= LABEL_CACHE_BYTES:
+                with self._lock:
+                    self._thetas.put(key, theta)
+        return theta
+
+    def render(
+        self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar], thetas: Sequence[FloatArray | None]
+    ) -> list[PipelineOutput]:
         """The output for each item of the batch `label`; timings are equal shares of the batch's."""
-        size = label.shape[-2:]
         clock = [time.perf_counter()]
-        theta = self._run("query", {"label": label}, size)["theta"]
+        # one query an item: a CPU gains nothing by a batch, and theta does not depend on what else is in it
+        encoded = [
+            self.encode_label(label[index : index + 1]) if theta is None else theta
+            for index, theta in enumerate(thetas)
+        ]
         clock.append(time.perf_counter())
         # one warp an item: it fills the cores by itself, and exemplars may differ in size
         warps = [
-            self._matched_warp(theta[index : index + 1], exemplar.phi, exemplar.values)
-            for index, exemplar in enumerate(exemplars)
+            self._matched_warp(theta, exemplar.phi, exemplar.values)
+            for theta, exemplar in zip(encoded, exemplars, strict=True)
         ]
         clock.append(time.perf_counter())
         pictures = self._synthesize(np.concatenate([out for out, _ in warps]), label)
@@ -61,7 +89,9 @@ class CpuPipeline:
         return {**stages, "warp": EngineInfo(self._warp, "flashcocos", "cpu", "float32", "float32")}
 
     def close(self) -> None:
-        """Close the engines."""
+        """Close the engines, and forget the labels."""
+        with self._lock:
+            self._thetas = LruBytes(0, len)
         for engine in self.engines.values():
             engine.close()
 

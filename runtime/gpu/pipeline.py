@@ -92,7 +92,14 @@ class GpuPipeline:
             self._require_finite("exemplar", name, np.isfinite(array).all())
         return outputs["phi"], outputs["values"]
 
-    def render(self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar]) -> list[PipelineOutput]:
+    def encode_label(self, label: npt.NDArray[Any]) -> None:
+        """Nothing: theta stays on the device, and is made with each picture."""
+        if self._closed:
+            raise BackendError(f"{self._name}: the translator is closed")
+
+    def render(
+        self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar], thetas: Sequence[FloatArray | None] = ()
+    ) -> list[PipelineOutput]:
         """A result for each label; items whose exemplars have one size run together, as many as the engines take."""
         height, width = label.shape[-2:]
         by_size: dict[tuple[int, int], list[int]] = {}

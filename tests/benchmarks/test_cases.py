@@ -28,6 +28,7 @@ from flashcocos.config import ModelConfig
 from flashcocos.errors import BackendError
 from flashcocos.export import bundle as bundle_writer
 from flashcocos.export.single import single_graph
+from flashcocos.runtime.cpu.pipeline import CpuPipeline
 from flashcocos.train.checkpoint import load_model, save_model
 from flashcocos.train.networks import CoCosNet
 
@@ -170,6 +171,22 @@ def test_the_naive_graph_has_any_size_and_runs_in_both_engines(
             parameters = {"method": "naive-openvino", "size": size}
             row = worker.measure(dataclasses.replace(case, parameters=parameters, reference=f"test/{size}"), graph)
             assert row["quality"]["psnr_db"] > 60
+
+
+@pytest.mark.parametrize("label_cached", [False, True])
+def test_each_run_encodes_its_label_unless_it_was_encoded(
+    assets: Assets, monkeypatch: pytest.MonkeyPatch, label_cached: bool
+) -> None:
+    """Although a translator keeps the labels that it has encoded."""
+    stages: list[str] = []
+    run = CpuPipeline._run
+    monkeypatch.setattr(CpuPipeline, "_run", lambda self, stage, *rest: stages.append(stage) or run(self, stage, *rest))
+    (case,) = [one for one in CASES if one.name == f"ablation/runtime-{'label' if label_cached else 'cached'}-256"]
+    prepared = translation.prepare(dataclasses.replace(case, reference=""), dataclasses.replace(assets, references=""))
+    assert stages == ["exemplar", *["query"] * label_cached]
+    pictures = [prepared.run().result for _ in range(3)]
+    assert stages.count("query") == (1 if label_cached else 3)
+    assert np.array_equal(pictures[0], pictures[1]) == label_cached
 
 
 def test_a_picture_too_far_off_is_not_timed(assets: Assets, tmp_path: Path) -> None:

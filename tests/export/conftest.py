@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from exported import exported_stage, model_file
@@ -28,9 +29,9 @@ def shared_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_bundle(shared_graphs: None, tmp_path: Path) -> Callable[..., Path]:
-    """`make_bundle(config, name="bundle", precision="float32")` exports `model_file(config)` under `tmp_path`."""
+    """`make_bundle(config, name="bundle", **options)` exports `model_file(config)` under `tmp_path`."""
 
-    def make(config: ModelConfig, name: str = "bundle", *, precision: str = "float32") -> Path:
-        return export_module.export_bundle(model_file(config), tmp_path / name, precision=precision, license="none")
+    def make(config: ModelConfig, name: str = "bundle", **options: Any) -> Path:
+        return export_module.export_bundle(model_file(config), tmp_path / name, license="none", **options)
 
     return make

@@ -137,6 +137,22 @@ def test_exemplars_of_the_cpu_serve(translator: Translator, reference: Translato
     assert_same(translator.translate(label, exemplar), reference.translate(label, exemplar))
 
 
+def test_encoded_labels(translator: Translator, reference: Translator) -> None:
+    """One with several exemplars, in a batch beside plain labels, and one that the CPU has encoded."""
+    exemplars = [exemplar_of(translator, (64, 64 + 32 * seed), seed) for seed in range(3)]
+    label, other = (random_label(translator.config, 64, 96, seed) for seed in range(2))
+    encoded = translator.encode_label(label, "input")
+    assert encoded.size == (64, 96)
+    plain = [translator.translate(label, exemplar, "input") for exemplar in exemplars]
+    for exemplar, expected in zip(exemplars, plain, strict=True):
+        assert_same(translator.translate(encoded, exemplar), expected)
+    mixed = translator.translate([encoded, other, encoded], exemplars, "input")
+    for result, expected in zip(mixed, (plain[0], None, plain[2]), strict=True):
+        assert_same(result, expected or translator.translate(other, exemplars[1], "input"))
+    assert_same(translator.translate(reference.encode_label(label, "input"), exemplars[0]), plain[0])
+    assert_same(reference.translate(encoded, exemplars[0]), plain[0])
+
+
 def test_describe(translator: Translator) -> None:
     described = translator.describe()
     assert set(described) == {"query", "exemplar", "coarse", "fine", "warp"}
@@ -160,6 +176,11 @@ def test_closed(translator: Translator) -> None:
     translator.translate(label, exemplar)
     translator.close()
     translator.close()
-    for call in (lambda: translator.translate(label, exemplar), lambda: exemplar_of(translator)):
+    calls = (
+        lambda: translator.translate(label, exemplar),
+        lambda: exemplar_of(translator),
+        lambda: translator.encode_label(label),
+    )
+    for call in calls:
         with pytest.raises(BackendError, match="closed"):
             call()

@@ -19,6 +19,7 @@ from flashcocos.bundle import Bundle
 from flashcocos.errors import BackendError, BundleError, InputError
 from flashcocos.preprocess import save_label
 from flashcocos.runtime import Exemplar, Translation, Translator
+from flashcocos.runtime.cpu import pipeline as cpu_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,92 @@ def test_every_kind_of_source_gives_the_same(classes: Translator, tmp_path: Path
     ]
     results = [classes.translate(mask, classes.encode_exemplar(image, mask)) for image, mask in sources]
     assert all(same(results[0], result) for result in results[1:])
+
+
+class Queries:
+    """The labels that reach the query stage of a translator."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, translator: Translator) -> None:
+        self.labels: list[np.ndarray] = []
+        engine = translator._pipeline.engines["query"]
+        self._run = engine.run
+        monkeypatch.setattr(engine, "run", self._spy)
+
+    def _spy(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.labels.append(inputs["label"])
+        return self._run(inputs)
+
+
+def test_an_encoded_label_costs_no_query(classes: Translator, monkeypatch: pytest.MonkeyPatch) -> None:
+    label = random_label(CLASSES, 64, 64, 20)
+    expected = classes.translate(label, exemplar_of(classes))
+    queries = Queries(monkeypatch, classes)
+    monkeypatch.setattr(cpu_pipeline, "LABEL_CACHE_BYTES", 0)  # nothing more is kept
+    label = random_label(CLASSES, 64, 64, 21)
+    encoded = classes.encode_label(label)
+    assert len(queries.labels) == 1
+    results = [classes.translate(encoded, exemplar_of(classes, seed)) for seed in range(2)]
+    assert len(queries.labels) == 1
+    assert same(results[0], classes.translate(label, exemplar_of(classes)))
+    assert len(queries.labels) == 2
+    assert not same(results[0], results[1])
+    assert not same(results[0], expected)
+    with pytest.raises(ValueError, match="read-only"):
+        encoded.theta[:] = 0
+
+
+def test_a_label_that_comes_again_costs_no_query(
+    classes: Translator, channels: Translator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By content, whatever it comes from, alone or in a batch, at its size."""
+    for translator in (classes, channels):
+        queries = Queries(monkeypatch, translator)
+        label, other = (random_label(translator.config, 64, 64, seed) for seed in (30, 31))
+        exemplars = [exemplar_of(translator, seed) for seed in range(2)]
+        first = translator.translate(label, exemplars[0])
+        again = translator.translate([other, label.copy(), label], exemplars[0])
+        assert same(again[1], first)
+        assert same(again[2], first)
+        assert len(queries.labels) == 2
+        assert not same(translator.translate(label, exemplars[1]), first)
+        assert len(queries.labels) == 2
+        translator.translate(label, exemplars[0], 96)
+        assert len(queries.labels) == 3
+        label[..., 0, 0] = (label[..., 0, 0] + 1) % 12
+        translator.translate(label, exemplars[0])
+        assert len(queries.labels) == 4
+
+
+def test_encoded_labels_are_kept_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = 16 * 16 * 16 * 4  # bytes of theta at 64 px
+    monkeypatch.setattr(cpu_pipeline, "LABEL_CACHE_BYTES", 2 * one)
+    with Translator(write_tiny_bundle(tmp_path / "b"), warp="numpy") as translator:
+        queries = Queries(monkeypatch, translator)
+        labels = [random_label(CLASSES, 64, 64, seed) for seed in range(3)]
+        for label in (*labels, labels[2], labels[1], labels[0]):  # the first has made room
+            translator.encode_label(label)
+        assert len(queries.labels) == 4
+        for _ in range(2):
+            translator.encode_label(labels[0], (64, 160))  # larger than all the room
+        assert len(queries.labels) == 6
+        assert translator._pipeline._thetas.bytes == 2 * one
+
+
+def test_a_label_that_changes_afterwards(classes: Translator) -> None:
+    label = random_label(CLASSES, 64, 64, 40)
+    encoded, expected = classes.encode_label(label), classes.translate(label, exemplar_of(classes))
+    label[:] = 0
+    assert same(classes.translate(encoded, exemplar_of(classes)), expected)
+
+
+def test_encoded_labels_that_cannot_be_used(classes: Translator, channels: Translator) -> None:
+    encoded = classes.encode_label(random_label(CLASSES, 64, 64))
+    for size in (None, 64, "input"):
+        classes.translate(encoded, exemplar_of(classes), size)
+    with pytest.raises(InputError, match=r"encoded at 64 x 64 pixels, got \(64, 96\); leave size out"):
+        classes.translate(encoded, exemplar_of(classes), (64, 96))
+    with pytest.raises(InputError, match="label: encoded by another model"):
+        channels.translate(encoded, exemplar_of(channels))
 
 
 @pytest.mark.parametrize("translator_name", ["classes", "channels"])

@@ -12,7 +12,7 @@ import pytest
 
 from flashcocos.runtime import Exemplar
 from flashcocos.serve.errors import ApiError
-from flashcocos.serve.exemplars import ExemplarStore, Folder, LruBytes, Source
+from flashcocos.serve.exemplars import ExemplarStore, Folder, Source
 
 KEYS = [f"{number:032x}" for number in range(10)]
 SIZE = 1000  # bytes of an encoded exemplar
@@ -38,20 +38,6 @@ class Store(ExemplarStore):
 
     async def _here(self, function: Any, *arguments: Any) -> Any:
         return function(*arguments)
-
-
-def test_the_least_recently_used_make_room() -> None:
-    cache: LruBytes[bytes] = LruBytes(10, len)
-    for key in "abc":
-        cache.put(key, bytes(3))
-    assert cache.get("a") is not None
-    cache.put("d", bytes(4))
-    assert [key for key in "abcd" if cache.get(key)] == ["a", "c", "d"]
-    assert cache.bytes == 10
-    cache.put("a", bytes(5))  # again, and larger: in place of the old one
-    assert (cache.bytes, len(cache)) == (9, 2)
-    cache.put("e", bytes(99))
-    assert (cache.bytes, len(cache)) == (99, 1)
 
 
 def test_an_exemplar_is_encoded_once_for_all_who_ask() -> None:
