@@ -60,7 +60,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose what runs a model; `engine` reads them."""
     parser.add_argument(
-        "--backend", choices=BACKENDS, default="onnxruntime", help="what runs the graphs (default: onnxruntime)"
+        "--backend", choices=BACKENDS, default="auto", help="what runs the graphs (default: auto, the fastest here)"
     )
     parser.add_argument("--device", choices=DEVICES, default="auto", help="where the graphs run (default: auto)")
     parser.add_argument(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import importlib.util
 import logging
 import sys
 
@@ -16,7 +18,7 @@ from .cpu.openvino import OpenVinoEngine
 from .cpu.pipeline import CpuPipeline
 from .engine import Engine
 from .gpu.pipeline import open_gpu_pipeline
-from .options import VARIANTS, EngineOptions
+from .options import CPU_BACKENDS, VARIANTS, EngineOptions
 from .pipeline import Pipeline
 
 _log = logging.getLogger("flashcocos.runtime")
@@ -30,6 +32,8 @@ def open_pipeline(bundle: Bundle, options: EngineOptions) -> Pipeline:
         BackendError: the backend, device, precision, warp, an engine or a compiled kernel is missing here.
         BundleError: a graph is damaged or hostile.
     """
+    if options.backend == "auto":
+        options = dataclasses.replace(options, backend=_fastest_backend(options))
     warp_on_gpu = options.warp == "cuda" or (options.warp == "auto" and options.device == "cuda")
     if options.backend in VARIANTS or warp_on_gpu:
         _refuse(options, "num_threads", "to graphs on the CPU, and these run on the GPU")
@@ -37,6 +41,16 @@ def open_pipeline(bundle: Bundle, options: EngineOptions) -> Pipeline:
     if options.backend == "onnxruntime" and options.device == "auto":
         return _open_where_it_runs(bundle, options)
     return _open_cpu_pipeline(bundle, options, "cuda" if options.device == "cuda" else "cpu")
+
+
+def _fastest_backend(options: EngineOptions) -> str:
+    """The first of `CPU_BACKENDS` that is installed; where none is, the first, whose absence is then an error."""
+    on_gpu = "cuda" in (options.device, options.warp)  # which the first has alone
+    installed = [name for name in CPU_BACKENDS if importlib.util.find_spec(name) is not None]
+    backend = CPU_BACKENDS[0] if on_gpu or not installed else installed[0]
+    if len(installed) > 1 or backend != CPU_BACKENDS[0]:
+        _log.info("backend auto: %s (installed: %s)", backend, ", ".join(installed))
+    return backend
 
 
 def _open_where_it_runs(bundle: Bundle, options: EngineOptions) -> Pipeline:

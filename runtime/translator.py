@@ -87,7 +87,7 @@ class Translator:
         self,
         bundle: str | os.PathLike[str] | Bundle | None = None,
         *,
-        backend: str = "onnxruntime",
+        backend: str = "auto",
         device: str = "auto",
         precision: str | None = None,
         warp: str = "auto",

@@ -65,7 +65,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     token_file: str = ""
     hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
-    backend: str = "onnxruntime"
+    backend: str = "auto"
     device: str = "auto"
     precision: str | None = None
     warp: str = "auto"

@@ -99,7 +99,7 @@ def open_predictor(path: PathLike, options: EngineOptions) -> Predictor:
         FlashcocosError: Any error of `checkpoint.load_model` and of `Translator`.
     """
     if Path(path).suffix == ".safetensors":
-        if options.backend != "onnxruntime" or options.precision not in (None, "float32"):
+        if options.backend not in ("auto", "onnxruntime") or options.precision not in (None, "float32"):
             wanted = f"backend {options.backend!r}, precision {options.precision!r}"
             raise InputError(f"{path}: a model file runs in PyTorch in float32; {wanted} needs a bundle")
         from ...train.checkpoint import load_model

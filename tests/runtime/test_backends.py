@@ -52,6 +52,11 @@ def stages(translator: Translator) -> list[dict[str, str]]:
     return [info for name, info in translator.describe().items() if name != "warp"]
 
 
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged about devices."""
+    return [record.message for record in caplog.records if record.message.startswith("device")]
+
+
 def test_cuda_that_does_not_start_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, FakeRuntime(starts=False))
     with pytest.raises(BackendError, match=r"could not start CUDAExecutionProvider and would use CPUExecutionProvider"):
@@ -65,7 +70,7 @@ def test_auto_takes_cuda_where_it_starts(
     with caplog.at_level(logging.INFO, "flashcocos"), Translator(bundle, **GRAPHS_ONLY) as translator:
         assert {info["device"] for info in stages(translator)} == {"cuda"}
     assert runtime.requested == ["CUDAExecutionProvider"] * len(STAGES)
-    assert [record.message for record in caplog.records] == ["device auto: cuda, with the warp on the CPU"]
+    assert messages(caplog) == ["device auto: cuda, with the warp on the CPU"]
 
 
 def test_auto_says_once_why_it_takes_the_cpu(
@@ -75,7 +80,7 @@ def test_auto_says_once_why_it_takes_the_cpu(
     with Translator(bundle, **GRAPHS_ONLY) as translator:
         assert {info["provider"] for info in stages(translator)} == {"CPUExecutionProvider"}
     assert runtime.requested == ["CUDAExecutionProvider"] + ["CPUExecutionProvider"] * len(STAGES)
-    assert len(caplog.records) == 1
+    assert len(messages(caplog)) == 1
     assert "cuda does not start" in caplog.text
 
 
@@ -85,14 +90,14 @@ def test_auto_without_a_cuda_build_is_the_cpu(bundle: Bundle, caplog: pytest.Log
     with caplog.at_level(logging.INFO, "flashcocos"), Translator(bundle) as translator:
         assert {info["device"] for info in translator.describe().values()} == {"cpu"}
         assert translator.describe()["warp"]["backend"] in ("numba", "numpy")
-    assert [record.message for record in caplog.records] == ["device auto: cpu (this onnxruntime has no CUDA provider)"]
+    assert messages(caplog) == ["device auto: cpu (this onnxruntime has no CUDA provider)"]
 
 
 def test_absent_onnxruntime_names_the_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for device in ("auto", "cpu"):
         with pytest.raises(BackendError, match=r"pip install flashcocos\[cpu\].*flashcocos\[gpu\]"):
-            Translator(bundle, device=device, **GRAPHS_ONLY)
+            Translator(bundle, backend="onnxruntime", device=device, **GRAPHS_ONLY)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +139,38 @@ def test_options_of_a_gpu_are_refused_on_the_cpu(
 def test_threads_are_refused_on_a_gpu(bundle: Bundle, place: dict[str, str]) -> None:
     with pytest.raises(InputError, match=r"num_threads applies only to graphs on the CPU, .*; leave it out"):
         Translator(bundle, num_threads=2, **place)
+
+
+@pytest.mark.parametrize(
+    ("installed", "options", "backend"),
+    [
+        (("onnxruntime", "openvino"), {}, "onnxruntime"),
+        (("onnxruntime",), {}, "onnxruntime"),
+        (("openvino",), {"device": "cpu"}, "openvino"),
+        (("openvino",), {"device": "cuda"}, "onnxruntime"),
+        ((), {}, "onnxruntime"),
+    ],
+)
+def test_auto_is_the_fastest_backend_that_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    installed: tuple[str, ...],
+    options: dict[str, str],
+    backend: str,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
+    with caplog.at_level(logging.INFO, "flashcocos"):
+        assert backends._fastest_backend(EngineOptions(**options)) == backend
+    said = [f"backend auto: {backend} (installed: {', '.join(installed)})"]
+    chosen = len(installed) > 1 or backend == "openvino"
+    assert [record.message for record in caplog.records] == (said if chosen else [])
+
+
+def test_without_onnxruntime_openvino_runs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    monkeypatch.setattr(backends, "_fastest_backend", lambda options: "openvino")
+    with Translator(bundle, **GRAPHS_ONLY) as translator:
+        assert {info["backend"].split()[0] for info in stages(translator)} == {"openvino"}
 
 
 def test_the_largest_graph_is_loaded_first(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

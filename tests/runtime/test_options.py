@@ -44,7 +44,7 @@ def test_edges_of_the_ranges() -> None:
     [
         (
             {"backend": "torch"},
-            "unknown backend 'torch'; expected one of onnxruntime, openvino, tensorrt, tensorrt-rtx",
+            "unknown backend 'torch'; expected one of auto, onnxruntime, openvino, tensorrt, tensorrt-rtx",
         ),
         ({"backend": ["openvino"]}, r"unknown backend \['openvino'\]"),
         ({"device": "gpu"}, "unknown device 'gpu'; expected one of auto, cpu, cuda"),
