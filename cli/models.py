@@ -307,8 +307,7 @@ def _build(options: argparse.Namespace) -> int:
         int8 = f"{record.int8_convolutions} convolutions in int8, " if record.int8_convolutions else ""
         print(
             f"{record.key.stage} at {record.key.profile}: {'kept' if engine.kept else 'built'}, {_mib(record.bytes)}; "
-            f"{int8}weights {_mib(record.weight_bytes)}, working memory {_mib(record.activation_bytes)} "
-            f"(estimated {_mib(engine.estimated_bytes)})",
+            f"{int8}weights {_mib(record.weight_bytes)}, working memory {_mib(record.activation_bytes)}",
             flush=True,
         )
     for profile in profiles:

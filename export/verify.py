@@ -220,7 +220,7 @@ def _open(report: Report, bundle: Bundle) -> dict[str, Engine] | None:
         for stage in STAGES:
             name = f"{stage}: valid ONNX with the stated inputs and outputs"
             opset = _check_stage(bundle, stage)
-            engines[stage] = OnnxRuntimeEngine(bundle, stage, device="cpu")
+            engines[stage] = OnnxRuntimeEngine(bundle, stage)
             info = engines[stage].describe()
             report.add(name, True, f"opset {opset}, runs in {info.backend} on {info.provider}")
     except BundleError as error:

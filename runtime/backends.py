@@ -34,13 +34,12 @@ def open_pipeline(bundle: Bundle, options: EngineOptions) -> Pipeline:
     """
     if options.backend == "auto":
         options = dataclasses.replace(options, backend=_fastest_backend(options))
-    warp_on_gpu = options.warp == "cuda" or (options.warp == "auto" and options.device == "cuda")
-    if options.backend in VARIANTS or warp_on_gpu:
+    if options.backend in VARIANTS or "cuda" in (options.device, options.warp):
         _refuse(options, "num_threads", "to graphs on the CPU, and these run on the GPU")
         return open_gpu_pipeline(bundle, options)
-    if options.backend == "onnxruntime" and options.device == "auto":
+    if options.backend == "onnxruntime" and options.device == options.warp == "auto":
         return _open_where_it_runs(bundle, options)
-    return _open_cpu_pipeline(bundle, options, "cuda" if options.device == "cuda" else "cpu")
+    return _open_cpu_pipeline(bundle, options)
 
 
 def _fastest_backend(options: EngineOptions) -> str:
@@ -54,40 +53,32 @@ def _fastest_backend(options: EngineOptions) -> str:
 
 
 def _open_where_it_runs(bundle: Bundle, options: EngineOptions) -> Pipeline:
-    """The first of these that starts: all on the GPU, graphs on the GPU and the warp on the CPU, all on the CPU."""
+    """All on the GPU where that starts, else all on the CPU."""
     if not has_provider("cuda"):
         _log.info("device auto: cpu (this onnxruntime has no CUDA provider)")
-        return _open_cpu_pipeline(bundle, options, "cpu")
+        return _open_cpu_pipeline(bundle, options)
     try:
-        if options.warp == "auto":
-            pipeline: Pipeline = open_gpu_pipeline(bundle, options)
-            _log.info("device auto: cuda")
-            return pipeline
-    except BackendError as error:
-        # as text, for a record that is kept would keep the error's frames and what they hold
-        _log.warning("device auto: the warp is not on the GPU: %s", str(error))
-    try:
-        pipeline = _open_cpu_pipeline(bundle, options, "cuda")
-        _log.info("device auto: cuda, with the warp on the CPU")
+        pipeline = open_gpu_pipeline(bundle, options)
+        _log.info("device auto: cuda")
         return pipeline
     except BackendError as error:
+        # as text, for a record that is kept would keep the error's frames and what they hold
         _log.warning("device auto: cpu, because cuda does not start: %s", str(error))
-    return _open_cpu_pipeline(bundle, options, "cpu")
+    return _open_cpu_pipeline(bundle, options)
 
 
-def _open_cpu_pipeline(bundle: Bundle, options: EngineOptions, device: str) -> CpuPipeline:
-    """numpy arrays between graphs on `device`, "cpu" or "cuda", and the warp on the CPU."""
+def _open_cpu_pipeline(bundle: Bundle, options: EngineOptions) -> CpuPipeline:
     for name in ("exemplar_cache_mib", "engines"):
-        _refuse(options, name, "where the warp runs on a GPU, and here it runs on the CPU")
+        _refuse(options, name, "on a GPU, and here all runs on the CPU")
     # a warp of one position: what cannot run fails here, before a graph is loaded, and "auto" becomes a name
     position = np.ones((1, 1, 1, 1), np.float32)
     config = bundle.manifest.config
     warp = warp_arrays(position, position, position, patch=config.patch, match=True, backend=options.warp).backend
-    return CpuPipeline(bundle, open_engines(bundle, options, device), warp, options.tile)
+    return CpuPipeline(bundle, open_engines(bundle, options), warp, options.tile)
 
 
-def open_engines(bundle: Bundle, options: EngineOptions, device: str) -> dict[str, Engine]:
-    """An engine of ONNX Runtime or OpenVINO for every stage of `bundle`, by name, all on `device`, "cpu" or "cuda".
+def open_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
+    """An engine of ONNX Runtime or OpenVINO on the CPU for every stage of `bundle`, by name.
 
     Raises as `OnnxRuntimeEngine` and `OpenVinoEngine`.
     """
@@ -101,7 +92,7 @@ def open_engines(bundle: Bundle, options: EngineOptions, device: str) -> dict[st
         if options.backend == "openvino":
             engines[stage] = OpenVinoEngine(bundle, stage, num_threads=options.num_threads, precision=precision)
         else:
-            engines[stage] = OnnxRuntimeEngine(bundle, stage, device=device, num_threads=options.num_threads)
+            engines[stage] = OnnxRuntimeEngine(bundle, stage, num_threads=options.num_threads)
     _return_free_memory()
     return engines
 

@@ -18,10 +18,9 @@ from ..errors import BackendError, BundleError, InputError, printable
 from ..preprocess.palette import hexadecimal, legend
 from .cpu.onnxruntime import available_providers
 from .cpu.openvino import cpu_precisions
-from .gpu.cubins import FOLDER, BundleKernels, KernelFolder, available_kernels
-from .gpu.device import mebibytes
+from .gpu.cubins import FOLDER, available_kernels, bundle_kernels, folder_kernels
+from .gpu.device import Device, mebibytes
 from .gpu.memory_estimate import estimate_memory
-from .gpu.pycuda import PycudaDevice
 from .gpu.store import EngineRecord, default_folder, list_engines
 from .options import check_tile
 from .translator import resolve_size
@@ -150,7 +149,7 @@ def _engine_lines(bundle: Bundle, folder: Path) -> list[Line]:
             f"{mebibytes(record.weight_bytes)} weights, {mebibytes(record.activation_bytes)} working memory"
         )
         lines.append(("engine", text if key.graph_sha256 in graphs else f"{text}; of another bundle"))
-    kernels = available_kernels((KernelFolder(folder / FOLDER), BundleKernels(bundle)), manifest.config)
+    kernels = available_kernels((folder_kernels(folder / FOLDER), bundle_kernels(bundle)), manifest.config)
     text = "; ".join(f"{dtype} for {', '.join(f'sm_{sm}' for sm in chips)}" for dtype, chips in kernels.items())
     return [*lines, ("kernels", text or "none; flashcocos export --aot makes them where triton is installed")]
 
@@ -191,7 +190,7 @@ def _hashes(bundle: Bundle) -> str:
 
 def _gpu() -> str:
     try:
-        device = PycudaDevice()
+        device = Device()
         with device.active():
             free, total = device.memory()
         device.close()

@@ -47,8 +47,8 @@ class EngineOptions:
         device: "cpu", "cuda", or "auto": CUDA where it starts, else the CPU; the choice is logged.
         precision: "float32", "bfloat16" (openvino, on a CPU that has it) or "float16" (TensorRT). None: float32 on a
             CPU, tf32 or float32 in ONNX Runtime on a GPU, and the fastest that was built with TensorRT.
-        warp: "numba" or "numpy" on the CPU, "cuda" on the GPU, or "auto": the GPU with TensorRT and with device "cuda",
-            else numba where it is installed. With "cuda" nothing leaves the GPU between label and picture.
+        warp: "numba" or "numpy" on the CPU, "cuda" on the GPU, or "auto": where the graphs run, and on the CPU numba
+            where it is installed. On a GPU nothing leaves it between label and picture.
         num_threads: CPU threads of each graph, 1 to 256; None for one per core. The warp's threads are set by
             `NUMBA_NUM_THREADS`.
         engines: folder of the TensorRT engines and compiled kernels that `flashcocos build` wrote; None for the one
@@ -104,10 +104,10 @@ class EngineOptions:
             )
         if self.backend in VARIANTS and self.device == "cpu":
             raise InputError(f"device 'cpu': backend {self.backend!r} is for a GPU; choose backend onnxruntime")
-        if self.backend in VARIANTS and self.warp in CPU_WARPS:
+        if self.warp in CPU_WARPS and (self.backend in VARIANTS or self.device == "cuda"):
             raise InputError(
-                f"warp {self.warp!r}: backend {self.backend!r} warps on the GPU; leave warp out, or choose backend "
-                "onnxruntime"
+                f"warp {self.warp!r} runs on the CPU, got backend {self.backend!r} on a GPU, where the warp runs, too; "
+                "leave warp out, or choose backend onnxruntime on device cpu"
             )
         if self.device == "cpu" and self.warp == "cuda":
             raise InputError("warp 'cuda' runs on a GPU, got device 'cpu'; choose warp numba, or leave device out")

@@ -8,13 +8,11 @@ have there, not a blend.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..bundle import TensorSpec
 from ..config import SIZE_MULTIPLE, TILE_OVERLAP
-from .gpu.device import Box, Layout
 
 # axes that a tile cuts
 _ROWS = ("height", "half_height", "h")
@@ -75,18 +73,6 @@ class Tile(NamedTuple):
 def is_cut(tensor: TensorSpec) -> bool:
     """Whether a tile has a part of its own of `tensor`."""
     return any(side in _ROWS for side in tensor.shape)
-
-
-def placed(
-    tensor: TensorSpec, sides: Sequence[int], itemsize: int, window: tuple[slice, ...]
-) -> tuple[int, Layout, Box]:
-    """Where a window of a tensor of `sides` lies in memory: the offset of its first byte, its layout, and its box."""
-    axis = next(axis for axis, side in enumerate(tensor.shape) if side in _ROWS)
-    rows, columns = (range(sides[place])[window[place]] for place in (axis, axis + 1))
-    item = itemsize * math.prod(sides[axis + 2 :])
-    pitch = item * sides[axis + 1]
-    box = Box(item * len(columns), len(rows), math.prod(sides[:axis]))
-    return rows.start * pitch + columns.start * item, Layout(pitch, sides[axis]), box
 
 
 def tile_size(height: int, width: int, tile: int | None) -> tuple[int, int]:

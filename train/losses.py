@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
-from .networks.correspondence import NORM_EPS
+from .networks.layers import unit_length
 
 FEATURE_WEIGHTS = {"r12": 1 / 32, "r22": 1 / 16, "r32": 1 / 8, "r42": 1 / 4, "r52": 1.0}
 CONTEXTUAL_WEIGHTS = {"r32": 2.0, "r42": 4.0, "r52": 8.0}
@@ -142,7 +142,7 @@ def contextual_distance(x: Tensor, y: Tensor) -> Tensor:
     backward pass.
     """
     center = y.mean(1, keepdim=True)
-    x, y = (_normalize((t - center).flatten(2)) for t in (x, y))  # (B, C, N)
+    x, y = (unit_length((t - center).flatten(2)) for t in (x, y))  # (B, C, N)
     rows = max(1, ROW_ENTRIES // y.shape[2])
     parts = torch.split(x, rows, 2)
     affinities = [checkpoint(_best_affinity, part, y, use_reentrant=False) for part in parts]
@@ -175,11 +175,6 @@ def warp_mask(warped: Tensor, label: Tensor, exemplar_label: Tensor) -> Tensor:
 
 def _weighted_l1(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return ((x - y).abs().flatten(1).mean(1) * weights).sum()
-
-
-def _normalize(x: Tensor) -> Tensor:
-    unit: Tensor = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + NORM_EPS)
-    return unit
 
 
 def _best_affinity(x: Tensor, y: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 One step of the model, then one of the discriminator on the pictures that the first has made (arXiv 2004.05571, section
 4, and the public code). A network that no term needs is not built. Runs on the CPU, one GPU or several (`torchrun`,
-DistributedDataParallel). Every random choice follows from (seed, step), so a resumed run repeats an uninterrupted one.
+DistributedDataParallel). Every random choice follows from (seed, step), so a resumed run makes the choices of an
+uninterrupted one: on the CPU with the same bits, on a GPU up to the order in which its libraries sum.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def process_group(device: str) -> Iterator[Process]:
     place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_PATIENCE)
+    backend, device_id = ("nccl", place) if kind == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=_PATIENCE, device_id=device_id)
     try:
         yield Process(dist.get_rank(), world, place)
     finally:
@@ -203,6 +205,7 @@ class Trainer:
         self.model = start_model(msgspec.structs.replace(settings, init="matched") if resumes else settings)
         self._place(self.model)
         if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # the shapes of a phase are fixed, so that trying pays
             # tensor cores want it, and the warp's kernels read theta and phi as they come instead of packing them
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stubs lack it
         self.average: CoCosNet | None = None

@@ -47,21 +47,19 @@ from ...runtime.options import check_tile
 from ..bundle import compiled_kernels
 from .graphs import bundle_graph
 from .int8 import int8_convolutions
-from .memory_estimate import estimate
 
 if TYPE_CHECKING:
     import tensorrt  # its stubs, for both variants
 
-_FIGURES = {"activation": "Total Activation Memory", "weights": "Total Weights Memory"}
+_FIGURES = ("Total Activation Memory", "Total Weights Memory")
 
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """One engine: its record, its file, the estimate of activation bytes before the build, and whether it was kept."""
+    """One engine: its record, its file, and whether it was kept."""
 
     record: EngineRecord
     path: Path
-    estimated_bytes: int
     kept: bool
 
 
@@ -114,13 +112,12 @@ def build(
             sha256 = opened.manifest.files[opened.manifest.stages[stage].file].sha256
             key = EngineKey(stage, sha256, variant, str(trt.__version__), architectures, precision, profile)
             path = folder / f"{key.stem}.engine"
-            graph = graph or bundle_graph(opened, stage, precision)
-            estimated = estimate(graph, stage_shapes(opened, stage, profile, 2), fused_attention=precision != "float32")
             kept = key in known and _intact(folder, known[key])
             if not kept:
+                graph = graph or bundle_graph(opened, stage, precision)
                 record, engine = _build_one(trt, graph, opened, key, folder)
                 known[key] = write_engine(folder, record, engine)
-            yield Built(known[key], path, estimated, kept)
+            yield Built(known[key], path, kept)
 
 
 def parse_profile(size: str, batch: str) -> Profile:
@@ -178,7 +175,7 @@ def _build_one(
         reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise BackendError(f"{what}: the graph cannot be read: {_one_line(reasons)}")
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is to mean float32
+    _set_flags(trt, config)
     profile: Any = builder.create_optimization_profile()  # the stubs know no tuples for shapes
     shapes = [stage_shapes(bundle, key.stage, key.profile, which) for which in range(3)]
     for name in shapes[0]:
@@ -198,8 +195,11 @@ def _build_one(
     if engine is None:
         _clear(trt, key)
         raise BackendError(f"{what} for {_sms(key.architectures)}: {_failure(logger.errors)}")
-    figures = {name: logger.figures.get(text, 0) for name, text in _FIGURES.items()}
-    weights, activation = figures["weights"], figures["activation"]
+    if missing := [figure for figure in _FIGURES if figure not in logger.figures]:
+        raise BackendError(
+            f"{what}: TensorRT did not log its {missing[0]}, by which memory is planned; use another version"
+        )
+    activation, weights = (logger.figures[figure] for figure in _FIGURES)
     record = EngineRecord(key, inputs, outputs, weights, activation, 0, "", int8_convolutions(graph))
     return record, bytes(engine)
 
@@ -215,6 +215,14 @@ def _clear(trt: Any, key: EngineKey) -> None:
     config = builder.create_builder_config()
     _set_architectures(trt, config, key.architectures)
     builder.build_serialized_network(network, config)
+
+
+def _set_flags(trt: Any, config: Any) -> None:
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is to mean float32
+    # NaN reaches `invalid`; and no run allocates, which the capture as a CUDA graph depends on (tensorrt-rtx)
+    for flag in ("STRICT_NANS", "REQUIRE_USER_ALLOCATION"):
+        if hasattr(trt.BuilderFlag, flag):
+            config.set_flag(getattr(trt.BuilderFlag, flag))
 
 
 def _set_architectures(trt: Any, config: Any, architectures: Sequence[int]) -> None:
@@ -271,7 +279,7 @@ def _logger(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(message)
-            elif found := re.match(r"(Total \w+ Memory): (\d+) bytes", message):
+            elif found := re.match(r"(Total \w+ Memory): (\d+)(?: bytes)?\s*$", message):
                 self.figures[found[1]] = int(found[2])
 
     return Logger()
@@ -308,12 +316,11 @@ def _failure(errors: Sequence[str]) -> str:
 
 def current_architecture() -> int:
     """Compute capability of the GPU at hand; `BackendError` where there is none."""
-    from ...runtime.gpu.pycuda import PycudaDevice
+    from ...runtime.gpu.device import Device
 
     try:
-        with contextlib.closing(PycudaDevice()) as device:
-            capability: int = device.capability
-            return capability
+        with contextlib.closing(Device()) as device:
+            return device.capability
     except BackendError as error:
         raise BackendError(f"the GPU at hand is unknown ({error}); name a target: sm_89") from error
 

@@ -5,13 +5,11 @@
     ...
     cubins
 
-What a torch-free runtime launches, in this order, all through the driver API:
-    pack        theta, phi (padded = C) and values (padded = V rounded up to 8): float32 (B, C, H, W) -> rows of `dtype`
-    statistics  mean and inverse norm of the patches, once for theta and once for phi
-    warp        out (B, V, Hq, Wq) and lse, float32; or `match`: index, probability and entropy
-Of the two forward kernels the rule of `configs.nine_tap_blocks` takes one; their arguments are the same, in one launch.
-The nine-tap kernel is not split over the keys here, and has smaller bands of queries for it.
-Strides and sizes are in elements. Shared memory is dynamic: above 48 KiB the function's limit has to be raised first.
+`kernels/signatures.py` says what a torch-free runtime launches, and with which arguments and grids. The warp is
+`nine_tap_kernel` where `configs.nine_tap_blocks` chooses it for walks that are not split over the keys, with smaller
+bands of queries for it, else `forward_kernel`. Strides and sizes are in elements. Shared memory is dynamic: from 48 KiB
+on the function's limit has to be raised first. `cuda` in a description is the version of the ptxas that made the cubin,
+which a driver for an older major version of CUDA refuses.
 """
 
 from __future__ import annotations
@@ -28,22 +26,22 @@ from typing import Any
 
 from ...errors import BackendError, FlashcocosError, InputError
 from ...files import atomic_path
+from .. import signatures
 from . import configs
 
-DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+TARGETS = tuple(sorted((*configs.ARCHITECTURES, *configs.OTHER_TARGETS)))
 HIDDEN = ("global_scratch", "profile_scratch")  # pointers that Triton appends; these kernels use neither: pass null
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One kernel to compile. grid: rules in the arguments' names; types: of the arguments that are not constants."""
+    """One kernel to compile. types: of the arguments that are not constants."""
 
     name: str
     kernel: Any
     blocks: configs.BlockSizes
     types: dict[str, str]
     constants: dict[str, Any]
-    grid: tuple[str, str, str]
 
 
 def compile_kernels(
@@ -57,17 +55,19 @@ def compile_kernels(
 ) -> Iterator[dict[str, Any]]:
     """Compile, write `<name>.cubin` and `<name>.json` into `output`, and yield each description once it is written.
 
-    architectures: of `configs.ARCHITECTURES`; values: V of each warp, 1 to 256; patch: 1, 3 or 5; channels: C.
+    architectures: of `TARGETS`; values: V of each warp, 1 to 256; patch: 1, 3 or 5; channels: C.
     Raises `InputError` for options that do not fit, `BackendError` where Triton is missing or interpreted, or where a
     kernel needs more shared memory than its architecture has.
     """
-    known = ", ".join(map(str, configs.ARCHITECTURES))
     for sm in architectures:
-        if sm not in configs.ARCHITECTURES:
-            raise InputError(f"architecture {sm} is not one of {known}; cubins run on chips of the same major version")
+        if sm not in TARGETS:
+            raise InputError(
+                f"architecture {sm} is not one of {', '.join(map(str, TARGETS))}; below 90, cubins also run on later "
+                "chips of the same major version"
+            )
     for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if dtype not in signatures.ELEMENTS:
+            raise InputError(f"dtype {dtype!r} is not one of {', '.join(signatures.ELEMENTS)}")
     if patch not in (1, 3, 5) or channels < 1 or not all(1 <= v <= configs.MAX_VALUES for v in values):
         raise InputError(
             f"expected patch 1, 3 or 5, channels of at least 1 and values of 1 to {configs.MAX_VALUES}, "
@@ -76,7 +76,7 @@ def compile_kernels(
     jobs = []
     for sm in architectures:
         for dtype in dtypes:
-            if dtype == "bfloat16" and not configs.ARCHITECTURES[sm].bfloat16:
+            if dtype == "bfloat16" and not configs.architecture(sm).bfloat16:
                 raise InputError(f"architecture {sm} has no bfloat16; use float16 or float32")
             jobs += [(sm, dtype, job) for job in _jobs(sm, dtype, values, patch, channels)]
     for sm, dtype, job in jobs:
@@ -93,66 +93,33 @@ def _jobs(sm: int, dtype: str, values: Sequence[int], patch: int, channels: int)
 
     if not isinstance(forward_kernel, triton.JITFunction):
         raise BackendError("TRITON_INTERPRET is set, so Triton interprets and cannot compile; unset it")
-    element, itemsize = "*" + DTYPES[dtype], 4 if dtype == "float32" else 2
-    blocks = configs.PACK
-    integers = ("width", "positions", "channels", "padded", "stride_b", "stride_c", "stride_y", "stride_x")
-    yield _Job(
-        f"pack_{dtype}",
-        pack_kernel,
-        blocks,
-        {"source": "*fp32", "target": element, **dict.fromkeys(integers, "i32")},
-        {"BN": blocks.queries, "BC": blocks.channels},
-        (f"ceil(positions / {blocks.queries})", f"ceil(padded / {blocks.channels})", "batch"),
-    )
-    blocks = configs.STATISTICS
-    feature = {"C": channels, "PATCH": patch}
-    yield _Job(
-        f"statistics_p{patch}_c{channels}_{dtype}",
-        statistics_kernel,
-        blocks,
-        {"packed": element, "mean": "*fp32", "inverse": "*fp32", "height": "i32", "width": "i32"},
-        {**feature, "BN": blocks.queries, "BC": blocks.channels},
-        (f"ceil(height * width / {blocks.queries})", "batch", "1"),
-    )
-    sizes = {**dict.fromkeys(("height_q", "width_q", "height_k", "width_k"), "i32"), "scale": "fp32"}
-    maps = {"theta": element, "phi": element, **dict.fromkeys(("mu", "a", "nu", "b"), "*fp32"), **sizes}
-    for count in (*values, None):
-        match = count is None
-        width = 1 if count is None else count
-        # of unknown size, and taken to have less than 2^31 elements
-        nine_tap = configs.nine_tap_blocks(sm, itemsize, patch, channels, 0)
-        blocks = nine_tap or configs.forward_blocks(sm, itemsize, width)
-        outputs = {"index": "*i64", "probability": "*fp32", "entropy": "*fp32"}
-        carried = {"values": element, "out": "*fp32", "lse": "*fp32"}
-        yield _Job(
-            f"match_p{patch}_c{channels}_{dtype}" if match else f"warp_p{patch}_c{channels}_v{count}_{dtype}",
-            nine_tap_kernel if nine_tap else forward_kernel,
-            blocks,
-            {**maps, **(outputs if match else carried)},
-            {
-                **dict.fromkeys(carried if match else outputs),
-                **feature,
-                "V": width,
-                "VP": configs.padded_values(width),
-                "BN": blocks.queries,
-                "BM": blocks.keys,
-                "BC": blocks.channels,
-                "BV": configs.NINE_TAP_VALUES if nine_tap else configs.value_block(width),
-                "MATCH": match,
-                **({"BAND": configs.WHOLE_BAND} if nine_tap else {}),
-            },
-            (_lanes_grid(blocks) if nine_tap else f"ceil(height_q * width_q / {blocks.queries})", "batch", "1"),
-        )
-
-
-def _lanes_grid(blocks: configs.BlockSizes) -> str:
-    """`triton_nine_tap.query_tiles` as a rule."""
-    return f"ceil(ceil(height_q / {configs.WHOLE_BAND}) * width_q / {blocks.queries - 2})"
+    pack, statistics = configs.PACK, configs.STATISTICS
+    kernels: list[tuple[str, Any, configs.BlockSizes, dict[str, int | None]]] = [
+        (f"pack_{dtype}", pack_kernel, pack, {"BN": pack.queries, "BC": pack.channels}),
+        (
+            f"statistics_p{patch}_c{channels}_{dtype}",
+            statistics_kernel,
+            statistics,
+            {"C": channels, "PATCH": patch, "BN": statistics.queries, "BC": statistics.channels},
+        ),
+    ]
+    itemsize = 4 if dtype == "float32" else 2
+    # of unknown size, and taken to have less than 2^31 elements
+    nine_tap = configs.nine_tap_blocks(sm, itemsize, patch, channels, 0, split=False)
+    for count in values:
+        blocks = nine_tap or configs.forward_blocks(sm, itemsize, count, match=True)
+        kernel, band = (nine_tap_kernel, configs.WHOLE_BAND) if nine_tap else (forward_kernel, None)
+        constants: dict[str, int | None] = {"lse": None, "entropy": None}
+        constants |= configs.warp_constants(patch, channels, count, blocks, band)
+        kernels.append((f"warp_p{patch}_c{channels}_v{count}_{dtype}", kernel, blocks, constants))
+    for name, kernel, blocks, constants in kernels:
+        yield _Job(name, kernel, blocks, signatures.arguments(name.partition("_")[0], dtype), constants)
 
 
 def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     names = job.kernel.arg_names
@@ -169,7 +136,7 @@ def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
     hidden = (parameters[1].count(".param") if parameters else 0) - len(arguments)
     if not 0 <= hidden <= len(HIDDEN) or compiled.metadata.global_scratch_size:
         raise BackendError(f"Triton {triton.__version__} passes {hidden} unknown arguments; use 3.6 to 3.9")
-    limit = configs.ARCHITECTURES[sm].shared_kib * 1024
+    limit = configs.architecture(sm).shared_kib * 1024
     if compiled.metadata.shared > limit:
         raise BackendError(
             f"{job.name} takes {compiled.metadata.shared} bytes of shared memory, sm {sm} has {limit}; "
@@ -180,13 +147,13 @@ def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
         path.write_bytes(cubin)
         registers, spilled = _resources(path)
     description = {
+        "revision": signatures.REVISION,
         "kernel": job.name,
         "cubin": f"{stem}.cubin",
         "sha256": hashlib.sha256(cubin).hexdigest(),
         "architecture": sm,
         "dtype": dtype,
         "entry": compiled.metadata.name,
-        "grid": job.grid,
         "threads": compiled.metadata.num_warps * 32,
         "shared_bytes": compiled.metadata.shared,
         "registers": registers,
@@ -194,6 +161,7 @@ def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
         "arguments": arguments + [{"name": name, "type": "null"} for name in HIDDEN[:hidden]],
         "pointer_alignment": 16,
         "constants": {name: value for name, value in job.constants.items() if value is not None},
+        "cuda": get_ptxas(sm).version,
         "triton": triton.__version__,
     }
     with atomic_path(output / f"{stem}.json") as path:
@@ -226,9 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog="example: python -m flashcocos.kernels.gpu.aot --sm 80 89 --values 3 48 -o cubins",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    known = list(configs.ARCHITECTURES)
+    known, names = list(configs.ARCHITECTURES), ", ".join(signatures.ELEMENTS)
     parser.add_argument(
-        "--sm", type=int, nargs="+", default=known, metavar="N", help=f"compute capabilities, of {known}"
+        "--sm", type=int, nargs="+", default=known, metavar="N", help=f"compute capabilities, of {list(TARGETS)}"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write into")
     parser.add_argument(
@@ -236,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--patch", type=int, default=3, help="side of the patch: 1, 3 or 5")
     parser.add_argument("--channels", type=int, default=256, metavar="C", help="channels of theta and phi")
-    parser.add_argument("--dtype", nargs="+", default=["float16"], metavar="NAME", help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--dtype", nargs="+", default=["float16"], metavar="NAME", help=f"of {names}")
     options = parser.parse_args(arguments)
     try:
         for done in compile_kernels(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from ...errors import BackendError
+from ..signatures import QUERY_BAND, padded_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Architecture:
     """The shared memory a block may use, what the chip multiplies, and the block sizes for 16-bit maps.
 
     narrow, wide: `forward_kernel` with at most, and with more than, `NARROW` value channels; backward: its score tiles;
-    nine_tap: `nine_tap_kernel` for any number, None where the products are no tensor-core products.
+    nine_tap: `nine_tap_kernel` for any number, None where the products are no tensor-core products; nine_tap_whole:
+    whether that is predicted to win at maps of 64 x 64 where the walks are not split, so that few programs run.
     """
 
     shared_kib: int
@@ -35,6 +37,7 @@ class Architecture:
     wide: BlockSizes
     backward: BlockSizes
     nine_tap: BlockSizes | None
+    nine_tap_whole: bool = False
     bfloat16: bool = True
     tf32: bool = True
 
@@ -50,6 +53,9 @@ _BACKWARD = BlockSizes(64, 64, 64, 8, 3)
 # three tiles of 64 x 64 are in flight, two sums and a product, 16 registers each; with 4 warps or 128 keys it spills
 _NINE_TAP = BlockSizes(64, 64, 64, 8, 3)
 
+# chips of other compute capabilities that cubins can be made for, by the line of the nearest older one
+OTHER_TARGETS = (87, 100, 103, 110, 121)
+
 ARCHITECTURES: dict[int, Architecture] = {
     # Turing: Triton has no tensor-core products below 80 (its pull request 5066) and uses FMA, with the operands and
     # the next loads in registers: every larger tile spills
@@ -62,16 +68,20 @@ ARCHITECTURES: dict[int, Architecture] = {
         bfloat16=False,
         tf32=False,
     ),
-    # A100: registers allow one 128 x 128 block a multiprocessor, so it may take 64 channels in three stages, 64 KiB
+    # A100: nine taps unsplit would break even, so they are not taken
+    # registers allow one 128 x 128 block a multiprocessor, so it may take 64 channels in three stages, 64 KiB
     80: Architecture(163, BlockSizes(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
     # A40, A6000, RTX 30: as 80, since its 64 KiB are within 99
-    86: Architecture(99, BlockSizes(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
+    86: Architecture(99, BlockSizes(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP, nine_tap_whole=True),
     # RTX 40, L4, L40: as 86; the larger L2 changes no tile
-    89: Architecture(99, BlockSizes(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP),
-    # H100, H200: warpgroup products read both operands from shared memory, so one stage more, 128 KiB
+    89: Architecture(99, BlockSizes(128, 128, 64, 8, 3), _WIDE, _BACKWARD, _NINE_TAP, nine_tap_whole=True),
+    # H100, H200: nine taps unsplit would take 1.9 times as long, with 17 blocks on 132 multiprocessors
+    # warpgroup products read both operands from shared memory, so one stage more, 128 KiB
     90: Architecture(227, BlockSizes(128, 128, 64, 8, 4), _WIDE, _BACKWARD, _NINE_TAP),
     # RTX 50: Ampere-style products; 128 x 128 spills with 64 channels and not with 32, nine taps in a third stage too
-    120: Architecture(99, BlockSizes(128, 128, 32, 8, 3), _WIDE, _BACKWARD, BlockSizes(64, 64, 32, 8, 2)),
+    120: Architecture(
+        99, BlockSizes(128, 128, 32, 8, 3), _WIDE, _BACKWARD, BlockSizes(64, 64, 32, 8, 2), nine_tap_whole=True
+    ),
 }
 
 # float32 maps are multiplied exactly, by FMA, on every architecture: operands and sums live in registers, so the tiles
@@ -110,27 +120,53 @@ def architecture(capability: int) -> Architecture:
     return ARCHITECTURES[max(known)]
 
 
-def forward_blocks(capability: int, itemsize: int, values: int) -> BlockSizes:
-    """The block sizes of the forward for maps of `itemsize` bytes an element and `values` value channels."""
+def forward_blocks(capability: int, itemsize: int, values: int, *, match: bool = False) -> BlockSizes:
+    """The block sizes of the forward for maps of `itemsize` bytes an element and `values` value channels.
+
+    match: whether it gives the best match beside the warp.
+    """
     wide = values > NARROW
     if itemsize == 4:
         return _SINGLE_WIDE if wide else _SINGLE
     line = architecture(capability)
-    return line.wide if wide else line.narrow
+    if wide:
+        return line.wide
+    # the match's index takes registers, too: before warpgroup products, 64 channels in flight spill beside 48 values
+    return dataclasses.replace(line.narrow, channels=32) if match and capability < 90 else line.narrow
 
 
 def nine_tap_blocks(
-    capability: int, itemsize: int, patch: int, channels: int, elements: int, least: int = NINE_TAP_CHANNELS
+    capability: int,
+    itemsize: int,
+    patch: int,
+    channels: int,
+    elements: int,
+    *,
+    least: int = NINE_TAP_CHANNELS,
+    split: bool = True,
 ) -> BlockSizes | None:
     """The rule that chooses the forward kernel: the block sizes of `nine_tap_kernel`, or None for `forward_kernel`.
 
     Nine taps are for a patch of 3, 16-bit maps, chips on which Triton's products of them run on tensor cores (80 on),
     and at least `least` channels. Float32 maps are multiplied by FMA from registers, which this kernel needs for its
-    sums. elements: of the largest map or output of one batch element, which 32-bit offsets must reach.
+    sums. elements: of the largest map or output of one batch element, which 32-bit offsets must reach. split: whether
+    the walks over the keys can be split among programs.
     """
     if patch != 3 or itemsize != 2 or channels < least or elements >= 1 << 31:
         return None
-    return architecture(capability).nine_tap
+    line = architecture(capability)
+    return line.nine_tap if split or line.nine_tap_whole else None
+
+
+def warp_constants(
+    patch: int, channels: int, values: int, blocks: BlockSizes, band: int | None = None
+) -> dict[str, int]:
+    """The compile-time arguments of `nine_tap_kernel` with bands of `band` rows, or of `forward_kernel` without one."""
+    constants = {"C": channels, "V": values, "VP": padded_values(values), "PATCH": patch}
+    constants |= {"BN": blocks.queries, "BM": blocks.keys, "BC": blocks.channels}
+    if band is None:
+        return {**constants, "BV": value_block(values)}
+    return {**constants, "BV": NINE_TAP_VALUES, QUERY_BAND: band}
 
 
 def splits(programs: int, walks: int, multiprocessors: int, most: int) -> int:
@@ -163,8 +199,3 @@ def fold_blocks(itemsize: int, channels: int) -> BlockSizes:
 def value_block(values: int) -> int:
     """Channels padded to a power of two of at least 16, the least a tensor-core product takes."""
     return max(16, 1 << (values - 1).bit_length())
-
-
-def padded_values(values: int) -> int:
-    """Value channels of a packed row: a multiple of 8, so that float16 rows can be loaded 16 bytes at a time."""
-    return -(-values // 8) * 8

@@ -157,6 +157,7 @@ def forward_kernel(
     a,
     nu,
     b,
+    # each of the results that is not None is written; out needs values, probability needs index, entropy both
     out,  # (B, V, Hq * Wq), dtype of values
     lse,  # (B, Hq * Wq) float32, natural logarithm of the softmax denominator
     index,  # (B, Hq * Wq) int64, the key of largest probability, the first of equals
@@ -175,9 +176,8 @@ def forward_kernel(
     BM: tl.constexpr,
     BC: tl.constexpr,
     BV: tl.constexpr,
-    MATCH: tl.constexpr,  # write index, probability and entropy instead of out and lse
 ):
-    """One tile of queries against all keys: online softmax, and the values (or the best match) it weights."""
+    """One tile of queries against all keys: online softmax, the values that it weights, and the best match."""
     i_b = tl.program_id(1).to(tl.int64)
     N, M = height_q * width_q, height_k * width_k
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -201,33 +201,35 @@ def forward_kernel(
         b_b = tl.load(b + i_b * M + o_m, mask=m_m, other=0.0)
         b_s = (b_s - b_mu[:, None] * b_nu[None, :]) * (b_a[:, None] * b_b[None, :])
         b_s = tl.where(m_m[None, :], b_s, float("-inf"))
-        if MATCH:
+        if index is None:
+            b_tile_max = tl.max(b_s, 1)
+        else:
             b_tile_max, b_tile_index = tl.max(b_s, 1, return_indices=True)
             b_index = tl.where(b_tile_max > b_max, start + b_tile_index, b_index)
-        else:
-            b_tile_max = tl.max(b_s, 1)
         b_new = tl.maximum(b_max, b_tile_max)
         b_decay = tl.exp2(b_max - b_new)
         b_p = tl.exp2(b_s - b_new[:, None])
-        if MATCH:
+        if entropy is not None:
             b_terms = tl.where(m_m[None, :], b_p * (b_s - b_new[:, None]), 0.0)
             b_spread = b_decay * (b_spread + (b_max - b_new) * b_sum) + tl.sum(b_terms, 1)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_max = b_new
-        if not MATCH:
+        if out is not None:
             p_v = values + (i_b * M + o_m[:, None]) * VP + o_v[None, :]
             b_v = tl.load(p_v, mask=m_m[:, None] & (o_v[None, :] < VP), other=0.0)  # [BM, BV]
             b_p = b_p.to(b_v.dtype)
             if WIDEN:
                 b_p, b_v = b_p.to(tl.float32), b_v.to(tl.float32)
             b_out = tl.dot(b_p, b_v, b_out * b_decay[:, None], input_precision="ieee")  # [BN, BM] @ [BM, BV]
-    if MATCH:
+    if index is not None:
         tl.store(index + i_b * N + o_n, b_index.to(tl.int64), mask=m_n)
         tl.store(probability + i_b * N + o_n, 1.0 / b_sum, mask=m_n)
+    if entropy is not None:
         tl.store(entropy + i_b * N + o_n, (tl.log2(b_sum) - b_spread / b_sum) * LN_2, mask=m_n)
-    else:
+    if out is not None:
         p_out = out + (i_b * V + o_v[None, :]) * N + o_n[:, None]
         tl.store(p_out, (b_out / b_sum[:, None]).to(out.dtype.element_ty), mask=m_n[:, None] & (o_v[None, :] < V))
+    if lse is not None:
         tl.store(lse + i_b * N + o_n, (b_max + tl.log2(b_sum)) * LN_2, mask=m_n)
 
 

@@ -14,7 +14,7 @@ most BAND rows, and the lanes of all bands follow one another; a key lane is a c
 the lanes of all segments likewise, so that a narrow map fills its tiles. What lies outside a map is loaded as zero, the
 padding of the definition. `tile_products` counts what all this multiplies beyond the scores.
 
-State. Of each query the running maximum stays in registers; the denominator and the unfinished output, or match, wait
+State. Of each query the running maximum stays in registers; the denominator and the unfinished output and match wait
 in memory where the result will be, in float32. With few tiles of queries the walks are split over programs, each with
 an output of its own, and `merge_kernel` joins them.
 
@@ -28,6 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..signatures import query_tiles
 from .triton_kernels import LN_2, WIDEN
 
 SEGMENT = tl.constexpr(32)  # most key rows of a segment
@@ -125,6 +126,7 @@ def nine_tap_kernel(
     a,
     nu,
     b,
+    # each of the results that is not None is written, lse or probability being one; those of the match in one split
     out,  # (splits, B, V, Hq * Wq) float32
     lse,  # (splits, B, Hq * Wq) float32, natural logarithm of the softmax denominator
     index,  # (B, Hq * Wq) int64, the key of largest probability, the first of equals
@@ -144,7 +146,6 @@ def nine_tap_kernel(
     BM: tl.constexpr,
     BC: tl.constexpr,
     BV: tl.constexpr,
-    MATCH: tl.constexpr,  # write index, probability and entropy instead of out and lse; in one split
 ):
     """BN lanes of at most BAND queries each against the walks of one split; programs (tiles of lanes, B, splits)."""
     tl.static_assert(PATCH == 3)
@@ -171,15 +172,16 @@ def nine_tap_kernel(
     # lanes without a query never hinder a skip
     b_max = tl.where(m_own[None, :] & (o_top[None, :] + o_r < height_q), EMPTY, -EMPTY)  # [BAND, BN]
     # what a skip leaves alone waits in memory, where the result will be: the denominator, the output or the match
-    p_sum = probability + i_b * N if MATCH else lse + i_out * N
+    p_sum = lse + i_out * N if probability is None else probability + i_b * N
     for r in range(depth):
         m_n = m_own & (o_top + r < height_q)
         o_row = o_n + r * width_q
         tl.store(p_sum + o_row, tl.zeros([BN], tl.float32), mask=m_n)
-        if MATCH:
-            tl.store(entropy + i_b * N + o_row, tl.zeros([BN], tl.float32), mask=m_n)
+        if index is not None:
             tl.store(index + i_b * N + o_row, tl.zeros([BN], tl.int64), mask=m_n)
-        else:
+        if entropy is not None:
+            tl.store(entropy + i_b * N + o_row, tl.zeros([BN], tl.float32), mask=m_n)
+        if out is not None:
             for first_v in range(0, V, BV):
                 p_out = out + (i_out * V + first_v) * N + (o_out + r * width_q)
                 m_out = m_n[:, None] & (first_v + o_v < V)[None, :]
@@ -234,20 +236,17 @@ def nine_tap_kernel(
                     b_max = tl.where(o_r == i_r, b_new[None, :], b_max)
                     b_sum = tl.load(p_sum + o_row, mask=m_n, other=0.0)
                     b_total = b_sum * b_decay + tl.sum(b_p, 1)
-                    if MATCH:
+                    if entropy is not None:
                         p_spread = entropy + i_b * N + o_row  # sum of 2^(s - max) (s - max)
                         b_terms = tl.where(m_m[None, :], b_p * (b_s - b_new[:, None]), 0.0)
                         b_spread = tl.load(p_spread, mask=m_n, other=0.0) + (b_old - b_new) * b_sum
                         b_spread = b_decay * b_spread + tl.sum(b_terms, 1)
+                    if index is not None:
                         # the walks do not meet the keys in order
                         b_best = tl.min(tl.where(b_s == b_tile_max[:, None], o_key[None, :], M), 1)
                         b_index = tl.load(index + i_b * N + o_row, mask=m_n, other=0)
                         m_index = (b_tile_max > b_old) | ((b_tile_max == b_old) & (b_best < b_index))
-                        # a value that several threads hold was loaded by each of them
-                        tl.debug_barrier()
-                        tl.store(p_spread, b_spread, mask=m_n)
-                        tl.store(index + i_b * N + o_row, b_best.to(tl.int64), mask=m_n & m_index)
-                    else:
+                    if out is not None:
                         b_p = b_p.to(values.dtype.element_ty)
                         for first_v in range(0, V, BV):
                             p_v = values + i_b * M * VP + (o_key[:, None] * VP + first_v + o_v[None, :])
@@ -260,7 +259,12 @@ def nine_tap_kernel(
                             b_out = tl.load(p_out, mask=m_out, other=0.0) * b_decay[:, None]
                             b_out += tl.dot(b_p, b_v, input_precision="ieee")  # [BN, BM] @ [BM, BV]
                             tl.store(p_out, b_out, mask=m_out)
-                        tl.debug_barrier()
+                    # a value that several threads hold was loaded by each of them
+                    tl.debug_barrier()
+                    if entropy is not None:
+                        tl.store(p_spread, b_spread, mask=m_n)
+                    if index is not None:
+                        tl.store(index + i_b * N + o_row, b_best.to(tl.int64), mask=m_n & m_index)
                     tl.store(p_sum + o_row, b_total, mask=m_n)
             b_two = b_one + b_tile
             b_one = b_tile
@@ -269,21 +273,20 @@ def nine_tap_kernel(
         m_n = m_own & (o_top + r < height_q)
         o_row = o_n + r * width_q
         b_sum = tl.load(p_sum + o_row, mask=m_n, other=1.0)
-        if MATCH:
+        if entropy is not None:
             p_spread = entropy + i_b * N + o_row
             b_entropy = (tl.log2(b_sum) - tl.load(p_spread, mask=m_n, other=0.0) / b_sum) * LN_2
-            b_last = 1.0 / b_sum
-            tl.debug_barrier()
-            tl.store(p_spread, b_entropy, mask=m_n)
-        else:
+        if out is not None:
             # a split's last walk may meet no key of a query: its lse is -inf, and its output stays 0
             b_total = tl.where(b_sum > 0.0, b_sum, 1.0)
             for first_v in range(0, V, BV):
                 p_out = out + (i_out * V + first_v) * N + (o_out + r * width_q)
                 m_out = m_n[:, None] & (first_v + o_v < V)[None, :]
                 tl.store(p_out, tl.load(p_out, mask=m_out, other=0.0) / b_total[:, None], mask=m_out)
-            b_last = (pick(b_max, o_r, r) + tl.log2(b_sum)) * LN_2
-            tl.debug_barrier()
+        b_last = (pick(b_max, o_r, r) + tl.log2(b_sum)) * LN_2 if probability is None else 1.0 / b_sum
+        tl.debug_barrier()
+        if entropy is not None:
+            tl.store(p_spread, b_entropy, mask=m_n)
         tl.store(p_sum + o_row, b_last, mask=m_n)
 
 
@@ -320,11 +323,6 @@ def merge_kernel(
     tl.store(p_out, (b_out / b_sum[None, :]).to(out.dtype.element_ty), mask=m_out)
     # each program of these positions writes the same
     tl.store(lse + i_b * positions + o_n, b_max + tl.log(b_sum), mask=m_n)
-
-
-def query_tiles(height: int, width: int, band: int, lanes: int) -> int:
-    """Tiles of query lanes, the first axis of the grid."""
-    return -(-(-(-height // band) * width) // (lanes - 2))
 
 
 def key_tiles(height: int, width: int, lanes: int) -> tuple[int, int]:

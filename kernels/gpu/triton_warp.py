@@ -37,9 +37,11 @@ import torch.nn.functional as F
 import triton
 
 from ...errors import BackendError, InputError
+from .. import signatures
+from ..signatures import padded_values, query_tiles
 from . import configs
 from .triton_kernels import fold_kernel, forward_kernel, pack_kernel, score_gradient_kernel, statistics_kernel
-from .triton_nine_tap import merge_kernel, nine_tap_kernel, query_tiles, walks
+from .triton_nine_tap import merge_kernel, nine_tap_kernel, walks
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 SCRATCH_BYTES = 8 << 20  # least and most scratch of the backward; between, half the bytes of theta + phi
@@ -49,6 +51,10 @@ FORWARDS = ("auto", "nine_tap", "straightforward")
 _choice = contextvars.ContextVar("choice of the forward kernel", default="auto")
 
 Needs = tuple[bool, bool, bool]
+# out, lse, index, probability, entropy: None for what is not wanted
+_Results = tuple[
+    torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+]
 
 
 class _Side(NamedTuple):
@@ -137,12 +143,8 @@ def match_forward(
         index = torch.empty(shape, dtype=torch.int64, device=theta.device)
         probability = torch.empty(shape, dtype=torch.float32, device=theta.device)
         entropy = torch.empty_like(probability)
-        match = index, probability, entropy
-        blocks = _nine_tap_blocks(query, key, 1, patch)
-        if blocks is None:
-            _launch_forward(query, key, None, None, None, match, 1, patch, temperature)
-        else:
-            _launch_nine_tap(query, key, None, None, None, match, 1, temperature, blocks, 1)
+        nine_tap = _nine_tap_blocks(query, key, 1, patch, split=False)
+        _launch(query, key, None, (None, None, index, probability, entropy), 1, patch, temperature, nine_tap)
     return index, probability, entropy
 
 
@@ -197,10 +199,9 @@ def _side(features: torch.Tensor, patch: int) -> _Side:
     pixels = _pack(features, channels)
     mean = torch.empty((batch, height * width), dtype=torch.float32, device=features.device)
     inverse = torch.empty_like(mean)
-    blocks = configs.STATISTICS
-    grid = (triton.cdiv(height * width, blocks.queries), batch)
-    sizes = {"C": channels, "PATCH": patch, "BN": blocks.queries, "BC": blocks.channels}
-    statistics_kernel[grid](pixels, mean, inverse, height, width, **sizes, **_options(blocks))
+    constants = {"C": channels, "PATCH": patch, "BN": configs.STATISTICS.queries, "BC": configs.STATISTICS.channels}
+    grid = signatures.grid("statistics", constants, {"height": height, "width": width}, batch)
+    statistics_kernel[grid](pixels, mean, inverse, height, width, **constants, **_options(configs.STATISTICS))
     return _Side(pixels, mean, inverse, height, width)
 
 
@@ -211,12 +212,10 @@ def _pack(planes: torch.Tensor, padded: int) -> torch.Tensor:
     if padded == channels and last.is_contiguous():
         return last.view(batch, height * width, channels)
     packed = torch.empty((batch, height * width, padded), dtype=planes.dtype, device=planes.device)
-    blocks = configs.PACK
-    grid = (triton.cdiv(height * width, blocks.queries), triton.cdiv(padded, blocks.channels), batch)
-    sizes = (width, height * width, channels, padded)
-    pack_kernel[grid](
-        planes, packed, *sizes, *planes.stride(), BN=blocks.queries, BC=blocks.channels, **_options(blocks)
-    )
+    constants = {"BN": configs.PACK.queries, "BC": configs.PACK.channels}
+    sizes = {"width": width, "positions": height * width, "channels": channels, "padded": padded}
+    grid = signatures.grid("pack", constants, sizes, batch)
+    pack_kernel[grid](planes, packed, *sizes.values(), *planes.stride(), **constants, **_options(configs.PACK))
     return packed
 
 
@@ -226,18 +225,16 @@ def _forward(
     batch, channels = values.shape[:2]
     out = torch.empty((batch, channels, query.height, query.width), dtype=values.dtype, device=values.device)
     lse = torch.empty((batch, query.height, query.width), dtype=torch.float32, device=values.device)
-    packed = _pack(values, configs.padded_values(channels))
-    blocks = _nine_tap_blocks(query, key, channels, patch)
-    if blocks is None:
-        _launch_forward(query, key, packed, out, lse, None, channels, patch, temperature)
-        return out, lse
-    count = _splits(query, key, channels, blocks)
-    if count == 1 and out.dtype == torch.float32:
-        _launch_nine_tap(query, key, packed, out, lse, None, channels, temperature, blocks, 1)
+    packed = _pack(values, padded_values(channels))
+    nine_tap = _nine_tap_blocks(query, key, channels, patch)
+    count = 1 if nine_tap is None else _splits(query, key, channels, nine_tap)
+    if nine_tap is None or (count == 1 and out.dtype == torch.float32):
+        _launch(query, key, packed, (out, lse, None, None, None), channels, patch, temperature, nine_tap)
         return out, lse
     parts = torch.empty((count, *out.shape), dtype=torch.float32, device=out.device)
     part_lse = torch.empty((count, *lse.shape), dtype=torch.float32, device=out.device)
-    _launch_nine_tap(query, key, packed, parts, part_lse, None, channels, temperature, blocks, count)
+    results = parts, part_lse, None, None, None
+    _launch(query, key, packed, results, channels, patch, temperature, nine_tap, count)
     merge = configs.MERGE
     grid = (triton.cdiv(query.positions, merge.queries), batch, triton.cdiv(channels, merge.channels))
     sizes = {"V": channels, "BN": merge.queries, "BV": merge.channels}
@@ -245,14 +242,18 @@ def _forward(
     return out, lse
 
 
-def _nine_tap_blocks(query: _Side, key: _Side, channels: int, patch: int) -> configs.BlockSizes | None:
+def _nine_tap_blocks(
+    query: _Side, key: _Side, channels: int, patch: int, *, split: bool = True
+) -> configs.BlockSizes | None:
     """The block sizes of the nine-tap kernel if it is to run, for `channels` value channels."""
     if _choice.get() == "straightforward":
         return None
     pixels, forced = query.pixels, _choice.get() == "nine_tap"
-    maps = max(query.positions, key.positions) * max(pixels.shape[-1], configs.padded_values(channels))
+    maps = max(query.positions, key.positions) * max(pixels.shape[-1], padded_values(channels))
     least = 1 if forced else configs.NINE_TAP_CHANNELS
-    blocks = configs.nine_tap_blocks(_capability(pixels), pixels.element_size(), patch, pixels.shape[-1], maps, least)
+    blocks = configs.nine_tap_blocks(
+        _capability(pixels), pixels.element_size(), patch, pixels.shape[-1], maps, least=least, split=split or forced
+    )
     if blocks is None and forced:
         raise InputError(
             "the nine-tap kernel takes patch 3 and float16 or bfloat16 maps of less than 2^31 elements on compute "
@@ -271,88 +272,41 @@ def _splits(query: _Side, key: _Side, channels: int, blocks: configs.BlockSizes)
     return configs.splits(programs, count, _multiprocessors(query.pixels), most)
 
 
-def _launch_nine_tap(
+def _launch(
     query: _Side,
     key: _Side,
     values: torch.Tensor | None,
-    out: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    match: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    value_channels: int,
-    temperature: float,
-    blocks: configs.BlockSizes,
-    count: int,
-) -> None:
-    batch, _, channels = query.pixels.shape
-    band = configs.WHOLE_BAND if match else configs.SPLIT_BAND
-    nine_tap_kernel[(query_tiles(query.height, query.width, band, blocks.queries), batch, count)](
-        query.pixels,
-        key.pixels,
-        values,
-        query.mean,
-        query.inverse,
-        key.mean,
-        key.inverse,
-        out,
-        lse,
-        *(match or (None, None, None)),
-        query.height,
-        query.width,
-        key.height,
-        key.width,
-        math.log2(math.e) / temperature,
-        C=channels,
-        V=value_channels,
-        VP=configs.padded_values(value_channels),
-        PATCH=3,
-        BAND=band,
-        BN=blocks.queries,
-        BM=blocks.keys,
-        BC=blocks.channels,
-        BV=configs.NINE_TAP_VALUES,
-        MATCH=match is not None,
-        **_options(blocks),
-    )
-
-
-def _launch_forward(
-    query: _Side,
-    key: _Side,
-    values: torch.Tensor | None,
-    out: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    match: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    results: _Results,
     value_channels: int,
     patch: int,
     temperature: float,
+    nine_tap: configs.BlockSizes | None,
+    splits: int = 1,
 ) -> None:
-    batch, _, channels = query.pixels.shape
-    blocks = configs.forward_blocks(_capability(query.pixels), query.pixels.element_size(), value_channels)
-    forward_kernel[(triton.cdiv(query.positions, blocks.queries), batch)](
-        query.pixels,
+    """One launch of `nine_tap_kernel` with these block sizes, or of `forward_kernel` where they are None."""
+    pixels, channels = query.pixels, query.pixels.shape[-1]
+    kernel, band = forward_kernel, None
+    blocks = nine_tap or configs.forward_blocks(_capability(pixels), pixels.element_size(), value_channels)
+    if nine_tap:
+        kernel, band = nine_tap_kernel, configs.WHOLE_BAND if values is None else configs.SPLIT_BAND
+    constants = configs.warp_constants(patch, channels, value_channels, blocks, band)
+    sizes = {"height_q": query.height, "width_q": query.width}
+    tiles, batch, _ = signatures.grid("warp", constants, sizes, len(pixels))
+    kernel[(tiles, batch, splits)](
+        pixels,
         key.pixels,
         values,
         query.mean,
         query.inverse,
         key.mean,
         key.inverse,
-        out,
-        lse,
-        *(match or (None, None, None)),
+        *results,
         query.height,
         query.width,
         key.height,
         key.width,
         math.log2(math.e) / temperature,
-        C=channels,
-        V=value_channels,
-        VP=configs.padded_values(value_channels),
-        PATCH=patch,
-        BN=blocks.queries,
-        BM=blocks.keys,
-        BC=blocks.channels,
-        BV=configs.value_block(value_channels),
-        MATCH=match is not None,
+        **constants,
         **_options(blocks),
     )
 

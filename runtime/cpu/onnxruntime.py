@@ -1,4 +1,4 @@
-"""The engine over ONNX Runtime, on the CPU or, from numpy arrays, on the GPU; and its sessions for the GPU pipeline.
+"""The engine over ONNX Runtime on the CPU, and its sessions on a GPU for the GPU pipeline.
 
 ONNX Runtime falls back to the CPU on its own in several places (an absent provider, a library that does not load, a
 failing run); all of them are switched off or detected, so that what runs is what was asked for.
@@ -25,16 +25,16 @@ _TYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
 
 
 class OnnxRuntimeEngine:
-    """A stage of `bundle` in an ONNX Runtime session on `device`, "cpu" or "cuda".
+    """A stage of `bundle` in an ONNX Runtime session on the CPU.
 
-    num_threads: intra-op threads on the CPU; None leaves the number to ONNX Runtime (one per core).
+    num_threads: intra-op threads; None leaves the number to ONNX Runtime (one per core).
     Raises as `open_session`.
     """
 
-    def __init__(self, bundle: Bundle, stage: str, *, device: str = "cpu", num_threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, stage: str, *, num_threads: int | None = None) -> None:
         self._name = f"{bundle.path}: stage {stage}"
         self._spec = bundle.manifest.stages[stage]
-        self._session, self._info = open_session(bundle, stage, device=device, num_threads=num_threads)
+        self._session, self._info = open_session(bundle, stage, num_threads=num_threads)
         self._errors = onnxruntime_errors()
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -70,15 +70,17 @@ def open_session(
     num_threads: int | None = None,
     options: Mapping[str, str] | None = None,
 ) -> tuple[Any, EngineInfo]:
-    """ONNX Runtime's session of a stage, and what it runs on. options: of the execution provider.
+    """ONNX Runtime's session of a stage on `device`, "cpu" or "cuda", and what it runs on. options: of the provider.
 
     Raises `BackendError` where onnxruntime or the device is not there, `BundleError` where the graph cannot be loaded,
     has other inputs or outputs than the manifest states, or refers to files.
     """
-    runtime = _import_onnxruntime()
+    runtime = import_onnxruntime()
     provider = _PROVIDERS[device]
     if provider not in runtime.get_available_providers():
         raise BackendError(f"device {device!r}: this onnxruntime has no {provider}; {_INSTALLS[device]}")
+    if device == "cuda":
+        getattr(runtime, "preload_dlls", lambda: None)()  # of the wheels for CUDA and cuDNN, where no system has them
     name, spec = f"{bundle.path}: stage {stage}", bundle.manifest.stages[stage]
     model = bundle.read_stage(stage)
     refuse_external_data(model, name)
@@ -125,10 +127,11 @@ def has_provider(device: str) -> bool:
 
 def available_providers() -> list[str]:
     """The execution providers of the installed onnxruntime; `BackendError` where there is none."""
-    return list(_import_onnxruntime().get_available_providers())
+    return list(import_onnxruntime().get_available_providers())
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The package; `BackendError` where it is missing."""
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:

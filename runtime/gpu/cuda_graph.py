@@ -7,9 +7,11 @@ stubs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...errors import BackendError
@@ -28,7 +30,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class CudaGraph:
-    """What `work` puts on the stream of handle `stream`, captured; implements `device.CudaGraph`.
+    """What `work` puts on the stream of handle `stream`, captured; it refers to the addresses of that time.
 
     The stream's context has to be current in every call. Raises `BackendError` where the driver refuses, and lets
     through what `work` raises; the stream then captures no more.
@@ -41,7 +43,8 @@ class CudaGraph:
         graph = ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)
         try:
-            work()
+            with _no_collection():
+                work()
         except BaseException:
             # its own result says only that the capture came to nothing
             self._library.cuStreamEndCapture(stream, ctypes.byref(graph))
@@ -72,6 +75,18 @@ class CudaGraph:
             name = ctypes.c_char_p()
             self._library.cuGetErrorName(result, ctypes.byref(name))
             raise BackendError(f"{function}: {name.value.decode() if name.value else f'error {result}'}")
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Hold the garbage collector off: it may free device memory, and CUDA refuses that while it captures."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def load_driver() -> Any:

@@ -1,167 +1,261 @@
-"""The device layer: what a translation needs of a GPU, as a protocol small enough to be emulated in a test.
+"""One GPU, by pycuda: memory, copies, kernels, events and CUDA graphs on one stream, on which all runs in order.
 
-One stream, on which everything runs in order; memory that its owner frees; pinned host memory that the GPU reads and
-writes by itself; kernels from cubins; and CUDA graphs, captured work that is replayed as a whole. Addresses are plain
-integers, so that TensorRT, ONNX Runtime and our kernels share buffers. pycuda.py implements it.
+Addresses are plain integers, so that TensorRT, ONNX Runtime and our kernels share buffers. The context is the GPU's
+primary one, which those libraries use as well. pycuda frees what it owns in the context that is current, and warns and
+leaks where there is none; so everything runs within `active`, which pushes the context in whatever thread calls. The
+context itself is given back when the process ends, as every other CUDA library does.
+
+Written against pycuda 2026.1, and tested over a stand-in for `pycuda.driver` whose calls were checked against it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+import contextlib
+import dataclasses
+import functools
+import importlib
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import BackendError
+from .cuda_graph import CudaGraph
 
-class Buffer(Protocol):
-    """Memory of the device, aligned to 256 bytes."""
+INSTALL = "pip install flashcocos[tensorrt], flashcocos[rtx] or pycuda"
+MIN_DRIVER = 12000  # CUDA 12.0: TensorRT 10 and ONNX Runtime since 1.19 need it, and it has all of graphs
+LARGE_SHARED = 48 << 10  # bytes of dynamic shared memory from which a kernel asks for them
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no waiting for the legacy default stream of other libraries
+_contexts: dict[int, _PrimaryContext] = {}
+_contexts_lock = threading.Lock()
 
-    @property
-    def address(self) -> int: ...
-
-    @property
-    def bytes(self) -> int: ...
-
-    def free(self) -> None:
-        """Give the memory back; no work on the stream may still use it."""
-        ...
-
-
-class PinnedArray(Protocol):
-    """Host memory that copies go through without the CPU waiting for them."""
-
-    @property
-    def array(self) -> npt.NDArray[Any]: ...
-
-    def free(self) -> None:
-        """Give the memory back; `array` is not to be used afterwards."""
-        ...
+Launch = Callable[[tuple[int, int, int], Sequence[int | float]], None]  # (grid, arguments), pointers as addresses
+Event = Any  # of pycuda; freed with its last reference
 
 
-class Kernel(Protocol):
-    """A function of a cubin."""
-
-    def launch(self, grid: tuple[int, int, int], arguments: Sequence[int | float]) -> None:
-        """Put a launch on the stream; arguments in the function's order, pointers as addresses."""
-        ...
+class OutOfMemory(BackendError):
+    """Device memory or page-locked host memory ran out."""
 
 
-class Event(Protocol):
-    """A point in time on the stream."""
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """Device memory, aligned to 256 bytes. free: gives it back, once no work on the stream still uses it."""
 
-    def record(self) -> None:
-        """Let this event be the point that the stream has reached."""
-        ...
-
-    def milliseconds_since(self, start: Any) -> float:
-        """The time from the event `start` to this one, both of which have passed."""
-        ...
+    address: int
+    bytes: int
+    free: Callable[[], None]
 
 
-class CudaGraph(Protocol):
-    """Captured work; it refers to the addresses that it was captured with."""
+class Window(NamedTuple):
+    """Part of an array in device memory: its first byte, bytes from row to row, and rows from plane to plane."""
 
-    def replay(self) -> None:
-        """Put all of it on the stream."""
-        ...
-
-    def close(self) -> None:
-        """Free the graph."""
-        ...
-
-
-class Box(NamedTuple):
-    """So many bytes of so many rows of so many planes."""
-
-    width: int
-    height: int
-    depth: int
-
-
-class Layout(NamedTuple):
-    """How rows lie in memory: bytes from one to the next, and rows from one plane to the next."""
-
+    address: int
     pitch: int
     rows: int
 
 
-class Device(Protocol):
-    """One GPU. All but the attributes, `active` and `close` is to be called within `active`, in one thread at a time.
+class Device:
+    """The GPU of number `ordinal`. install: the remedy where pycuda is missing.
 
-    name: of the product. kind: "cuda", as ONNX Runtime calls it. ordinal: its number among the GPUs of this process.
-    capability: compute capability as 89 for 8.9. driver: the CUDA version that the driver supports, as "12.4".
-    stream: the handle of the stream.
-    Whatever fails raises `BackendError`: no memory, a cubin that the driver does not take, an error of earlier work.
+    All but the attributes, `active` and `close` is to be called within `active`, in one thread at a time. Whatever
+    fails raises `BackendError`: no GPU, a driver that is too old, an error of earlier work.
+
+    name: of the product. capability: compute capability as 89 for 8.9. driver: the CUDA version that the driver
+    supports, as "12.4". stream: the handle of the stream.
     """
 
-    name: str
-    kind: str
-    ordinal: int
-    capability: int
-    driver: str
-    stream: int
+    def __init__(self, ordinal: int = 0, *, install: str = INSTALL) -> None:
+        self._driver: Any = import_driver(install)
+        with self._errors("the GPU cannot be used"):
+            self._driver.init()
+            count, version = self._driver.Device.count(), self._driver.get_driver_version()
+            self.driver = f"{version // 1000}.{version % 1000 // 10}"
+            if ordinal >= count:
+                raise BackendError(f"GPU {ordinal} asked for, this machine has {count}; see CUDA_VISIBLE_DEVICES")
+            if version < MIN_DRIVER:
+                raise BackendError(
+                    f"the NVIDIA driver supports CUDA {self.driver}, expected {MIN_DRIVER // 1000}.0 "
+                    "or newer; update it"
+                )
+            device = self._driver.Device(ordinal)
+            major, minor = device.compute_capability()
+            self.ordinal, self.name = ordinal, str(device.name())
+            self.capability = 10 * int(major) + int(minor)
+            self._context: Any = _primary_context(self._driver, ordinal)
+            self._closed = False
+            with self.active():
+                self._stream: Any = self._driver.Stream(_NON_BLOCKING)
+            self.stream = int(self._stream.handle)
+        self._functions: list[Any] = []
 
-    def active(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
         """Make this the calling thread's GPU; may be nested. `BackendError` after `close`."""
-        ...
+        if self._closed:
+            raise BackendError(f"{self.name} is closed")
+        with self._errors("the GPU cannot be used"):
+            self._context.push()
+        try:
+            yield
+        finally:
+            with self._errors("the GPU cannot be left"):
+                self._driver.Context.pop()
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes."""
-        ...
+        with self._errors("the free memory is unknown"):
+            free, total = self._driver.mem_get_info()
+        return int(free), int(total)
 
     def allocate(self, size: int) -> Buffer:
-        """Uninitialized memory of `size` bytes."""
-        ...
+        """Uninitialized memory of `size` bytes; `OutOfMemory`."""
+        with self._errors(f"no {mebibytes(size)} of device memory", OutOfMemory):
+            allocation = self._driver.mem_alloc(size)
+        return Buffer(int(allocation), size, allocation.free)
 
-    def pinned_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> PinnedArray:
-        """An uninitialized array of page-locked host memory."""
-        ...
+    def pinned_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """An uninitialized array of page-locked host memory, which copies need not wait for; `OutOfMemory`."""
+        with self._errors(f"no page-locked host memory for {shape}", OutOfMemory):
+            array: npt.NDArray[Any] = self._driver.pagelocked_empty(shape, np.dtype(dtype))
+        return array
+
+    def free_pinned(self, array: npt.NDArray[Any]) -> None:
+        """Give a `pinned_array` back; it is not to be used afterwards."""
+        array.base.free()  # type: ignore[union-attr]  # the allocation, which is no array
 
     def upload(self, target: int, source: npt.NDArray[Any]) -> None:
-        """Put a copy of `source`, an array of a `PinnedArray`, to the address `target` on the stream."""
-        ...
+        """Put a copy of `source`, a pinned array, to the address `target` on the stream."""
+        with self._errors("a copy to the GPU failed"):
+            self._driver.memcpy_htod_async(target, source, self._stream)
 
     def download(self, target: npt.NDArray[Any], source: int) -> None:
-        """Put a copy from the address `source` to `target`, an array of a `PinnedArray`, on the stream."""
-        ...
+        """Put a copy from the address `source` to `target`, a pinned array, on the stream."""
+        with self._errors("a copy from the GPU failed"):
+            self._driver.memcpy_dtoh_async(target, source, self._stream)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Put a copy of `size` bytes from address to address on the stream."""
-        ...
+        with self._errors("a copy on the GPU failed"):
+            self._driver.memcpy_dtod_async(target, source, size, self._stream)
 
-    def copy_box(self, target: int, target_layout: Layout, source: int, source_layout: Layout, box: Box) -> None:
-        """Put a copy of a box of bytes on the stream; the addresses are those of its first bytes."""
-        ...
+    def copy_window(self, target: Window, source: Window, extent: tuple[int, int, int]) -> None:
+        """Put a copy of (bytes, rows, planes) from window to window on the stream."""
+        with self._errors("a copy of a tile on the GPU failed"):
+            copy = self._driver.Memcpy3D()
+            copy.set_src_device(source.address)
+            copy.src_pitch, copy.src_height = source.pitch, source.rows
+            copy.set_dst_device(target.address)
+            copy.dst_pitch, copy.dst_height = target.pitch, target.rows
+            copy.width_in_bytes, copy.height, copy.depth = extent
+            copy(self._stream)
 
-    def load(self, cubin: bytes, entry: str, formats: str, threads: int, shared_bytes: int) -> Kernel:
+    def load(self, cubin: bytes, entry: str, formats: str, threads: int, shared_bytes: int) -> Launch:
         """The function `entry`, launched with `threads` threads a block and so much dynamic shared memory.
 
         formats: a character an argument, "P" pointer, "i" int32, "f" float32. Loaded until `close`.
         """
-        ...
+        with self._errors(
+            f"kernel {entry} cannot be loaded on {self.name}; update the driver, or build the kernels again"
+        ):
+            function = self._driver.module_from_buffer(cubin).get_function(entry)  # which holds the module
+            if shared_bytes >= LARGE_SHARED:
+                limit = self._driver.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
+                function.set_attribute(limit, shared_bytes)
+            function.prepare(list(formats))
+        self._functions.append(function)
+        return functools.partial(self._launch, len(self._functions) - 1, entry, (threads, 1, 1), shared_bytes)
 
     def event(self) -> Event:
-        """A new event; freed with its last reference."""
-        ...
+        """A new point in time on the stream, once it is passed to `record`."""
+        with self._errors("no event"):
+            return self._driver.Event()
+
+    def record(self, event: Event) -> None:
+        """Let `event` be the point that the stream has reached."""
+        with self._errors("an event cannot be recorded"):
+            event.record(self._stream)
+
+    def milliseconds(self, start: Event, end: Event) -> float:
+        """The time between two events, both of which have passed."""
+        with self._errors("an event has not passed"):
+            return float(end.time_since(start))
 
     def capture(self, work: Callable[[], None]) -> CudaGraph:
         """Capture what `work` puts on the stream instead of running it; it may neither wait nor allocate."""
-        ...
+        return CudaGraph(self.stream, work)
 
     def synchronize(self) -> None:
         """Wait until everything on the stream has run."""
-        ...
+        with self._errors("earlier work on the GPU failed"):
+            self._stream.synchronize()
 
     def close(self) -> None:
         """Unload the kernels and free the stream; buffers have to be freed before. Twice does no harm."""
-        ...
+        if not self._closed:
+            with self.active():
+                with contextlib.suppress(BackendError):  # of work that failed and was reported
+                    self.synchronize()
+                self._functions.clear()
+                self._stream = None
+            self._closed = True
+
+    def _launch(
+        self,
+        function: int,
+        entry: str,
+        block: tuple[int, int, int],
+        shared_bytes: int,
+        grid: tuple[int, int, int],
+        arguments: Sequence[int | float],
+    ) -> None:
+        with self._errors(f"kernel {entry} cannot be launched"):
+            call = self._functions[function].prepared_async_call
+            call(grid, block, self._stream, *arguments, shared_size=shared_bytes)
+
+    @contextlib.contextmanager
+    def _errors(self, what: str, kind: type[BackendError] = BackendError) -> Iterator[None]:
+        try:
+            yield
+        except self._driver.Error as error:
+            raise kind(f"{what}: {error}") from error
+
+
+class _PrimaryContext:
+    """The retained primary context of one GPU, given back when the process ends."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+        # not in its destructor, in which pycuda treats it as a context that it has made itself
+        weakref.finalize(self, context.detach)
+
+
+def _primary_context(driver: Any, ordinal: int) -> Any:
+    with _contexts_lock:
+        if ordinal not in _contexts:
+            _contexts[ordinal] = _PrimaryContext(driver.Device(ordinal).retain_primary_context())
+        return _contexts[ordinal].context
+
+
+def import_driver(install: str) -> Any:
+    """`pycuda.driver`; raises `BackendError` where pycuda or the NVIDIA driver is missing, or they do not fit."""
+    try:
+        return importlib.import_module("pycuda.driver")
+    except ModuleNotFoundError as error:
+        raise BackendError(f"the GPU pipeline needs pycuda ({error}); {install}") from error
+    except ImportError as error:
+        raise BackendError(
+            f"pycuda does not load ({error}); is an NVIDIA driver installed, and not older than the CUDA toolkit that "
+            "pycuda was built with?"
+        ) from error
 
 
 def nbytes(shape: Sequence[int], dtype: npt.DTypeLike) -> int:
     """Bytes of an array."""
-    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def mebibytes(size: int) -> str:

@@ -7,7 +7,7 @@ running numpy arrays they are bound to addresses once for each shape, and then p
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from ...bundle import TensorSpec
 from ...bundle.stages import axis_sizes, concrete_shape, stage_tensors
@@ -17,21 +17,14 @@ from ..engine import EngineInfo
 Shape = tuple[int, int, int]  # images a batch, height and width in pixels
 
 
-class EngineMemory(NamedTuple):
-    """Bytes of device memory for a shape: weights that loading the graph adds, and working memory that stages share."""
-
-    weights: int
-    scratch: int
-
-
 class Binding(Protocol):
     """A stage at one shape with all its tensors' addresses. scratch: bytes of working memory that it needs."""
 
     scratch: int
 
     @property
-    def can_capture(self) -> bool:
-        """Whether `enqueue` may be captured now, after a first run."""
+    def can_capture(self) -> bool | None:
+        """Whether `enqueue` may be captured now, after a first run; None where it never may."""
         ...
 
     def use_scratch(self, address: int, size: int) -> None:
@@ -60,12 +53,11 @@ class DeviceEngine(Protocol):
         """Why the stage does not run at this size, in words: the shapes that it runs at, and how to get others."""
         ...
 
-    def memory(self, shape: Shape) -> EngineMemory:
-        """What `bind` and a run at a supported shape will take, as far as is known before."""
-        ...
-
     def bind(self, shape: Shape, addresses: Mapping[str, int]) -> Binding:
-        """The stage at `shape`, its inputs and outputs at `addresses`; loads the graph where it is not loaded yet."""
+        """The stage at `shape`, its inputs and outputs at `addresses`; loads the graph where it is not loaded yet.
+
+        Raises `OutOfMemory` where that is the reason, as far as it is known.
+        """
         ...
 
     def describe(self) -> EngineInfo:

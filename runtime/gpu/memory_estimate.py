@@ -19,7 +19,7 @@ from ...errors import BackendError
 from .device import mebibytes
 from .engine import concrete, device_tensors
 from .store import EngineRecord
-from .warp import WarpTensors, total_bytes
+from .warp import key_tensors, total_bytes
 from .workspace import tile_shape, translate_tensors
 
 
@@ -82,10 +82,10 @@ def estimate_memory(
                 f"flashcocos build BUNDLE --size {height}x{width} --batch {batch}{tiled}"
             )
         engines[stage] = fitting[0]
-    warp = WarpTensors.of(config, engines["query"].key.precision)
-    shape, feature_map = (batch, height, width), (height // config.warp_stride, width // config.warp_stride)
+    dtype, feature_map = engines["query"].key.precision, (height // config.warp_stride, width // config.warp_stride)
     fine = device_tensors(config, "fine", uint8_output=True)
-    stages, keys, results, parts = translate_tensors(config, warp, fine, shape, feature_map, tile)
+    stages, results, parts = translate_tensors(config, dtype, fine, (batch, height, width), tile)
+    keys = key_tensors(config, dtype, batch, feature_map)
     encoding = [
         concrete(config, side, (1, height, width)) for side in device_tensors(config, "exemplar", uint8_output=True)
     ]
@@ -97,6 +97,6 @@ def estimate_memory(
         {stage: record.activation_bytes for stage, record in engines.items()},
         total_bytes([stages, parts]),
         total_bytes([keys, results]),
-        total_bytes([warp.keys(1, *feature_map)]),
+        total_bytes([key_tensors(config, dtype, 1, feature_map)]),
         total_bytes(encoding),
     )

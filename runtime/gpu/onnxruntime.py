@@ -17,10 +17,10 @@ import numpy as np
 
 from ...bundle import STAGES, Bundle
 from ...errors import BackendError
-from ..cpu.onnxruntime import onnxruntime_errors, open_session
+from ..cpu.onnxruntime import import_onnxruntime, onnxruntime_errors, open_session
 from ..engine import EngineInfo, one_line
 from .device import Device
-from .engine import EngineMemory, Shape, concrete, device_tensors
+from .engine import Shape, concrete, device_tensors
 
 TF32_FROM = 80  # compute capability whose tensor cores multiply float32 with 10 bits of mantissa, the provider's choice
 
@@ -41,10 +41,13 @@ class OnnxCudaEngine:
         }
         if exact:
             options["use_tf32"] = "0"
-        session, info = open_session(bundle, stage, device=device.kind, options=options)
+        session, info = open_session(bundle, stage, device="cuda", options=options)
         rounded = not exact and device.capability >= TF32_FROM
         self._info = dataclasses.replace(info, arithmetic="tf32") if rounded else info
         self._session: Any = session
+        # all that follows is on the same stream, for whose end the pipeline waits
+        self._run_options = import_onnxruntime().RunOptions()
+        self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._device, self._name = device, f"{bundle.path}: stage {stage}"
         self._config = bundle.manifest.config
         self._tensors = device_tensors(self._config, stage, uint8_output=False)
@@ -57,17 +60,13 @@ class OnnxCudaEngine:
         """The graphs are dynamic, so there is no reason."""
         return f"{self._name} runs at every size"
 
-    def memory(self, shape: Shape) -> EngineMemory:
-        """Unknown before a run, so none is stated."""
-        return EngineMemory(0, 0)
-
     def bind(self, shape: Shape, addresses: Mapping[str, int]) -> OnnxCudaBinding:
         """The session with its inputs and outputs at `addresses`."""
         binding = self._session.io_binding()
         for bind, tensors in zip((binding.bind_input, binding.bind_output), self._tensors, strict=True):
             for name, (sides, dtype) in concrete(self._config, tensors, shape).items():
-                bind(name, self._device.kind, self._device.ordinal, np.dtype(dtype).type, list(sides), addresses[name])
-        return OnnxCudaBinding(self._session, binding, f"{self._name} at {shape}")
+                bind(name, "cuda", self._device.ordinal, np.dtype(dtype).type, list(sides), addresses[name])
+        return OnnxCudaBinding(self._session, binding, self._run_options, f"{self._name} at {shape}")
 
     def describe(self) -> EngineInfo:
         """Backend, provider, device, precision and arithmetic."""
@@ -82,10 +81,10 @@ class OnnxCudaBinding:
     """A session with bound tensors; implements `Binding`."""
 
     scratch = 0
-    can_capture = False
+    can_capture = None
 
-    def __init__(self, session: Any, binding: Any, name: str) -> None:
-        self._session, self._binding, self._name = session, binding, name
+    def __init__(self, session: Any, binding: Any, options: Any, name: str) -> None:
+        self._session, self._binding, self._options, self._name = session, binding, options, name
 
     def use_scratch(self, address: int, size: int) -> None:
         """The session has memory of its own."""
@@ -93,7 +92,7 @@ class OnnxCudaBinding:
     def enqueue(self) -> None:
         """Run; the session's kernels join the work on the stream."""
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, self._options)
         except onnxruntime_errors() as error:
             raise BackendError(
                 f"{self._name}: failed: {one_line(error)}; where memory ran out, lower size or batch"

@@ -1,10 +1,10 @@
 """The stages of a translation on a GPU: only labels go in and pictures, matches and confidence come out.
 
 Everything runs in order on one stream, under one lock. Each shape has a workspace, and encoded exemplars stay on the
-device up to a budget, the least recently used making room; what was evicted is uploaded again. Whether a request fits
-is checked before anything of it is launched, by the memory that the engines state and that the workspace adds up.
+device up to a budget, the least recently used making room; what was evicted is uploaded again. Where memory runs out,
+everything that is not in use is evicted and the allocation is tried once more.
 
-Tested with a device made of numpy arrays, where its pictures equal the CPU's.
+Tested over a stand-in for the GPU, where its pictures equal the CPU's.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ import numpy as np
 import numpy.typing as npt
 
 from ...bundle import STAGES, Bundle
-from ...config import SIZE_MULTIPLE
 from ...errors import BackendError, InputError
 from ...preprocess.images import FloatArray, UInt8Array, to_uint8
 from ..engine import EngineInfo
 from ..options import EXEMPLAR_CACHE_MIB, VARIANTS, EngineOptions
 from ..pipeline import Exemplar, PipelineOutput, require_finite
-from .cubins import FOLDER, BundleKernels, KernelFolder, find_kernels
-from .device import Buffer, Device, mebibytes
-from .engine import DeviceEngine, Shape, device_tensors
+from .cubins import FOLDER, bundle_kernels, find_kernels, folder_kernels
+from .device import Buffer, Device, OutOfMemory, mebibytes
+from .engine import DeviceEngine, Shape
 from .store import default_folder
-from .warp import DeviceWarp, total_bytes
+from .warp import DeviceWarp, Map, key_tensors, total_bytes
 from .workspace import (
     DeviceExemplar,
-    EncodeWorkspace,
-    TranslateWorkspace,
-    UploadWorkspace,
+    GpuModel,
     Workspace,
+    encode_workspace,
+    load_exemplar,
     tile_shape,
-    translate_tensors,
+    translate_work,
+    translate_workspace,
+    upload_exemplar,
 )
 
 MAX_WORKSPACES = 16  # shapes whose buffers are kept
 MAX_BATCH = 256
 _TRANSLATE = ("query", "coarse", "fine")
-AnyWorkspace = TypeVar("AnyWorkspace", bound=Workspace)
+Made = TypeVar("Made")
 
 
 class GpuPipeline:
@@ -63,12 +64,11 @@ class GpuPipeline:
         budget: int,
         tile: int | None = None,
     ) -> None:
-        self._name, self._config = bundle.path, bundle.manifest.config
-        self._device, self._engines, self._warp, self._budget = device, engines, warp, budget
-        self._tile, self._uint8_output = tile, engines["fine"].uint8_output
+        self._name, self._device, self._engines, self._budget, self._tile = bundle.path, device, engines, budget, tile
+        self._model = GpuModel(bundle.manifest.config, device, engines, warp, tile)
         self._lock = threading.RLock()
         self._closed = False
-        self._workspaces: collections.OrderedDict[tuple[Any, ...], Workspace] = collections.OrderedDict()
+        self._workspaces: collections.OrderedDict[tuple[str, Shape], Workspace] = collections.OrderedDict()
         self._exemplars: collections.OrderedDict[weakref.ref[Exemplar], DeviceExemplar] = collections.OrderedDict()
         self._forgotten: collections.deque[weakref.ref[Exemplar]] = collections.deque()
         self._scratch: Buffer | None = None
@@ -79,14 +79,10 @@ class GpuPipeline:
         height, width = inputs["image"].shape[2:]
         with self._running():
             shape = (self._batch(("exemplar",), 1, height, width), height, width)
-            tensors = EncodeWorkspace.tensors(self._engines, self._config, shape)
-            workspace = self._workspace(
-                ("encode", shape),
-                lambda: EncodeWorkspace(self._device, self._engines, self._config, shape),
-                total_bytes(tensors) + self._stages_need(("exemplar",), shape),
-                shape,
-            )
-            workspace.run(inputs)
+            workspace = self._workspace("encode", shape, encode_workspace)
+            for name, array in inputs.items():
+                workspace.pinned[name][...] = array  # repeated over the batch
+            workspace.work[None].run()
             outputs = {name: workspace.pinned[name][:1].copy() for name in ("phi", "values")}
         for name, array in outputs.items():
             self._require_finite("exemplar", name, np.isfinite(array).all())
@@ -102,7 +98,7 @@ class GpuPipeline:
     ) -> list[PipelineOutput]:
         """A result for each label; items whose exemplars have one size run together, as many as the engines take."""
         height, width = label.shape[-2:]
-        by_size: dict[tuple[int, int], list[int]] = {}
+        by_size: dict[Map, list[int]] = {}
         for index, exemplar in enumerate(exemplars):
             key_height, key_width = exemplar.phi.shape[2:]
             by_size.setdefault((key_height, key_width), []).append(index)
@@ -119,9 +115,9 @@ class GpuPipeline:
     def describe(self) -> dict[str, EngineInfo]:
         """What runs each stage, and the warp."""
         stages = {stage: self._engines[stage].describe() for stage in STAGES}
-        kernels = self._warp.kernels
-        warp = EngineInfo(f"cubins for {kernels.architectures}", "flashcocos", "cuda", kernels.dtype, kernels.dtype)
-        return {**stages, "warp": warp}
+        dtype = self._model.warp.dtype
+        backend = f"cubins for sm_{self._model.warp.architecture}"
+        return {**stages, "warp": EngineInfo(backend, "flashcocos", "cuda", dtype, dtype)}
 
     def close(self) -> None:
         """Free everything; a running translation finishes."""
@@ -134,13 +130,8 @@ class GpuPipeline:
                 stack.enter_context(self._device.active())
                 for engine in self._engines.values():
                     stack.callback(engine.close)
-                for owner in (*self._exemplars.values(), *self._workspaces.values()):
-                    stack.callback(owner.free)
-                if self._scratch is not None:
-                    stack.callback(self._scratch.free)
-                self._workspaces.clear()
-                self._exemplars.clear()
-                self._settle()
+                self._busy = None
+                stack.callback(self._evict_all)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
@@ -148,7 +139,9 @@ class GpuPipeline:
             if self._closed:
                 raise BackendError(f"{self._name}: the translator is closed")
             with self._device.active():
-                self._drop_forgotten()
+                while self._forgotten:  # exemplars that nobody holds any more
+                    if exemplar := self._exemplars.pop(self._forgotten.popleft(), None):
+                        exemplar.free()
                 try:
                     yield
                 except BaseException:
@@ -158,25 +151,26 @@ class GpuPipeline:
                     self._busy = None
 
     def _render(
-        self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar], shape: Shape, key_map: tuple[int, int]
+        self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar], shape: Shape, key_map: Map
     ) -> list[PipelineOutput]:
         """`render` for at most a batch, filled up with the last item."""
-        workspace = self._busy = self._translate_workspace(shape, key_map)
+        workspace = self._workspace("translate", shape, translate_workspace)
+        work = self._with_room(_words(shape), lambda: translate_work(self._model, workspace, shape, key_map))
         last = len(label) - 1
         for slot in range(shape[0]):
-            workspace.load(slot, self._keys(exemplars[min(slot, last)]))
+            load_exemplar(self._device, work, slot, self._uploaded(exemplars[min(slot, last)]))
             workspace.pinned["label"][slot] = label[min(slot, last)]
-        timings = {name: value / len(label) for name, value in workspace.run().items()}
+        timings = {name: value / len(label) for name, value in work.run().items()}
         pinned = workspace.pinned
         if "invalid" in pinned:
             self._require_finite("fine", "image", not pinned["invalid"].any())
-        query_map = shape[1] // self._config.warp_stride, shape[2] // self._config.warp_stride
+        query_map = self._model.map(shape)
         return [
             PipelineOutput(
                 self._picture("image", pinned["image"][item]),
                 self._picture("warped_image", pinned["warped_image"][item]),
-                pinned["index"][item].reshape(query_map).astype(np.int64),
-                pinned["probability"][item].reshape(query_map).astype(np.float32),
+                pinned["index"][item].reshape(query_map).copy(),
+                pinned["probability"][item].reshape(query_map).copy(),
                 timings,
             )
             for item in range(len(label))
@@ -189,65 +183,38 @@ class GpuPipeline:
         return to_uint8(pinned)
 
     def _require_finite(self, stage: str, what: str, finite: Any) -> None:
-        remedy = "build it again" if self._uint8_output else "export it again"
+        remedy = "build it again" if self._engines["fine"].uint8_output else "export it again"
         require_finite(f"{self._name}: stage {stage} gave", what, finite, remedy)
 
     def _batch(self, stages: Sequence[str], wanted: int, height: int, width: int) -> int:
         """How many items run together: `wanted` or the next fewer that all stages support, else the next more."""
 
+        def stage_shape(stage: str, batch: int) -> Shape:
+            return tile_shape((batch, height, width), self._tile if stage == "fine" else None)
+
         def supported(batches: Iterable[int], stages: Sequence[str] = stages) -> int | None:
-            shapes = ((batch, height, width) for batch in batches)
-            return next((shape[0] for shape in shapes if self._supports(stages, shape)), None)
+            fitting = (b for b in batches if all(self._engines[s].supports(stage_shape(s, b)) for s in stages))
+            return next(fitting, None)
 
         if batch := supported(range(wanted, 0, -1)) or supported(range(wanted + 1, MAX_BATCH + 1)):
             return batch
         lacking = [stage for stage in stages if supported(range(1, MAX_BATCH + 1), [stage]) is None] or stages
-        reasons = "; ".join(
-            self._engines[stage].why_unsupported(*self._shape(stage, (wanted, height, width))[1:]) for stage in lacking
-        )
+        reasons = "; ".join(self._engines[s].why_unsupported(*stage_shape(s, wanted)[1:]) for s in lacking)
         raise InputError(f"{height} x {width} pixels (height x width), batch {wanted}: {reasons}")
 
-    def _translate_workspace(self, shape: Shape, key_map: tuple[int, int]) -> TranslateWorkspace:
-        return self._workspace(
-            ("translate", shape, key_map),
-            lambda: TranslateWorkspace(
-                self._device, self._engines, self._warp, self._config, shape, key_map, self._tile
-            ),
-            self._need(shape, key_map),
-            shape,
-            key_map,
-        )
-
-    def _need(self, shape: Shape, key_map: tuple[int, int]) -> int:
-        """Bytes that a new workspace takes, with all that its stages still have to load."""
-        fine = device_tensors(self._config, "fine", uint8_output=self._uint8_output)
-        tensors = translate_tensors(self._config, self._warp.tensors, fine, shape, key_map, self._tile)
-        return total_bytes(tensors) + self._stages_need(_TRANSLATE, shape)
-
-    def _stages_need(self, stages: Sequence[str], shape: Shape) -> int:
-        memory = [self._engines[stage].memory(self._shape(stage, shape)) for stage in stages]
-        held = 0 if self._scratch is None else self._scratch.bytes
-        return sum(stage.weights for stage in memory) + max(max(stage.scratch for stage in memory) - held, 0)
-
-    def _workspace(
-        self,
-        key: tuple[Any, ...],
-        make: Callable[[], AnyWorkspace],
-        need: int,
-        shape: Shape | None = None,
-        key_map: tuple[int, int] | None = None,
-    ) -> AnyWorkspace:
-        """The workspace `key`, made where it is missing; then `need` bytes must be free. The rest is for messages."""
-        workspace = self._workspaces.get(key)
+    def _workspace(self, kind: str, shape: Shape, make: Callable[[GpuModel, Shape], Workspace]) -> Workspace:
+        """The workspace of this kind and shape, made where it is missing, with its working memory."""
+        workspace = self._workspaces.get((kind, shape))
         if workspace is None:
-            self._reserve(need, shape, key_map)
-            workspace = self._workspaces[key] = make()
+            workspace = self._workspaces[kind, shape] = self._with_room(_words(shape), lambda: make(self._model, shape))
             while len(self._workspaces) > MAX_WORKSPACES:
-                self._evict()
-        self._workspaces.move_to_end(key)
-        if workspace.scratch:
-            workspace.use_scratch(self._working_memory(workspace.scratch))
-        return workspace  # type: ignore[return-value]  # a key's first part is the kind of workspace
+                self._device.synchronize()
+                self._workspaces.popitem(last=False)[1].free()
+        self._workspaces.move_to_end((kind, shape))
+        self._busy = workspace
+        if size := workspace.scratch:
+            workspace.use_scratch(self._with_room(_words(shape), lambda: self._working_memory(size)))
+        return workspace
 
     def _working_memory(self, size: int) -> Buffer:
         if self._scratch is None or self._scratch.bytes < size:
@@ -258,90 +225,52 @@ class GpuPipeline:
             self._scratch = self._device.allocate(size)
         return self._scratch
 
-    def _keys(self, exemplar: Exemplar) -> DeviceExemplar:
+    def _uploaded(self, exemplar: Exemplar) -> DeviceExemplar:
         """The exemplar's state on the device, uploaded where it is missing."""
-        uploaded = self._exemplars.get(weakref.ref(exemplar))
-        if uploaded is not None:
-            self._exemplars.move_to_end(weakref.ref(exemplar))
-            return uploaded
-        height, width = exemplar.phi.shape[2:]
-        size = total_bytes([self._warp.tensors.keys(1, height, width)])
-        if size > self._budget:
-            raise InputError(
-                f"exemplar of {exemplar.size[0]} x {exemplar.size[1]} pixels takes {mebibytes(size)} on the GPU, more "
-                f"than exemplar_cache_mib, {mebibytes(self._budget)}; raise it"
-            )
-        while sum(keys.bytes for keys in self._exemplars.values()) + size > self._budget:
-            self._evict_exemplar()
-        tensors = UploadWorkspace.tensors(self._config, (height, width))
-        upload = self._workspace(
-            ("upload", height, width),
-            lambda: UploadWorkspace(self._device, self._warp, self._config, (height, width)),
-            total_bytes([tensors]),
-        )
-        self._reserve(size, None)
-        keys = DeviceExemplar(self._device, self._warp, (height, width))
+        key = weakref.ref(exemplar)
+        if key not in self._exemplars:
+            height, width = exemplar.phi.shape[2:]
+            size = total_bytes([key_tensors(self._model.config, self._model.warp.dtype, 1, (height, width))])
+            if size > self._budget:
+                raise InputError(
+                    f"exemplar of {exemplar.size[0]} x {exemplar.size[1]} pixels takes {mebibytes(size)} on the GPU, "
+                    f"more than exemplar_cache_mib, {mebibytes(self._budget)}; raise it"
+                )
+            while sum(sum(kept.sizes.values()) for kept in self._exemplars.values()) + size > self._budget:
+                self._device.synchronize()
+                self._exemplars.popitem(last=False)[1].free()
+            uploaded = self._with_room("an exemplar", lambda: upload_exemplar(self._model, exemplar))
+            self._exemplars[weakref.ref(exemplar, self._forgotten.append)] = uploaded
+        self._exemplars.move_to_end(key)
+        return self._exemplars[key]
+
+    def _with_room(self, what: str, make: Callable[[], Made]) -> Made:
+        """What `make` gives; where memory runs out, all that is not in use is evicted and it is tried once more."""
+        with contextlib.suppress(OutOfMemory):
+            return make()
+        self._evict_all()
         try:
-            upload.run(exemplar.phi, exemplar.values, keys)
-        except BaseException:
-            self._settle()
-            keys.free()
-            raise
-        self._exemplars[weakref.ref(exemplar, self._forgotten.append)] = keys
-        return keys
+            return make()
+        except OutOfMemory as error:
+            free, total = self._device.memory()
+            tiles = "" if self._tile else ", or tile= makes pictures in parts"
+            raise BackendError(
+                f"{what} does not fit on {self._device.name}: {error}; {mebibytes(free)} of {mebibytes(total)} are "
+                f"free; lower size, batch_size or exemplar_cache_mib{tiles}, or close what else uses the GPU"
+            ) from error
 
-    def _reserve(self, need: int, shape: Shape | None, key_map: tuple[int, int] | None = None) -> None:
-        """Let `need` bytes be free, by evicting if it must be; `BackendError` where even that is not enough."""
-        free, total = self._device.memory()
-        while need > free:
-            if not self._evict():
-                what = "an exemplar" if shape is None else f"batch {shape[0]} of {shape[1]} x {shape[2]} pixels"
-                advice = (
-                    self._largest(free, shape, key_map) if shape and key_map else "lower size or exemplar_cache_mib"
-                )
-                if self._tile is None:
-                    advice += ", or tile= makes pictures in parts"
-                raise BackendError(
-                    f"{what} needs {mebibytes(need)} more device memory; {mebibytes(free)} of {mebibytes(total)} are "
-                    f"free on {self._device.name}; {advice}, or close what else uses the GPU"
-                )
-            free, _ = self._device.memory()
-
-    def _largest(self, free: int, shape: Shape, key_map: tuple[int, int]) -> str:
-        """The largest square and batch that `free` bytes are enough for, in words."""
-        for side in range(max(shape[1:]), SIZE_MULTIPLE, -SIZE_MULTIPLE):
-            for batch in range(shape[0], 0, -1):
-                square = (batch, side, side)
-                if self._supports(_TRANSLATE, square) and self._need(square, key_map) <= free:
-                    return f"the largest square that fits is {side} x {side}, batch {batch}"
-        return "no size fits: lower exemplar_cache_mib"
-
-    def _supports(self, stages: Sequence[str], shape: Shape) -> bool:
-        return all(self._engines[stage].supports(self._shape(stage, shape)) for stage in stages)
-
-    def _shape(self, stage: str, shape: Shape) -> Shape:
-        """The shape that a stage runs at for pictures of `shape`."""
-        return tile_shape(shape, self._tile) if stage == "fine" else shape
-
-    def _evict(self) -> bool:
-        """Free the workspace that was not used for longest, or else such an exemplar; False where there is none."""
-        key = next((key for key, workspace in self._workspaces.items() if workspace is not self._busy), None)
-        if key is None:
-            return bool(self._exemplars) and self._evict_exemplar()
-        self._device.synchronize()
-        self._workspaces.pop(key).free()
-        return True
-
-    def _evict_exemplar(self) -> bool:
-        self._device.synchronize()
-        self._exemplars.popitem(last=False)[1].free()
-        return True
-
-    def _drop_forgotten(self) -> None:
-        """Free what belongs to exemplars that nobody holds any more."""
-        while self._forgotten:
-            if keys := self._exemplars.pop(self._forgotten.popleft(), None):
-                keys.free()
+    def _evict_all(self) -> None:
+        """Free every workspace but the busy one with its last work, every exemplar, and working memory not in use."""
+        self._settle()
+        if self._busy is not None:
+            self._busy.keep_work(1)
+        for key in [key for key, workspace in self._workspaces.items() if workspace is not self._busy]:
+            self._workspaces.pop(key).free()
+        while self._exemplars:
+            self._exemplars.popitem()[1].free()
+        if self._scratch is not None and self._busy is None:
+            self._scratch.free()
+            self._scratch = None
 
     def _settle(self) -> None:
         """Wait for what an error has left on the stream: after one of the GPU itself, waiting raises it once more."""
@@ -349,11 +278,8 @@ class GpuPipeline:
             self._device.synchronize()
 
 
-def open_device(install: str) -> Device:
-    """The GPU; raises `BackendError` as `PycudaDevice`."""
-    from .pycuda import PycudaDevice
-
-    return PycudaDevice(install=install)
+def _words(shape: Shape) -> str:
+    return f"batch {shape[0]} of {shape[1]} x {shape[2]} pixels"
 
 
 def open_gpu_pipeline(bundle: Bundle, options: EngineOptions) -> GpuPipeline:
@@ -361,28 +287,27 @@ def open_gpu_pipeline(bundle: Bundle, options: EngineOptions) -> GpuPipeline:
 
     Raises `BackendError` where the GPU, pycuda, the backend, an engine or the compiled kernels are missing.
     """
-    backend, precision = options.backend, options.precision
-    tensorrt = backend in VARIANTS
+    backend, precision, config = options.backend, options.precision, bundle.manifest.config
     folder = default_folder(bundle.path) if options.engines is None else Path(options.engines)
     cache_bytes = (options.exemplar_cache_mib or EXEMPLAR_CACHE_MIB) << 20
-    if tensorrt:
-        install = f"pip install flashcocos[{VARIANTS[backend]}], or choose backend onnxruntime"
-    else:
-        on_cpu = "warp numba" if options.warp == "cuda" else "device cpu"
-        install = f"pip install flashcocos[gpu] pycuda, or choose {on_cpu}"
-    device = open_device(install)
+    extra = VARIANTS.get(backend, "gpu")
+    device = Device(install=f"pip install flashcocos[{extra}], or choose {_other_choice(options)}")
     try:
         with device.active():
-            config, sources = bundle.manifest.config, (KernelFolder(folder / FOLDER), BundleKernels(bundle))
-            dtypes = ("float32", "float16") if precision == "float32" else ("float16", "float32")
-            build = f"flashcocos build {bundle.path} --target sm_{device.capability}"
-            if tensorrt:
-                remedy = f"{build} --variant {backend}, or flashcocos export --aot, makes them"
-            else:
-                remedy = f'{build}, or flashcocos export --aot, makes them; or choose warp="numba", on the CPU'
-            warp = DeviceWarp(device, find_kernels(sources, config, device.capability, dtypes, remedy), config)
+            remedy = f"flashcocos build {bundle.path} --target sm_{device.capability}"
+            if backend in VARIANTS:
+                remedy += f" --variant {backend}"
+            cubins = find_kernels(
+                (folder_kernels(folder / FOLDER), bundle_kernels(bundle)),
+                config,
+                ("float32", "float16") if precision == "float32" else ("float16", "float32"),
+                capability=device.capability,
+                driver=device.driver,
+                remedy=f"{remedy}, or flashcocos export --aot, makes them",
+            )
+            warp = DeviceWarp(device, cubins, config)
             engines: Mapping[str, DeviceEngine]
-            if tensorrt:
+            if backend in VARIANTS:
                 from .tensorrt import open_tensorrt
 
                 engines = open_tensorrt(bundle, device, variant=backend, folder=folder, precision=precision)
@@ -394,3 +319,9 @@ def open_gpu_pipeline(bundle: Bundle, options: EngineOptions) -> GpuPipeline:
     except BaseException:
         device.close()
         raise
+
+
+def _other_choice(options: EngineOptions) -> str:
+    if options.backend in VARIANTS:
+        return "backend onnxruntime"
+    return "warp numba" if options.warp == "cuda" else "device cpu"

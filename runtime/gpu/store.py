@@ -35,7 +35,7 @@ from ..tiles import tile_side
 
 PRECISIONS = ("float32", "float16")  # from the slowest to the fastest
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-GRAPH_REVISION = 1  # of export/tensorrt/graphs.py: another revision gives other engines of the same bundle
+GRAPH_REVISION = 2  # of export/tensorrt: another way to rewrite or to build gives other engines of the same bundle
 MAX_ENGINE_BYTES = 16 << 30
 _MAX_DESCRIPTION_BYTES = 1 << 20
 

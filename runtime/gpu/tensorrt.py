@@ -2,7 +2,8 @@
 
 Both variants, the packages tensorrt and tensorrt_rtx, have one Python API for this. Working memory is handed to
 TensorRT, since the stages run one after another and can share it. A stage may have several engines; the one whose
-profile has a shape runs it, static ones first, and is deserialized when it is first needed.
+profile has a shape runs it, static ones first, and is deserialized when it is first needed. tensorrt-rtx compiles
+kernels when a context is made; they are kept in a file beside the engines, for the next process.
 
 Written against the documented API and tested with a stand-in for TensorRT's runtime.
 """
@@ -10,47 +11,93 @@ Written against the documented API and tested with a stand-in for TensorRT's run
 from __future__ import annotations
 
 import collections
+import contextlib
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...bundle import STAGES, Bundle, TensorSpec
 from ...errors import BackendError
+from ...files import atomic_path
 from ..engine import EngineInfo, one_line
-from .device import Device, mebibytes
-from .engine import EngineMemory, Shape, axis_names, concrete, device_tensors
+from .device import Device, OutOfMemory, mebibytes
+from .engine import Shape, axis_names, concrete, device_tensors
 from .store import EngineRecord, find_engines, import_variant, read_engine
+
+_log = logging.getLogger("flashcocos.runtime")
+_MAX_CACHE_BYTES = 1 << 30
 
 
 class TensorRt:
-    """The installed package of a variant, its runtime and its last error messages.
+    """The installed package of a variant, its runtime, its last error messages, and the kernels that it has compiled.
 
-    Raises `BackendError` where the package is missing or does not start.
+    cache: the file of these kernels, which are code, to be trusted as the engines beside it. Raises `BackendError`
+    where the package is missing or does not start.
     """
+
+    cache: Path | None = None
 
     def __init__(self, variant: str) -> None:
         self.module: Any = import_variant(variant)
         self.variant, self.version = variant, str(self.module.__version__)
         self._messages: collections.deque[str] = collections.deque(maxlen=3)
         self._logger = _logger(self.module, self._messages)
+        self._compiled: Any = None
+        self._first_config: Any = None
         try:
             self.runtime: Any = self.module.Runtime(self._logger)
         except (RuntimeError, TypeError) as error:  # TypeError where its factory gives nothing
             raise BackendError(f"{variant} {self.version} does not start: {self.complaint(error)}") from error
 
-    def complaint(self, otherwise: object = "it gives no reason") -> str:
-        """What TensorRT logged as errors since the last call, in one line, or `otherwise`."""
-        messages = "; ".join(self._messages)
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What `function` gives; `complaint` then tells of this call and of no earlier one."""
         self._messages.clear()
-        return one_line(messages or otherwise)
+        return function(*arguments)
+
+    def complaint(self, otherwise: object = "it gives no reason") -> str:
+        """What TensorRT logged as errors in the last `call`, in one line, or `otherwise`."""
+        return one_line("; ".join(self._messages) or otherwise)
+
+    def context(self, engine: Any) -> tuple[Any, Any]:
+        """An execution context that works in memory of ours, None where TensorRT gives none; and what to keep with it.
+
+        Nothing says that a context holds the settings that it was made with, or a cache those that made it.
+        """
+        strategy = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.variant == "tensorrt":
+            return self.call(engine.create_execution_context, strategy), None
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # kernels for a context's shapes at once: a captured graph would keep the fallback that LAZY runs meanwhile
+        specialization = self.module.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        if self._compiled is None:
+            self._compiled, self._first_config = config.create_runtime_cache(), config
+            with contextlib.suppress(OSError):  # there is none yet
+                if self.cache is not None and self.cache.stat().st_size <= _MAX_CACHE_BYTES:
+                    self._compiled.deserialize(self.cache.read_bytes())  # False for another driver or GPU, and empty
+        config.set_runtime_cache(self._compiled)
+        return self.call(engine.create_execution_context, config), config
+
+    def save_cache(self) -> None:
+        """Write the compiled kernels for the next process, once; a folder that is read-only is no error."""
+        compiled, self._compiled = self._compiled, None
+        if compiled is not None and self.cache is not None:
+            try:
+                with atomic_path(self.cache) as temporary:
+                    temporary.write_bytes(bytes(compiled.serialize()))
+            except OSError as error:
+                _log.warning("%s cannot be written: %s; the next start compiles again", self.cache, error.strerror)
 
 
 class TensorRtEngine:
     """A stage of `bundle`, run by the engines of `records` that are for this stage.
 
-    folder: where the engines lie. Raises `BackendError` for a record of other tensors than the stage has.
+    folder: where the engines lie.
     """
 
     uint8_output = True
@@ -74,13 +121,6 @@ class TensorRtEngine:
         self._config, self._stored = bundle.manifest.config, bundle.manifest.precision
         self._tensors = device_tensors(self._config, stage, uint8_output=True)
         self._records = [record for record in records if record.key.stage == stage]
-        for record in self._records:
-            stated = axis_names(record.inputs), axis_names(record.outputs)
-            if stated != (axis_names(self._tensors[0]), axis_names(self._tensors[1])):
-                raise BackendError(
-                    f"{folder}: engine {record.key.stem} has other tensors than stage {stage}: {stated}; "
-                    "remove it and run flashcocos build again"
-                )
         self._engines: dict[str, Any] = {}
 
     def supports(self, shape: Shape) -> bool:
@@ -99,14 +139,6 @@ class TensorRtEngine:
             f"flashcocos build {self._name} --size {height}x{width} makes others"
         )
 
-    def memory(self, shape: Shape) -> EngineMemory:
-        """Weights of the engine unless it is loaded, and its working memory: the builder's figures."""
-        record = self._record(shape)
-        engine = self._engines.get(record.key.stem)
-        if engine is None:
-            return EngineMemory(record.weight_bytes, record.activation_bytes)
-        return EngineMemory(0, engine.device_memory_size_v2)
-
     def bind(self, shape: Shape, addresses: Mapping[str, int]) -> TensorRtBinding:
         """An execution context for `shape`."""
         record = self._record(shape)
@@ -115,8 +147,7 @@ class TensorRtEngine:
             engine = self._engines[record.key.stem] = self._load(record)
         inputs, outputs = (concrete(self._config, tensors, shape) for tensors in self._tensors)
         name = f"{self._folder}: engine {record.key.stem}"
-        static = record.key.profile.static
-        return TensorRtBinding(self._tensorrt, engine, self._device, name, inputs, outputs, addresses, static)
+        return TensorRtBinding(self._tensorrt, engine, self._device, name, inputs, outputs, addresses)
 
     def load(self) -> None:
         """Load the engine for one picture of the model's own size, or else the first, so that it can fail early."""
@@ -130,7 +161,8 @@ class TensorRtEngine:
         return EngineInfo(backend, "TensorRT", "cuda", self._stored, arithmetic)
 
     def close(self) -> None:
-        """Free the engines."""
+        """Free the engines, whose contexts are gone by now, and keep what they have compiled."""
+        self._tensorrt.save_cache()
         self._engines.clear()
 
     def _record(self, shape: Shape) -> EngineRecord:
@@ -139,11 +171,12 @@ class TensorRtEngine:
     def _load(self, record: EngineRecord) -> Any:
         free, _ = self._device.memory()
         if record.weight_bytes > free:
-            raise BackendError(
-                f"{self._folder}: the weights of engine {record.key.stem} take {mebibytes(record.weight_bytes)}, "
-                f"{mebibytes(free)} are free on {self._device.name}; close what else uses the GPU"
+            raise OutOfMemory(
+                f"the weights of engine {record.key.stem} take {mebibytes(record.weight_bytes)}, {mebibytes(free)} are "
+                f"free on {self._device.name}; close what else uses the GPU"
             )
-        engine = self._tensorrt.runtime.deserialize_cuda_engine(read_engine(self._folder, record))
+        deserialize = self._tensorrt.runtime.deserialize_cuda_engine
+        engine = self._tensorrt.call(deserialize, read_engine(self._folder, record))
         if engine is None:
             device, variant = self._device, f"{self._tensorrt.variant} {self._tensorrt.version}"
             raise BackendError(
@@ -151,19 +184,18 @@ class TensorRtEngine:
                 f"(sm_{device.capability}, CUDA {device.driver}): {self._tensorrt.complaint()}; it was built "
                 "for another GPU or driver: run flashcocos build on this machine, or update the driver"
             )
-        actual = _tensors(self._tensorrt.module, engine)
-        stated = axis_names(record.inputs), axis_names(record.outputs)
-        if actual != stated:
+        actual, expected = _tensors(self._tensorrt.module, engine), tuple(map(axis_names, self._tensors))
+        if actual != expected:
             del engine  # which the error's frames would keep
             raise BackendError(
-                f"{self._folder}: engine {record.key.stem} has the tensors {actual}, its description states {stated}; "
-                "remove it and run flashcocos build again"
+                f"{self._folder}: engine {record.key.stem} has the tensors {actual}, stage {self._stage} has "
+                f"{expected}; remove it and run flashcocos build again"
             )
         return engine
 
 
 class TensorRtBinding:
-    """An execution context at one shape; implements `Binding`. Capture needs an engine for this shape alone."""
+    """An execution context at one shape; implements `Binding`."""
 
     def __init__(
         self,
@@ -174,32 +206,29 @@ class TensorRtBinding:
         inputs: Mapping[str, tuple[tuple[int, ...], str]],
         outputs: Mapping[str, tuple[tuple[int, ...], str]],
         addresses: Mapping[str, int],
-        static: bool,
     ) -> None:
         self._tensorrt, self._device, self._name = tensorrt, device, name
         self.scratch = int(engine.device_memory_size_v2)
-        strategy = tensorrt.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = engine.create_execution_context(strategy)
-        if context is None:
-            raise BackendError(
-                f"{name}: no execution context: {tensorrt.complaint()}; where memory ran out, lower size or batch"
-            )
+        context, self._config = tensorrt.context(engine)
+        if context is None:  # the shapes come later, so that memory is the likely reason
+            raise OutOfMemory(f"{name}: no execution context: {tensorrt.complaint()}")
         self._context: Any = context
         for tensor, (shape, _) in inputs.items():
-            self._require(context.set_input_shape(tensor, shape), f"takes no {tensor} {shape}")
-        self._require(not context.infer_shapes(), "lacks the shape of an input")
+            self._require(tensorrt.call(context.set_input_shape, tensor, shape), f"takes no {tensor} {shape}")
+        self._require(not tensorrt.call(context.infer_shapes), "lacks the shape of an input")
         for tensor, (shape, _) in outputs.items():
             actual = tuple(context.get_tensor_shape(tensor))
             self._require(actual == shape, f"gives {tensor} {actual}, expected {shape}")
         for tensor in (*inputs, *outputs):
-            self._require(context.set_tensor_address(tensor, addresses[tensor]), f"takes no address for {tensor}")
-        self._static = static
+            taken = tensorrt.call(context.set_tensor_address, tensor, addresses[tensor])
+            self._require(taken, f"takes no address for {tensor}")
 
     @property
     def can_capture(self) -> bool:
-        """Whether `enqueue` may be captured; tensorrt-rtx compiles as it goes, and says when it has every kernel."""
-        is_capturable = getattr(self._context, "is_stream_capturable", None)
-        return self._static and (is_capturable is None or bool(is_capturable(self._device.stream)))
+        """Whether `enqueue` may be captured: after a first run with TensorRT proper, and tensorrt-rtx is asked."""
+        if self._tensorrt.variant == "tensorrt":
+            return True
+        return bool(self._context.is_stream_capturable(self._device.stream))
 
     def use_scratch(self, address: int, size: int) -> None:
         """Hand the shared working memory to the context."""
@@ -207,11 +236,11 @@ class TensorRtBinding:
 
     def enqueue(self) -> None:
         """Run on the device's stream."""
-        self._require(self._context.execute_async_v3(self._device.stream), "failed to run")
+        self._require(self._tensorrt.call(self._context.execute_async_v3, self._device.stream), "failed to run")
 
     def close(self) -> None:
         """Free the context."""
-        self._context = None
+        self._context = self._config = None
 
     def _require(self, ok: bool, what: str) -> None:
         if not ok:
@@ -227,6 +256,7 @@ def open_tensorrt(
     missing, or does not load: of each stage one is loaded here.
     """
     tensorrt = TensorRt(variant)
+    tensorrt.cache = Path(folder) / f"runtime-{tensorrt.version}-sm{device.capability}.cache"
     records = find_engines(
         bundle,
         folder,

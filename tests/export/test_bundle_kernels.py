@@ -15,7 +15,7 @@ from flashcocos.bundle import Bundle
 from flashcocos.config import ModelConfig
 from flashcocos.errors import BackendError
 from flashcocos.export import bundle as export_module
-from flashcocos.runtime.gpu.cubins import BundleKernels, find_kernels
+from flashcocos.runtime.gpu.cubins import bundle_kernels, find_kernels
 
 TINY = ModelConfig.preset("tiny")
 # this process's Triton interprets and cannot compile
@@ -48,10 +48,18 @@ def test_the_kernels_become_files_of_the_bundle(kernels, make_bundle, monkeypatc
     assert asked == [(TINY, [86, 120])]
     assert set(bundle.manifest.files) - set(plain.manifest.files) == set(kernels)
     bundle.verify()
+
+    def find(capability, driver="13.0"):
+        sources = [bundle_kernels(bundle)]
+        return find_kernels(sources, TINY, ["float16"], capability=capability, driver=driver, remedy="build them")
+
     for capability in (86, 89, 120):  # 8.9 runs the cubins of 8.6
-        assert find_kernels((BundleKernels(bundle),), TINY, capability, ["float16"], "").dtype == "float16"
+        assert {cubin.dtype for cubin in find(capability).values()} == {"float16"}
+    assert find(89, driver="12.0")
+    with pytest.raises(BackendError, match=r"compiled by CUDA 13\.\d+, the NVIDIA driver supports CUDA 12\.9"):
+        find(120, driver="12.9")  # Triton's other compiler, for sm_90 and newer
     with pytest.raises(BackendError, match="there are: float16 for sm_86, sm_120"):
-        find_kernels((BundleKernels(bundle),), TINY, 90, ["float16"], "build them")
+        find(90)
 
 
 def test_single_takes_no_kernels(capsys, tmp_path):

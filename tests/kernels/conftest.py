@@ -23,10 +23,12 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     triton_warp = pytest.importorskip("flashcocos.kernels.gpu.triton_warp")
     names: list[str] = []
 
-    def spy(name: str, launch: str) -> None:
-        spied = getattr(triton_warp, launch)
-        monkeypatch.setattr(triton_warp, launch, lambda *arguments: (names.append(name), spied(*arguments)))
+    launch = triton_warp._launch
 
-    spy("nine_tap", "_launch_nine_tap")
-    spy("straightforward", "_launch_forward")
+    def spy(*arguments: object) -> None:
+        nine_tap = arguments[7]
+        names.append("nine_tap" if nine_tap else "straightforward")
+        launch(*arguments)
+
+    monkeypatch.setattr(triton_warp, "_launch", spy)
     return names

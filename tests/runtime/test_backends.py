@@ -44,7 +44,7 @@ class FakeRuntime:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime) -> FakeRuntime:
-    monkeypatch.setattr(onnxruntime_engine, "_import_onnxruntime", lambda: runtime)
+    monkeypatch.setattr(onnxruntime_engine, "import_onnxruntime", lambda: runtime)
     return runtime
 
 
@@ -60,28 +60,19 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_cuda_that_does_not_start_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, FakeRuntime(starts=False))
     with pytest.raises(BackendError, match=r"could not start CUDAExecutionProvider and would use CPUExecutionProvider"):
-        Translator(bundle, device="cuda", **GRAPHS_ONLY)
-
-
-def test_auto_takes_cuda_where_it_starts(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    runtime = use(monkeypatch, FakeRuntime(starts=True))
-    with caplog.at_level(logging.INFO, "flashcocos"), Translator(bundle, **GRAPHS_ONLY) as translator:
-        assert {info["device"] for info in stages(translator)} == {"cuda"}
-    assert runtime.requested == ["CUDAExecutionProvider"] * len(STAGES)
-    assert messages(caplog) == ["device auto: cuda, with the warp on the CPU"]
+        onnxruntime_engine.open_session(bundle, "query", device="cuda")
 
 
 def test_auto_says_once_why_it_takes_the_cpu(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runtime = use(monkeypatch, FakeRuntime(starts=False))
-    with Translator(bundle, **GRAPHS_ONLY) as translator:
+    runtime = use(monkeypatch, FakeRuntime(starts=True))
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    with Translator(bundle) as translator:
         assert {info["provider"] for info in stages(translator)} == {"CPUExecutionProvider"}
-    assert runtime.requested == ["CUDAExecutionProvider"] + ["CPUExecutionProvider"] * len(STAGES)
+    assert runtime.requested == ["CPUExecutionProvider"] * len(STAGES)
     assert len(messages(caplog)) == 1
-    assert "cuda does not start" in caplog.text
+    assert "device auto: cpu, because cuda does not start: the GPU pipeline needs pycuda" in caplog.text
 
 
 def test_auto_without_a_cuda_build_is_the_cpu(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
@@ -103,14 +94,10 @@ def test_absent_onnxruntime_names_the_extra(bundle: Bundle, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"warp": "cuda"}, r"pycuda .*; pip install flashcocos\[gpu\] pycuda, or choose warp numba$"),
-        ({"device": "cuda"}, r"pycuda .*; pip install flashcocos\[gpu\] pycuda, or choose device cpu$"),
+        ({"warp": "cuda"}, r"pycuda .*; pip install flashcocos\[gpu\], or choose warp numba$"),
+        ({"device": "cuda"}, r"pycuda .*; pip install flashcocos\[gpu\], or choose device cpu$"),
         ({"backend": "tensorrt"}, r"pycuda .*; pip install flashcocos\[tensorrt\], or choose backend onnxruntime$"),
         ({"backend": "tensorrt-rtx"}, r"pycuda .*; pip install flashcocos\[rtx\], or choose backend onnxruntime$"),
-        (
-            {"device": "cuda", "warp": "numpy"},
-            r"no CUDAExecutionProvider; pip install flashcocos\[gpu\], or .* device cpu",
-        ),
     ],
 )
 def test_what_cannot_run_names_its_way_out(
@@ -129,9 +116,7 @@ def test_options_of_a_gpu_are_refused_on_the_cpu(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, place: dict[str, str], option: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(
-        InputError, match=rf"{next(iter(option))} applies only where the warp runs on a GPU.*leave it out"
-    ):
+    with pytest.raises(InputError, match=rf"{next(iter(option))} applies only on a GPU.*leave it out"):
         Translator(bundle, **place, **option)
 
 
@@ -176,7 +161,7 @@ def test_without_onnxruntime_openvino_runs(bundle: Bundle, monkeypatch: pytest.M
 def test_the_largest_graph_is_loaded_first(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
     monkeypatch.setattr(backends, "OnnxRuntimeEngine", lambda bundle, stage, **_: loaded.append(stage))
-    backends.open_engines(bundle, EngineOptions(), "cpu")
+    backends.open_engines(bundle, EngineOptions())
     sizes = [len(bundle.read_stage(stage)) for stage in loaded]
     assert sorted(loaded) == sorted(STAGES)
     assert sizes == sorted(sizes, reverse=True)

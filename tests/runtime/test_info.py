@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from fake_device import FakeDevice
-from fake_gpu import fake_gpu
+from fake_cuda import FakeCuda
+from fake_gpu import fake_gpu, install_driver
 from tiny_bundle import CHANNELS, CLASSES, write_tiny_bundle
 
 from flashcocos import __version__
@@ -124,17 +124,16 @@ def test_engines_and_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = FakeDevice(CLASSES)
-    monkeypatch.setattr(info, "PycudaDevice", lambda: device)
+    cuda = install_driver(monkeypatch, FakeCuda(CLASSES))
     assert line("gpu", "Fake RTX, sm_86, driver for CUDA 12.4, 64 MiB of 64 MiB free") in describe_bundle()
-    assert device.closed
+    assert cuda.closed
 
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> None:
         raise BackendError("the GPU cannot be used: no device")
 
-    monkeypatch.setattr(info, "PycudaDevice", none)
+    monkeypatch.setattr(info, "Device", none)
     assert line("gpu", "none: the GPU cannot be used: no device") in describe_bundle().splitlines()
 
 

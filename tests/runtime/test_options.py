@@ -59,7 +59,11 @@ def test_edges_of_the_ranges() -> None:
         ({"backend": "openvino", "device": "cuda"}, "'openvino' is for the CPU; choose backend onnxruntime"),
         ({"backend": "openvino", "warp": "cuda"}, "warp 'cuda': backend 'openvino' is for the CPU; choose warp numba"),
         ({"backend": "tensorrt", "device": "cpu"}, "device 'cpu': backend 'tensorrt' is for a GPU"),
-        ({"backend": "tensorrt", "warp": "numpy"}, "warp 'numpy': backend 'tensorrt' warps on the GPU"),
+        ({"backend": "tensorrt", "warp": "numpy"}, "warp 'numpy' runs on the CPU, got backend 'tensorrt' on a GPU"),
+        (
+            {"device": "cuda", "warp": "numba"},
+            "warp 'numba' runs on the CPU, .*leave warp out, or .*device cpu",
+        ),
         ({"device": "cpu", "warp": "cuda"}, "warp 'cuda' runs on a GPU, got device 'cpu'; choose warp numba"),
     ],
 )

@@ -13,7 +13,7 @@ from flashcocos.config import TILE_OVERLAP
 from flashcocos.errors import InputError
 from flashcocos.runtime import Translator
 from flashcocos.runtime.options import check_tile
-from flashcocos.runtime.tiles import is_cut, placed, tile_side, tile_size, tiles
+from flashcocos.runtime.tiles import is_cut, tile_side, tile_size, tiles
 
 
 @pytest.mark.parametrize("tile", [64, 96, 160, 512])
@@ -61,23 +61,6 @@ def test_windows_follow_the_axes() -> None:
     assert tile.kept(label)[1:] == (slice(80, 128), slice(80, 160))
     assert tile.inner(label)[1:] == (slice(48, 96), slice(16, 96))
     assert [is_cut(spec) for spec in (features, label, TensorSpec("means", "float32", ("batch", 5, 3)))] == [1, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ("axes", "sides"),
-    [(("batch", "height", "width", 3), (2, 96, 128, 3)), (("batch", 5, "height", "width"), (2, 5, 96, 128))],
-)
-def test_where_a_window_lies_in_memory(axes: tuple[int | str, ...], sides: tuple[int, ...]) -> None:
-    spec, array = TensorSpec("x", "int16", axes), np.arange(np.prod(sides), dtype=np.int16).reshape(sides)
-    for tile in tiles(96, 128, 64, 4):
-        start, (pitch, rows), (width, height, depth) = placed(spec, sides, 2, tile.kept(spec))
-        flat = array.tobytes()
-        window = [
-            flat[(at := start + (plane * rows + row) * pitch) : at + width]
-            for plane in range(depth)
-            for row in range(height)
-        ]
-        assert b"".join(window) == array[tile.kept(spec)].tobytes()
 
 
 @pytest.mark.parametrize("config", [CLASSES, CHANNELS], ids=["classes", "channels"])

@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import onnxruntime
-from fake_device import FakeDevice
+from fake_cuda import FakeCuda
 
 
 class FakeCudaRuntime:
     """The module; `starts` is whether CUDA does, else it falls back to the CPU as the real one."""
 
-    SessionOptions = onnxruntime.SessionOptions
+    SessionOptions, RunOptions = onnxruntime.SessionOptions, onnxruntime.RunOptions
     __version__ = "0-fake"
 
-    def __init__(self, device: FakeDevice | None = None, starts: bool = True) -> None:
-        self.device, self.starts, self.options = device, starts, []
+    def __init__(self, device: FakeCuda | None = None, starts: bool = True) -> None:
+        self.device, self.starts, self.options, self.preloaded = device, starts, [], 0
+
+    def preload_dlls(self) -> None:
+        self.preloaded += 1
 
     def get_available_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -29,7 +32,7 @@ class FakeCudaRuntime:
 
 
 class FakeCudaSession:
-    def __init__(self, session: Any, device: FakeDevice | None, provider: str) -> None:
+    def __init__(self, session: Any, device: FakeCuda | None, provider: str) -> None:
         self._session, self._device, self._provider = session, device, provider
         self.get_inputs, self.get_outputs, self.run = session.get_inputs, session.get_outputs, session.run
 
@@ -39,14 +42,15 @@ class FakeCudaSession:
     def io_binding(self) -> FakeBinding:
         return FakeBinding(self._session.io_binding(), self._device)
 
-    def run_with_iobinding(self, binding: FakeBinding) -> None:
+    def run_with_iobinding(self, binding: FakeBinding, options: Any) -> None:
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
         assert not self._device.capturing, "its graphs cannot be captured"
         self._device.flush()
         self._session.run_with_iobinding(binding.real)
 
 
 class FakeBinding:
-    def __init__(self, real: Any, device: FakeDevice) -> None:
+    def __init__(self, real: Any, device: FakeCuda) -> None:
         self.real, self.device = real, device
 
     def bind_input(self, name: str, kind: str, ordinal: int, dtype: Any, shape: list[int], address: int) -> None:

@@ -14,11 +14,12 @@ import weakref
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from fake_device import MIB, FakeDevice
+from fake_cuda import MIB, STREAM, Error, FakeCuda
 
 from flashcocos.bundle import STAGES, Bundle
 from flashcocos.bundle.stages import axis_sizes, concrete_shape
@@ -100,15 +101,17 @@ class FakeTensorRt:
 
     ILogger, TensorIOMode = ILogger, TensorIOMode
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
-    def __init__(self, device: FakeDevice, version: str = VERSION, can_capture: bool | None = None) -> None:
+    def __init__(self, device: FakeCuda, version: str = VERSION, can_capture: bool | None = None) -> None:
         self.device, self.__version__, self.can_capture = device, version, can_capture
         self.fails: str | None = None  # the stage whose next run fails
         self.syncs = False  # whether runs wait for the device, which cannot be captured
         self.nan = False  # whether the fine stage says that it gave NaN
         self.loaded: list[str] = []
         self.runs: list[str] = []
-        self.engines = 0
+        self.compiled: list[str] = []
+        self.engines = self.contexts = 0
 
     def Runtime(self, logger: Any) -> Any:
         assert logger.initialized
@@ -160,7 +163,7 @@ class Engine:
         self.tensors = {n: (t, tuple(s), TensorIOMode.INPUT) for n, t, s in inputs}
         self.tensors |= {n: (t, tuple(s), TensorIOMode.OUTPUT) for n, t, s in outputs}
         self.num_io_tensors = len(self.tensors)
-        weights = self.trt.device.allocate(WEIGHTS)
+        weights = self.trt.device.mem_alloc(WEIGHTS)
         self.trt.engines += 1
         weakref.finalize(self, _unload, self.trt, weights)
 
@@ -176,14 +179,51 @@ class Engine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(side if isinstance(side, int) else -1 for side in self.tensors[name][1])
 
-    def create_execution_context(self, strategy: Any) -> Any:
+    def create_execution_context(self, how: Any) -> Any:
+        self.trt.contexts += 1
+        if self.trt.can_capture is None:
+            assert how is ExecutionContextAllocationStrategy.USER_MANAGED
+            return Context(self)
+        return how.context(self)
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig(self.trt)
+
+
+class RuntimeConfig:
+    """Of tensorrt-rtx; a cache of compiled kernels holds the names of the stages that had a context."""
+
+    dynamic_shapes_kernel_specialization_strategy: Any = None
+
+    def __init__(self, trt: FakeTensorRt) -> None:
+        self.trt = trt
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
-        return Context(self) if self.trt.can_capture is None else RtxContext(self)
+
+    def create_runtime_cache(self) -> Any:
+        cache = SimpleNamespace(kernels=set())
+        cache.serialize = lambda: json.dumps(sorted(cache.kernels)).encode()
+        cache.deserialize = lambda blob: cache.kernels.update(json.loads(blob))
+        return cache
+
+    def set_runtime_cache(self, cache: Any) -> bool:
+        self.cache = cache
+        return True
+
+    def context(self, engine: Engine) -> Context:
+        assert self.dynamic_shapes_kernel_specialization_strategy == "eager"
+        stage = engine.header["stage"]
+        if stage not in self.cache.kernels:
+            self.trt.compiled.append(stage)
+            self.cache.kernels.add(stage)
+        context = Context(engine)
+        context.is_stream_capturable = lambda stream: self.trt.can_capture and stream == STREAM
+        return context
 
 
 def _unload(trt: FakeTensorRt, weights: Any) -> None:
     trt.engines -= 1
-    weights.alive = False
     trt.device.buffers.remove(weights)
 
 
@@ -226,7 +266,7 @@ class Context:
         self.scratch = (address, size)
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == self.device.stream
+        assert stream == STREAM
         assert set(self.addresses) == set(self.engine.tensors)
         assert not self.engine.device_memory_size_v2 or self.scratch[0]
         stage = self.engine.header["stage"]
@@ -234,10 +274,15 @@ class Context:
             self.trt.fails = None
             self.engine.runtime.logger.log(Severity.ERROR, "IExecutionContext::enqueueV3: Error Code 7: no")
             return False
-        if self.trt.syncs:
-            self.device.synchronize()
+        if self.trt.syncs and self.device.capturing:
+            self.engine.runtime.logger.log(Severity.ERROR, "waits while work is captured")
+            return False
         addresses, scratch = dict(self.addresses), self.scratch
-        self.device.put(lambda: self._run(stage, addresses, scratch))
+        try:
+            self.device.put(lambda: self._run(stage, addresses, scratch))
+        except Error as error:
+            self.engine.runtime.logger.log(Severity.ERROR, str(error))
+            return False
         return True
 
     def _run(self, stage: str, addresses: dict[str, int], scratch: tuple[int, int]) -> None:
@@ -257,10 +302,3 @@ class Context:
             view(name)[...] = np.stack([to_uint8(one) for one in array]) if packed else array
         if stage == "fine":
             view("invalid")[...] = float(self.trt.nan)
-
-
-class RtxContext(Context):
-    """Of the variant that compiles kernels as it goes."""
-
-    def is_stream_capturable(self, stream: int) -> bool:
-        return self.trt.can_capture and stream == self.device.stream

@@ -15,15 +15,15 @@ from fake_tensorrt import profile
 from flashcocos.errors import BackendError
 from flashcocos.runtime import Translator
 from flashcocos.runtime.cpu.onnxruntime import has_provider
-from flashcocos.runtime.gpu.pycuda import PycudaDevice
+from flashcocos.runtime.gpu.device import Device
 from flashcocos.runtime.gpu.store import default_folder
 from flashcocos.runtime.options import VARIANTS
 
 
-def require_gpu() -> PycudaDevice:
+def require_gpu() -> Device:
     """The GPU; skips with the reason where it cannot be used."""
     try:
-        return PycudaDevice()
+        return Device()
     except BackendError as error:
         pytest.skip(f"needs a GPU: {error}")
 

@@ -15,6 +15,7 @@ from flashcocos.train.networks.layers import (
     folded_state,
     positional_norm,
     subsample,
+    unit_length,
 )
 
 
@@ -30,6 +31,38 @@ def test_positional_norm_survives_a_large_mean() -> None:
     x = torch.randn(1, 64, 4, 4, dtype=torch.float64) + 4096
     error = (positional_norm(x.float()).double() - positional_norm(x)).abs().max()
     assert error < 1e-3  # float32 holds 4096 + x to 2.4e-4; E[x^2] - E[x]^2 would lose the variance altogether
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spread", [400.0, 1e-3])
+def test_norms_of_16_bit_features_are_made_in_float32(dtype: torch.dtype, spread: float) -> None:
+    """The square of 400 is beyond float16, that of 0.001 below it; both norms once gave zeros or infinities."""
+    torch.manual_seed(0)
+    x = (torch.randn(2, 64, 4, 4) * spread).to(dtype).requires_grad_()
+    for norm in (positional_norm, unit_length):
+        result = norm(x)
+        assert result.dtype == dtype
+        assert torch.equal(result, norm(x.detach().float()).to(dtype))
+        (gradient,) = torch.autograd.grad(result.square().sum(), x)
+        assert gradient.isfinite().all()
+    assert positional_norm(x).float().std() > 0.3  # at a spread of 0.001 the epsilon counts
+    torch.testing.assert_close(unit_length(x).float().norm(dim=1), torch.ones(2, 4, 4), atol=4e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_norms_of_zero_vectors_are_zero(dtype: torch.dtype) -> None:
+    x = torch.zeros(1, 8, 2, 2, dtype=dtype)
+    assert torch.equal(positional_norm(x), x)
+    assert torch.equal(unit_length(x), x)
+
+
+def test_norms_of_float32_keep_their_bits() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 5, 3) * 7 + 1
+    centered = x - x.mean(1, keepdim=True)
+    variance = centered.square().sum(1, keepdim=True) / 63
+    assert torch.equal(positional_norm(x), centered / (variance + 1e-5).sqrt())
+    assert torch.equal(unit_length(x), x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 2.2e-16))
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 8, 16, 32])

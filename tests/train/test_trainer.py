@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from flat_pairs import FlatPairs, adversarial, settings
 from msgspec.structs import replace
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -421,6 +422,22 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     with process_group("auto") as process:
         assert process == (0, 1, torch.device("cpu"))
+
+
+def test_each_process_names_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that NCCL need not guess it at the first barrier."""
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: asked.update(set=place))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: asked.update(backend=backend, **options))
+    for name in ("get_rank", "get_world_size", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with process_group("cuda") as process:
+        assert process == (2, 2, torch.device("cuda", 1))
+    assert asked["backend"] == "nccl"
+    assert asked["set"] == asked["device_id"] == torch.device("cuda", 1)
 
 
 def test_features_that_are_not_given(tmp_path: Path) -> None:

@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config import ModelConfig
-from .layers import LEAKY_SLOPE, SpadeBlock, SpectralConv2d, subsample
-
-NORM_EPS = 2.2e-16  # float64's machine epsilon, as upstream adds it to each vector's length
+from .layers import LEAKY_SLOPE, SpadeBlock, SpectralConv2d, subsample, unit_length
 
 
 class DomainAdaptor(nn.Module):
@@ -51,8 +49,7 @@ class DomainAdaptor(nn.Module):
         condition = subsample(planes, 4)  # (B, in, H/4, W/4)
         for block in self.blocks:
             x = block(x, condition)
-        features: Tensor = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + NORM_EPS)
-        return features  # (B, C, H/4, W/4)
+        return unit_length(x)  # (B, C, H/4, W/4)
 
 
 class ResidualBlock(nn.Module):

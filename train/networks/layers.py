@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 LEAKY_SLOPE = 0.2
 POSITIONAL_EPS = 1e-5
+NORM_EPS = 2.2e-16  # float64's machine epsilon, as upstream adds it to each vector's length
 
 
 class SpectralConv2d(nn.Conv2d):
@@ -53,10 +54,23 @@ def subsample(planes: Tensor, step: int) -> Tensor:
 
 def positional_norm(x: Tensor) -> Tensor:
     """(B, C, H, W) with mean 0 and unbiased variance 1 over the channels of each position."""
+    wide = _widened(x)
     # two passes: the one-pass formula loses all digits where the mean is large against the deviation
-    centered = x - x.mean(1, keepdim=True)
+    centered = wide - wide.mean(1, keepdim=True)
     variance = centered.square().sum(1, keepdim=True) / (x.shape[1] - 1)
-    return centered / (variance + POSITIONAL_EPS).sqrt()
+    return (centered / (variance + POSITIONAL_EPS).sqrt()).to(x.dtype)
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """(B, C, ...) divided by its length at each position; a vector of zeros stays one."""
+    wide = _widened(x)
+    unit: Tensor = wide / (torch.linalg.vector_norm(wide, dim=1, keepdim=True) + NORM_EPS)
+    return unit.to(x.dtype)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """x in float32 if it has 16 bits, whose squares leave the range of float16: CUDA's autocast leaves them 16-bit."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class Spade(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,8 +51,7 @@ def test_every_stage_and_profile_becomes_an_engine(rtx, built):
         engine = read_engine(folder, record)
         assert len(engine) == record.bytes > record.weight_bytes > 0
         assert one.path.read_bytes() == engine
-        # TensorRT's figure holds workspace that the estimate does not know of
-        assert 0 < one.estimated_bytes < record.activation_bytes
+        assert record.activation_bytes > 0
         assert not one.kept
 
 
@@ -164,6 +164,31 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(rtx, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("unit", [" bytes", ""])
+def test_memory_is_read_from_the_log_of_every_version(rtx, unit):
+    logger = build_module._logger(rtx)
+    for figure, size in zip(build_module._FIGURES, (5, 7), strict=True):
+        logger.log(rtx.ILogger.VERBOSE, f"{figure}: {size}{unit}")
+    assert list(logger.figures.values()) == [5, 7]
+
+
+def test_a_version_that_logs_no_memory_is_refused(rtx, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "_FIGURES", ("Total Activation Memory", "Total Other Memory"))
+    with pytest.raises(BackendError, match="did not log its Total Other Memory"):
+        list(build(default_model_path(), targets=[89], profiles=[SQUARE], output=tmp_path))
+
+
+def test_flags_that_a_version_has_are_set():
+    flags = SimpleNamespace(TF32=1, STRICT_NANS=2)
+    config = SimpleNamespace(clear_flag=lambda flag: cleared.append(flag), set_flag=lambda flag: given.append(flag))
+    cleared, given = [], []
+    build_module._set_flags(SimpleNamespace(BuilderFlag=flags), config)
+    assert (cleared, given) == ([1], [2])
+    flags.REQUIRE_USER_ALLOCATION = 3
+    build_module._set_flags(SimpleNamespace(BuilderFlag=flags), config)
+    assert given == [2, 2, 3]
+
+
 def test_running_out_of_memory_is_told_with_what_to_lower():
     message = build_module._failure(["Error Code 2: OutOfMemory (Requested size was 68912805254 bytes.)"])
     assert message == ("the build ran out of memory (64.2 GiB); lower the size or the batch, or use precision float16")
@@ -192,7 +217,7 @@ def test_the_command_builds_engines_kernels_and_a_plan(rtx, tmp_path):
     assert "float16 against the bundle's graphs on the CPU, 128 px: " in done.stdout
     assert done.stdout.count(": built, ") == len(STAGES)
     assert "device memory: 64 x 64, batch 1: " in done.stdout
-    assert len(list((tmp_path / "engines" / "kernels").glob("*_sm89.cubin"))) == 4
+    assert len(list((tmp_path / "engines" / "kernels").glob("*_sm89.cubin"))) == 3
     assert done.stdout.splitlines()[-1] == str(tmp_path / "engines")
 
 

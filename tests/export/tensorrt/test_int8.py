@@ -20,7 +20,6 @@ from flashcocos.export.tensorrt.build import build, stage_shapes
 from flashcocos.export.tensorrt.check import MIN_PSNR, agreement
 from flashcocos.export.tensorrt.graphs import bundle_graph, tensorrt_graph
 from flashcocos.export.tensorrt.int8 import int8_convolutions
-from flashcocos.export.tensorrt.memory_estimate import estimate
 from flashcocos.kernels.corr_warp import warp_arrays
 from flashcocos.preprocess.images import load_image, to_uint8
 from flashcocos.preprocess.labels import load_label
@@ -236,14 +235,3 @@ def test_the_command_builds_and_checks(rtx, quantized, tmp_path, capsys):
     assert "float16 against the bundle's graphs on the CPU, 128 px, int8 apart: " in printed
     assert printed.count(": built, ") == len(STAGES)
     assert printed.count(" convolutions in int8, weights ") == len(GENERATOR)
-
-
-def test_the_estimate_takes_int8_for_what_is_stored():
-    graph = onnx.parser.parse_model(
-        """<ir_version: 10, opset_import: ["" : 20]> g (float[1,4,n,8] x) => (float[1,4,n,8] z)
-        <float scale = {0.5}, int8[4,4,1,1] weight = {0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0}> {
-        q = QuantizeLinear(x, scale) d = DequantizeLinear(q, scale) w = DequantizeLinear(weight, scale)
-        z = Conv(d, w) }"""
-    )
-    # the input beside its int8 form at first, then that beside the result
-    assert estimate(graph, {"x": (1, 4, 8, 8)}, fused_attention=False) == (4 + 1) * 4 * 8 * 8

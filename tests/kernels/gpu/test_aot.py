@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from flashcocos.errors import BackendError
+from flashcocos.kernels import signatures
 from flashcocos.kernels.gpu import aot, configs
-from flashcocos.runtime.gpu.cubins import evaluate
 
 triton_nine_tap = pytest.importorskip("flashcocos.kernels.gpu.triton_nine_tap", reason="needs the triton package")
 
-SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # what a block may use, from NVIDIA's tables
+# what a block may use, from NVIDIA's tables; of others the line of an older chip is compiled, and no more used
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+OTHERS = (87, 103, 110, 121)
 
 
 def python(*arguments, **variables):
@@ -37,9 +39,10 @@ BACKWARD = """
 import itertools, sys
 from pathlib import Path
 from flashcocos.kernels.gpu import aot, configs, triton_kernels as kernels
+from flashcocos.kernels.signatures import ELEMENTS
 
 for sm, (dtype, size) in itertools.product((75, 80, 90), (("float16", 2), ("float32", 4))):
-    element, blocks = "*" + aot.DTYPES[dtype], configs.backward_blocks(sm, size)
+    element, blocks = "*" + ELEMENTS[dtype], configs.backward_blocks(sm, size)
     types = dict.fromkeys(kernels.score_gradient_kernel.arg_names, "*fp32")
     types |= dict.fromkeys(("theta", "phi", "values", "grad_out"), element)
     types |= {n: "i32" for n in types if n.startswith(("first", "count", "height", "width"))}
@@ -47,7 +50,7 @@ for sm, (dtype, size) in itertools.product((75, 80, 90), (("float16", 2), ("floa
     constants = {"C": 256, "V": 48, "PATCH": 3, "STORE_WEIGHT": True}
     constants |= {"BN": blocks.queries, "BM": blocks.keys, "BC": blocks.channels, "BV": 16}
     types = {name: kind for name, kind in types.items() if name not in constants}
-    job = aot._Job(f"score_{dtype}", kernels.score_gradient_kernel, blocks, types, constants, ("", "", ""))
+    job = aot._Job(f"score_{dtype}", kernels.score_gradient_kernel, blocks, types, constants)
     aot._compile(Path(sys.argv[1]), sm, dtype, job)
     blocks = configs.fold_blocks(size, 256)
     types = dict.fromkeys(kernels.fold_kernel.arg_names, "i32")
@@ -56,7 +59,7 @@ for sm, (dtype, size) in itertools.product((75, 80, 90), (("float16", 2), ("floa
     tf32 = size == 2 and configs.architecture(sm).tf32
     constants |= {"BY": blocks.keys, "BC": blocks.channels, "PRECISION": "tf32" if tf32 else "ieee"}
     types = {name: kind for name, kind in types.items() if name not in constants}
-    job = aot._Job(f"fold_{dtype}", kernels.fold_kernel, blocks, types, constants, ("", "", ""))
+    job = aot._Job(f"fold_{dtype}", kernels.fold_kernel, blocks, types, constants)
     aot._compile(Path(sys.argv[1]), sm, dtype, job)
 """
 
@@ -66,19 +69,30 @@ SPLIT = """
 import dataclasses, sys
 from pathlib import Path
 from flashcocos.kernels.gpu import aot, configs, triton_nine_tap as kernels
+from flashcocos.kernels.signatures import arguments
 
-configs.WHOLE_BAND = configs.SPLIT_BAND
 for sm, dtype in ((80, "float16"), (90, "bfloat16"), (120, "float16")):
-    job = next(job for job in aot._jobs(sm, dtype, [151], 3, 256) if job.name.startswith("warp"))
-    aot._compile(Path(sys.argv[1]), sm, dtype, dataclasses.replace(job, name=f"split_{dtype}"))
+    blocks = configs.nine_tap_blocks(sm, 2, 3, 256, 0)
+    types = arguments("warp", dtype)
+    del types["index"], types["probability"]
+    types["lse"] = "*fp32"
+    constants = configs.warp_constants(3, 256, 151, blocks, configs.SPLIT_BAND)
+    constants |= dict.fromkeys(("index", "probability", "entropy"))
+    job = aot._Job(f"split_{dtype}", kernels.nine_tap_kernel, blocks, types, constants)
+    aot._compile(Path(sys.argv[1]), sm, dtype, job)
 sizes = dict.fromkeys(("height_q", "width_q", "height_k", "width_k"), 1)
 types = {name: kind for name, kind in job.types.items() if name not in sizes}
 pixel = dataclasses.replace(job, name="pixel_float16", types=types, constants={**job.constants, **sizes})
 aot._compile(Path(sys.argv[1]), 120, "float16", pixel)
+whole = configs.warp_constants(3, 256, 1, blocks, configs.WHOLE_BAND)
+match = {name: kind for name, kind in arguments("warp", "float16").items() if name not in ("values", "out")}
+unwanted = dict.fromkeys(("values", "out", "lse"))
+job = aot._Job("match_float16", kernels.nine_tap_kernel, blocks, match | {"entropy": "*fp32"}, whole | unwanted)
+aot._compile(Path(sys.argv[1]), 120, "float16", job)
 types = {"parts": "*fp32", "part_lse": "*fp32", "out": "*fp16", "lse": "*fp32", "positions": "i32", "splits": "i32"}
 blocks = configs.MERGE
 constants = {"V": 48, "BN": blocks.queries, "BV": blocks.channels}
-job = aot._Job("merge_float16", kernels.merge_kernel, blocks, types, constants, ("", "", ""))
+job = aot._Job("merge_float16", kernels.merge_kernel, blocks, types, constants)
 aot._compile(Path(sys.argv[1]), 80, "float16", job)
 """
 
@@ -89,7 +103,7 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cubins")
     commands = [
         ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, 90),
-        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 86, 89, 120, "--values", 48),
+        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 86, 89, 120, *OTHERS, "--values", 48),
         ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 75, "--values", 3, 48, 151),
         ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, 90, 120, "--patch", 5, "--values", 3, 151),
         ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, "--values", 3, 48, 151, "--dtype", "float32"),
@@ -104,8 +118,8 @@ def compiled(tmp_path_factory):
 
 def test_every_architecture_has_every_kernel(compiled):
     folder, descriptions = compiled
-    expected = {f"{name}_float16" for name in ("pack", "statistics_p3_c256", "match_p3_c256", "warp_p3_c256_v48")}
-    for sm in SHARED_KIB:
+    expected = {f"{name}_float16" for name in ("pack", "statistics_p3_c256", "warp_p3_c256_v48")}
+    for sm in (*SHARED_KIB, *OTHERS):
         assert {d["kernel"] for d in descriptions if d["architecture"] == sm} >= expected
     for description in descriptions:
         cubin = (folder / description["cubin"]).read_bytes()
@@ -117,9 +131,9 @@ def test_every_architecture_has_every_kernel(compiled):
 def test_the_rule_chooses_the_kernel(compiled):
     _, descriptions = compiled
     for description in descriptions:
-        if description["kernel"].startswith(("warp", "match")):
-            tensor_cores = description["architecture"] >= 80 and description["dtype"] != "float32"
-            nine_tap = tensor_cores and description["constants"]["PATCH"] == 3
+        if description["kernel"].startswith("warp"):
+            few = description["architecture"] in (86, 87, 89, 120, 121) and description["dtype"] != "float32"
+            nine_tap = few and description["constants"]["PATCH"] == 3
             assert description["entry"] == ("nine_tap_kernel" if nine_tap else "forward_kernel"), description["kernel"]
 
 
@@ -128,7 +142,8 @@ def test_nothing_spills_and_shared_memory_fits(compiled):
     assert {sm: line.shared_kib for sm, line in configs.ARCHITECTURES.items()} == SHARED_KIB
     for description in descriptions:
         name = f"sm{description['architecture']} {description['kernel']}"
-        assert description["shared_bytes"] <= SHARED_KIB[description["architecture"]] * 1024, name
+        line = configs.architecture(description["architecture"])
+        assert description["shared_bytes"] <= line.shared_kib * 1024, name
         assert description["spilled_bytes"] == 0, name
         # a block's registers must fit the 65536 of a multiprocessor
         assert 16 <= description["registers"] <= 65536 // description["threads"], name
@@ -136,31 +151,30 @@ def test_nothing_spills_and_shared_memory_fits(compiled):
 
 def test_a_description_is_all_that_a_launch_needs(compiled):
     _, descriptions = compiled
-    warp = next(d for d in descriptions if d["kernel"] == "warp_p3_c256_v48_float16" and d["architecture"] == 80)
-    names = [argument["name"] for argument in warp["arguments"]]
-    sizes = ["height_q", "width_q", "height_k", "width_k", "scale"]
-    assert names[:14] == ["theta", "phi", "values", "mu", "a", "nu", "b", "out", "lse", *sizes]
-    assert names[14:] == list(aot.HIDDEN)[: len(names) - 14]
-    types = {argument["name"]: argument["type"] for argument in warp["arguments"]}
-    assert types["theta"] == types["values"] == "*fp16"
-    assert types["out"] == types["lse"] == "*fp32"
-    assert types["scale"] == "fp32"
-    blocks = configs.nine_tap_blocks(80, 2, 3, 256, 0)
-    assert warp["entry"] == "nine_tap_kernel"
-    assert warp["grid"] == [f"ceil(ceil(height_q / 4) * width_q / {blocks.queries - 2})", "batch", "1"]
-    assert warp["threads"] == 32 * blocks.warps
-    assert warp["constants"]["V"] == warp["constants"]["VP"] == 48
-    old = next(d for d in descriptions if d["kernel"] == "warp_p3_c256_v48_float16" and d["architecture"] == 75)
-    assert old["arguments"] == warp["arguments"]
-    assert old["grid"] == [f"ceil(height_q * width_q / {configs.forward_blocks(75, 2, 48).queries})", "batch", "1"]
+    for sm, entry in ((120, "nine_tap_kernel"), (80, "forward_kernel"), (75, "forward_kernel")):
+        warp = next(d for d in descriptions if d["kernel"] == "warp_p3_c256_v48_float16" and d["architecture"] == sm)
+        table, types = signatures.arguments("warp", "float16"), {a["name"]: a["type"] for a in warp["arguments"]}
+        assert list(types)[: len(table)] == list(table)
+        assert list(types)[len(table) :] == list(aot.HIDDEN)[: len(types) - len(table)]
+        assert {name: types[name] for name in table} == table
+        assert warp["entry"] == entry
+        assert warp["revision"] == signatures.REVISION
+        assert warp["constants"]["V"] == warp["constants"]["VP"] == 48
+        assert int(warp["cuda"].split(".")[0]) >= (13 if sm >= 90 else 12)
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (9, 7), (64, 64), (33, 200)])
-def test_the_grid_is_that_of_the_launch_from_python(height, width):
-    blocks = configs.nine_tap_blocks(80, 2, 3, 256, 0)
-    sizes = {"height_q": height, "width_q": width}
-    programs = evaluate(aot._lanes_grid(blocks), sizes)
-    assert programs == triton_nine_tap.query_tiles(height, width, configs.WHOLE_BAND, blocks.queries)
+@pytest.mark.parametrize(
+    ("kernel", "constants", "sizes", "grid"),
+    [
+        ("pack", {"BN": 64, "BC": 64}, {"positions": 65, "padded": 128}, (2, 2, 3)),
+        ("statistics", {"BN": 64}, {"height": 9, "width": 7}, (1, 3, 1)),
+        ("warp", {"BN": 64}, {"height_q": 9, "width_q": 8}, (2, 3, 1)),
+        # 9 rows in bands of 4 are 3, of 100 columns each: 300 lanes in tiles of 62
+        ("warp", {"BN": 64, "BAND": 4}, {"height_q": 9, "width_q": 100}, (5, 3, 1)),
+    ],
+)
+def test_grids(kernel, constants, sizes, grid):
+    assert signatures.grid(kernel, constants, sizes, 3) == grid
 
 
 def test_help_has_an_example():
@@ -172,7 +186,7 @@ def test_help_has_an_example():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--sm", 70), "architecture 70 is not one of 75, 80, 86, 89, 90, 120"),
+        (("--sm", 70), "architecture 70 is not one of 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121"),
         (("--dtype", "int8"), "dtype 'int8' is not one of float16, bfloat16, float32"),
         (("--sm", 75, "--dtype", "bfloat16"), "architecture 75 has no bfloat16"),
         (("--patch", 2), "expected patch 1, 3 or 5"),

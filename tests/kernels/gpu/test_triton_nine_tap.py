@@ -15,7 +15,7 @@ import torch
 from tolerances import TRITON, assert_close
 
 from flashcocos.errors import InputError
-from flashcocos.kernels import corr_match, corr_warp, reference
+from flashcocos.kernels import corr_match, corr_warp, reference, signatures
 from flashcocos.kernels.gpu import configs
 
 triton_warp = pytest.importorskip("flashcocos.kernels.gpu.triton_warp", reason="needs the triton package")
@@ -63,8 +63,8 @@ def test_float32_values_are_written_directly(device, monkeypatch):
 def test_a_split_over_keys_changes_nothing(device, monkeypatch):
     theta, phi, values = make((2, 3), (4, 3), 3, HALF, device, batch=2)
     whole = check(theta, phi, values)
-    grids, launch = [], triton_warp._launch_nine_tap
-    monkeypatch.setattr(triton_warp, "_launch_nine_tap", lambda *args: (grids.append(args[-1]), launch(*args)))
+    grids, launch = [], triton_warp._launch
+    monkeypatch.setattr(triton_warp, "_launch", lambda *args: (grids.append(args[-1]), launch(*args)))
     monkeypatch.setattr(triton_warp, "_splits", lambda *_: 3)
     # the last of five walks meets no key of the first row: one split has nothing for it
     parts = check(theta, phi, values)
@@ -120,6 +120,30 @@ def test_match_finds_the_first_of_equals(device):
     assert_close("entropy", found.entropy.flatten(1), entropy, TRITON["out", SINGLE])
 
 
+@pytest.mark.parametrize("kernel", ["nine_tap", "straightforward"])
+def test_one_launch_gives_warp_and_match(kernel, device, monkeypatch):
+    """What is compiled ahead of time: bit for bit the results of two launches, given the same bands."""
+    monkeypatch.setattr(configs, "SPLIT_BAND", configs.WHOLE_BAND)
+    theta, phi, values = make((5, 3), (4, 6), 3, HALF, device, batch=2)
+    values = values.float()
+    query, key = triton_warp._side(theta, 3), triton_warp._side(phi, 3)
+    blocks = configs.ARCHITECTURES[120].nine_tap if kernel == "nine_tap" else None
+
+    def launch(packed, *, out=None, lse=None, match=False):
+        empty = torch.empty(2, 15, dtype=torch.int64, device=device), torch.empty(2, 15, device=device)
+        index, probability = empty if match else (None, None)
+        results = out, lse, index, probability, None
+        triton_warp._launch(query, key, packed, results, 3, 3, 0.01, blocks)
+        return out, index, probability
+
+    packed = triton_warp._pack(values, 8)
+    out = launch(packed, out=torch.empty(2, 3, 15, device=device), lse=torch.empty(2, 15, device=device))[0]
+    _, index, probability = launch(None, match=True)
+    together = launch(packed, out=torch.empty(2, 3, 15, device=device), match=True)
+    for one, other in zip(together, (out, index, probability), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_nan_reaches_the_queries_whose_patch_holds_it_and_no_other(device):
     theta, phi, values = make((5, 5), (2, 3), 3, HALF, device)
     clean, _ = check(theta, phi, values)
@@ -167,6 +191,9 @@ def test_the_rule_and_its_override(device, forwards):
         (80, 2, 3, 256, 1 << 31),
     ):
         assert configs.nine_tap_blocks(*refused) is None
+    # where the walks are not split: a data-center chip has too many multiprocessors for the few programs
+    whole = {sm: configs.nine_tap_blocks(sm, 2, 3, 256, 1, split=False) is not None for sm in configs.ARCHITECTURES}
+    assert whole == {75: False, 80: False, 86: True, 89: True, 90: False, 120: True}
     with pytest.raises(InputError, match=r"expected one of auto, nine_tap, straightforward, got 'fast'"):
         triton_warp.choose_forward("fast").__enter__()
     tensors = make((2, 3), (3, 2), 1, SINGLE, device)
@@ -218,7 +245,7 @@ def test_the_docs_state_the_multiply_adds():
     for side, band, programs, factor, gain in table:
         size = (int(side), int(side))
         _, expected = triton_nine_tap.tile_products(size, size, int(band), 64, 64)
-        assert int(programs) == triton_nine_tap.query_tiles(*size, int(band), 64)
+        assert int(programs) == signatures.query_tiles(*size, int(band), 64)
         assert (factor, gain) == (f"{expected:.2f}", f"{9 / expected:.1f}")
 
 

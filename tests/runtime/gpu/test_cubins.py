@@ -15,40 +15,16 @@ from tiny_bundle import CHANNELS, CLASSES, write_tiny_bundle
 
 from flashcocos.bundle import Bundle, write_bundle
 from flashcocos.errors import BackendError, BundleError
-from flashcocos.runtime.gpu.cubins import BundleKernels, KernelFolder, available_kernels, evaluate, find_kernels
+from flashcocos.runtime.gpu.cubins import available_kernels, bundle_kernels, find_kernels, folder_kernels
 
 STATISTICS = "statistics_p3_c16_float32_sm86"
 
 
-def find(*folders: Path, capability: int = 86, dtypes: tuple[str, ...] = ("float16", "float32")) -> Any:
-    return find_kernels([KernelFolder(folder) for folder in folders], CLASSES, capability, dtypes, "REMEDY")
-
-
-@pytest.mark.parametrize(
-    ("expression", "value"),
-    [
-        ("batch", 3),
-        ("1", 1),
-        ("ceil(height * width / 64)", 4),
-        ("ceil( height*width / 9 )", 25),
-        ("height * ceil(width / 16)", 14),
-        ("2 * ceil(ceil(width / 16) * height / 3) * batch", 30),
-    ],
-)
-def test_grid_expressions(expression: str, value: int) -> None:
-    assert evaluate(expression, {"height": 7, "width": 32, "batch": 3}) == value
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "", "ceil", "ceil(height)", "ceil(height / 0)", "ceil(height / width)", "ceil(height / 2", "height width", "-1",
-        "height +", "height + 1", "depth", "__import__('os')", "height.bit_length()", "1 / 2", "(height)", "* 2", "2**",
-    ],
-)  # fmt: skip
-def test_grids_that_are_no_products(expression: str) -> None:
-    with pytest.raises(BundleError, match="grid "):
-        evaluate(expression, {"height": 7, "width": 32})
+def find(
+    *folders: Path, capability: int = 86, driver: str = "12.4", dtypes: tuple[str, ...] = ("float16", "float32")
+) -> Any:
+    sources = [folder_kernels(folder) for folder in folders]
+    return find_kernels(sources, CLASSES, dtypes, capability=capability, driver=driver, remedy="REMEDY")
 
 
 def test_the_nearest_architecture_runs(tmp_path: Path) -> None:
@@ -56,12 +32,13 @@ def test_the_nearest_architecture_runs(tmp_path: Path) -> None:
         write_kernels(tmp_path, CLASSES, architecture=architecture)
     write_kernels(tmp_path, CLASSES, "float16", 80)
     chosen = {
-        sm: find(tmp_path, capability=sm, dtypes=("float32",)).architectures for sm in (75, 80, 86, 87, 89, 90, 120)
+        sm: find(tmp_path, capability=sm, dtypes=("float32",))["warp"].architecture
+        for sm in (75, 80, 86, 87, 89, 90, 120)
     }
-    assert chosen == {75: "sm_75", 80: "sm_80", 86: "sm_86", 87: "sm_86", 89: "sm_86", 90: "sm_90", 120: "sm_120"}
-    assert find(tmp_path, capability=89).dtype == "float16"
-    assert find(tmp_path, capability=75).dtype == "float32"
-    assert available_kernels([KernelFolder(tmp_path)], CLASSES) == {"float16": [80], "float32": [75, 80, 86, 90, 120]}
+    assert chosen == {75: 75, 80: 80, 86: 86, 87: 86, 89: 86, 90: 90, 120: 120}
+    assert {cubin.dtype for cubin in find(tmp_path, capability=89).values()} == {"float16"}
+    assert {cubin.dtype for cubin in find(tmp_path, capability=75).values()} == {"float32"}
+    assert available_kernels([folder_kernels(tmp_path)], CLASSES) == {"float16": [80], "float32": [75, 80, 86, 90, 120]}
 
 
 @pytest.mark.parametrize("capability", [72, 70, 103, 121])
@@ -82,26 +59,44 @@ def test_kernels_of_another_model(tmp_path: Path) -> None:
 
 
 def test_what_a_launch_takes(tmp_path: Path) -> None:
-    kernels = find(write_kernels(tmp_path, CLASSES))
-    assert kernels.padded == 8
-    assert kernels.warp.code() == b"warp twin for sm_86"
-    assert kernels.warp.grid({"height_q": 5, "width_q": 20, "batch": 2}) == (7, 2, 1)
-    assert kernels.match.grid({"height_q": 5, "width_q": 20, "batch": 2}) == (10, 2, 1)
-    assert kernels.warp.formats == "PPPPPPPPPiiiifP"
+    warp = find(write_kernels(tmp_path, CLASSES))["warp"]
+    assert warp.code() == b"warp twin for sm_86"
+    assert warp.grid({"height_q": 5, "width_q": 20}, 2) == (7, 2, 1)
+    assert warp.formats == "PPPPPPPPPPiiiifP"
     with pytest.raises(BundleError, match=r"a grid of .* blocks; expected 1 to"):
-        kernels.warp.grid({"height_q": 5, "width_q": 20, "batch": 70000})
+        warp.grid({"height_q": 5, "width_q": 20}, 70000)
     with pytest.raises(BundleError, match="a grid of"):
-        kernels.warp.grid({"height_q": 0, "width_q": 20, "batch": 1})
+        warp.grid({"height_q": 0, "width_q": 20}, 1)
+
+
+def test_kernels_that_the_driver_is_too_old_for(tmp_path: Path) -> None:
+    """Minor versions of CUDA are compatible, major versions are not."""
+    write_kernels(tmp_path, CLASSES)
+    for path in tmp_path.glob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "cuda": "13.4"}))
+    with pytest.raises(BackendError, match=r"compiled by CUDA 13\.4, the NVIDIA driver supports CUDA 12\.9; update"):
+        find(tmp_path, driver="12.9")
+    assert find(tmp_path, driver="13.0")["pack"].cuda == "13.4"
+
+
+def test_kernels_of_an_earlier_revision(tmp_path: Path) -> None:
+    path = write_kernels(tmp_path, CLASSES) / f"{STATISTICS}.json"
+    fields = json.loads(path.read_text())
+    del fields["revision"]
+    path.write_text(json.dumps({**fields, "grid": ["1", "1", "1"]}))
+    with pytest.raises(BundleError, match="it is of revision 1, expected 2; compile the kernels again"):
+        find(tmp_path)
 
 
 def test_kernels_in_a_bundle(tmp_path: Path) -> None:
     plain = Bundle(write_tiny_bundle(tmp_path / "plain"))
     files = {name: plain.read(name) for name in plain.manifest.files}
     bundle = Bundle(write_bundle(tmp_path / "b.zip", plain.manifest, {**files, **kernel_files(CLASSES)}))
-    kernels = find_kernels([KernelFolder(tmp_path / "absent"), BundleKernels(bundle)], CLASSES, 89, ("float32",), "")
-    assert kernels.pack.code() == b"pack twin for sm_86"
+    sources = [folder_kernels(tmp_path / "absent"), bundle_kernels(bundle)]
+    kernels = find_kernels(sources, CLASSES, ("float32",), capability=89, driver="12.4", remedy="")
+    assert kernels["pack"].code() == b"pack twin for sm_86"
     with pytest.raises(BackendError, match=r"in .*absent or .*b.zip \(there are: float32 for sm_86\)"):
-        find_kernels([KernelFolder(tmp_path / "absent"), BundleKernels(bundle)], CLASSES, 75, ("float32",), "")
+        find_kernels(sources, CLASSES, ("float32",), capability=75, driver="12.4", remedy="")
 
 
 HOSTILE: list[tuple[dict[str, Any], str]] = [
@@ -119,13 +114,10 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"shared_bytes": -1}, "shared_bytes: expected .*0"),
     ({"shared_bytes": 1 << 30}, "shared_bytes: expected .*232448"),
     ({"pointer_alignment": 4096}, "pointer_alignment: expected .*256"),
-    ({"grid": ["1", "1"]}, "grid: expected .*length 3"),
-    ({"grid": ["1", "1", 1]}, r"grid\[2\]: expected str"),
-    ({"grid": ["1", "1", "1*" * 200 + "1"]}, r"grid\[2\]: expected str of length <= 300"),
-    ({"grid": ["1", "1", "ceil(" * 40 + "1"]}, "expected ceil"),
-    ({"grid": ["__import__('os').system('true')", "1", "1"]}, "grid .*expected ceil, a number or one of batch, height"),
-    ({"grid": ["1", "1", "70000"]}, "a grid of"),
-    ({"grid": None}, "grid: expected array"),
+    ({"revision": True}, "it is of revision True"),
+    ({"revision": [2]}, "it is of revision"),
+    ({"cuda": "13"}, "cuda: expected"),
+    ({"cuda": 13.0}, "cuda: expected str"),
     ({"arguments": []}, "it takes no argument"),
     ({"arguments": ["mean"]}, r"arguments\[0\]: expected object"),
     ({"arguments": [{"name": "mean", "type": "*i64"}]}, "argument"),
@@ -135,8 +127,13 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"arguments": [{"name": "mean", "type": "*fp32"}] * 2}, "argument"),
     ({"constants": {"C": 16}}, "expected PATCH = 3, got None"),
     ({"constants": {"C": 32, "PATCH": 3}}, "expected C = 16, got 32"),
-    ({"extra": 1}, "unknown key extra; known: kernel, "),
-    ({"constants": []}, "constants: expected a mapping"),
+    ({"extra": 1}, "unknown key extra; known: revision, "),
+    ({"constants": []}, "constants: expected"),
+    ({"constants": {"C": 16, "PATCH": 3, "BN": 0, "BC": 16}}, "constants.*expected int"),
+    ({"constants": {"C": 16, "PATCH": 3, "BN": 2, "BC": 16}}, "expected BN of 3 or more, got 2"),
+    ({"constants": {"C": 16, "PATCH": 3, "BN": True, "BC": 16}}, "constants.*expected int"),
+    ({"constants": {"C": 16, "PATCH": 3, "BN": 16}}, "expected BC of 1 or more, got None"),
+    ({"constants": {"C": 16, "PATCH": 3, "BN": 16, "BC": 16, "BAND": 0}}, "constants.*expected int"),
 ]
 
 
@@ -154,7 +151,7 @@ def test_hostile_padding(tmp_path: Path, padded: Any) -> None:
     fields = json.loads(path.read_text())
     fields["constants"]["VP"] = padded
     path.write_text(json.dumps(fields))
-    with pytest.raises(BundleError, match="expected VP, V = 3 padded"):
+    with pytest.raises(BundleError, match=r"constants.*expected (VP = 8|int)"):
         find(tmp_path)
 
 
@@ -170,10 +167,10 @@ def test_files_that_are_too_large_or_changed(tmp_path: Path) -> None:
     kernels = find(tmp_path)
     (tmp_path / f"{STATISTICS}.cubin").write_bytes(b"another")
     with pytest.raises(BundleError, match=r"\.cubin is not the cubin that its description states"):
-        kernels.statistics.code()
+        kernels["statistics"].code()
     (tmp_path / f"{STATISTICS}.cubin").unlink()
     with pytest.raises(BackendError, match=r"\.cubin cannot be read: No such file"):
-        kernels.statistics.code()
+        kernels["statistics"].code()
     description.write_bytes(b" " * (1 << 21))
     with pytest.raises(BackendError, match="over 1048576 bytes"):
         find(tmp_path)
@@ -186,7 +183,6 @@ def test_what_the_compiler_writes(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([*map(str, command), "--channels", "16", "--values", "3"], check=True, env=environment)
     kernels = find(tmp_path, capability=89)
-    assert kernels.dtype == "float16"
-    assert [cubin.code()[:4] for cubin in kernels.parts().values()] == [b"\x7fELF"] * 4
-    assert kernels.warp.formats.startswith("PPPPPPPPPiiiif")
-    assert kernels.padded == 8
+    assert [cubin.code()[:4] for cubin in kernels.values()] == [b"\x7fELF"] * 3
+    assert kernels["warp"].dtype == "float16"
+    assert kernels["warp"].formats.startswith("PPPPPPPPPPiiiif")

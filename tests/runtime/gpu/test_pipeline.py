@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_device import MIB
+from fake_cuda import MIB, STREAM
 from fake_gpu import FakeGpu, fake_gpu
 from fake_tensorrt import SCRATCH, WEIGHTS, profile, write_engines
 from kernel_twins import write_kernels
@@ -22,7 +23,8 @@ from flashcocos.cli import main
 from flashcocos.errors import BackendError, BundleError, InputError
 from flashcocos.preprocess import save_label
 from flashcocos.runtime import Exemplar, Translator
-from flashcocos.runtime.gpu import pipeline
+from flashcocos.runtime.gpu import pipeline, workspace
+from flashcocos.runtime.gpu.warp import DeviceWarp
 
 LABEL = random_label(CLASSES, 64, 64)
 
@@ -61,24 +63,22 @@ def test_only_labels_and_results_cross_the_bus(gpu: FakeGpu) -> None:
     assert nothing_left(gpu)
 
 
-def test_static_shapes_are_captured_after_a_run(gpu: FakeGpu) -> None:
+def test_every_shape_is_captured_after_a_run(gpu: FakeGpu) -> None:
     with gpu.translator() as translator:
         exemplars = [exemplar_of(translator, seed=seed) for seed in range(2)]
         runs = [translator.translate(LABEL, exemplar) for exemplar in exemplars * 3]
         assert [set(run.timings) for run in runs[:2]] == [{"query", "warp", "synthesis"}, {"total"}]
-        assert gpu.device.replays == 5
+        assert gpu.device.replays == 1 + 5  # of the second exemplar, and of these
         launches, copies = gpu.device.launches, gpu.device.copies
         translator.translate(LABEL, exemplars[0])
-        assert gpu.device.copies == copies + 4  # the exemplar's, which is another than before
-        translator.translate(LABEL, exemplars[0])
-        assert gpu.device.copies == copies + 4
+        assert gpu.device.copies == copies + 4  # the exemplar's
         assert gpu.device.launches == launches  # no Python beyond the replay
         for one, other in zip(runs[:2], runs[4:], strict=True):  # the graph is not bound to an exemplar
             np.testing.assert_array_equal(one.image, other.image)
         assert not np.array_equal(runs[0].image, runs[1].image)
         for _ in range(3):
             translator.translate(LABEL, exemplars[0], (64, 96))
-        assert gpu.device.replays == 7  # a dynamic engine is not captured
+        assert gpu.device.replays == 6 + 1 + 2  # of dynamic engines, too
 
 
 def test_a_graph_is_captured_again_where_working_memory_moved(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
@@ -105,20 +105,23 @@ def test_what_cannot_be_captured_runs_and_says_so_once(gpu: FakeGpu, caplog: pyt
         with caplog.at_level(logging.WARNING, "flashcocos"):
             results = [translator.translate(LABEL, exemplar) for _ in range(4)]
         assert gpu.device.replays == 0
-        assert [record.message for record in caplog.records] == [
-            "no CUDA graph, launches one by one: synchronize while work is captured"
-        ]
+        (record,) = caplog.records
+        assert re.match(r"no CUDA graph, launches .*engine query-\w+ failed to run: waits while work", record.message)
         np.testing.assert_array_equal(results[0].image, results[3].image)
     assert nothing_left(gpu)
 
 
-def test_a_variant_that_says_it_cannot_be_captured(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+def test_a_variant_that_says_it_cannot_be_captured(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     gpu = fake_gpu(monkeypatch, bundle, "tensorrt-rtx")
     gpu.trt.can_capture = False
     with gpu.translator() as translator:
         exemplar = exemplar_of(translator)
         assert all("query" in translator.translate(LABEL, exemplar).timings for _ in range(3))
         assert gpu.device.replays == 0
+        told = "no CUDA graph, launches one by one: an engine cannot be captured yet"
+        assert [record.message for record in caplog.records] == [told]
         gpu.trt.can_capture = True  # once all kernels are compiled
         assert "total" in translator.translate(LABEL, exemplar).timings
     assert nothing_left(gpu)
@@ -202,13 +205,12 @@ def test_a_request_above_the_memory(monkeypatch: pytest.MonkeyPatch, bundle: Pat
             translator.translate(LABEL, exemplar, 512)
         assert gpu.trt.runs == runs
         message = str(caught.value)
-        assert "batch 1 of 512 x 512 pixels needs 9 MiB more device memory; 8 MiB of 14 MiB are free on Fake" in message
-        assert (
-            "the largest square that fits is 480 x 480, batch 1, or tile= makes pictures in parts, or close" in message
-        )
-        assert translator.translate(LABEL, exemplar, 480).image.shape == (480, 480, 3)
-        with pytest.raises(BackendError, match=r"batch 4 of .* the largest square that fits is 480 x 480, batch 1"):
-            translator.translate([LABEL] * 4, exemplar, 480)
+        assert message.startswith("batch 1 of 512 x 512 pixels does not fit on Fake RTX: no ")
+        assert " MiB of 14 MiB are free; lower size, batch_size or exemplar_cache_mib, or tile= makes" in message
+        assert translator.translate(LABEL, exemplar, 256).image.shape == (256, 256, 3)
+        with pytest.raises(BackendError, match=r"batch 8 of 256 x 256 pixels does not fit"):
+            translator.translate([LABEL] * 8, exemplar, 256, batch_size=8)
+        translator.translate(LABEL, exemplar)
     assert nothing_left(gpu)
 
 
@@ -221,7 +223,6 @@ def test_tiles(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     label = random_label(CLASSES, 128, 192)
     with gpu.translator() as translator, pytest.raises(InputError, match=r"stage fine run 96 x 96, batch 1"):
         translator.translate(label, exemplar_of(translator), (128, 192))
-    gpu.device.closed = False
     with gpu.translator(tile=96) as translator:
         exemplar = exemplar_of(translator)
         gpu.trt.runs.clear()
@@ -234,6 +235,18 @@ def test_tiles(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
             translator.translate(label, exemplar, (128, 192))
         gpu.trt.nan = False
         translator.translate(label, exemplar, (128, 192))
+    assert nothing_left(gpu)
+
+
+def test_other_sizes_of_exemplars_make_room(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """Within the busy workspace, too: what it has prepared for one size goes where another's does not fit."""
+    big = profile((64, 64, 256), (64, 64, 256), 1)
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[big], total=4 * WEIGHTS + SCRATCH + MIB)
+    with gpu.translator(exemplar_cache_mib=1) as translator:
+        exemplars = [exemplar_of(translator, size) for size in ((64, 64), (256, 192), (192, 256))]
+        first, *_ = [[translator.translate(LABEL, exemplar).image for exemplar in exemplars] for _ in range(2)]
+        again = [translator.translate(LABEL, exemplar).image for exemplar in exemplars]
+    np.testing.assert_array_equal(first, again)
     assert nothing_left(gpu)
 
 
@@ -253,7 +266,7 @@ def test_idle_workspaces_make_room(monkeypatch: pytest.MonkeyPatch, bundle: Path
 
 def test_no_memory_for_the_weights(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     gpu = fake_gpu(monkeypatch, bundle, total=WEIGHTS + WEIGHTS // 2)
-    with pytest.raises(BackendError, match=r"the weights of engine exemplar-\w+ take 1 MiB, 1 MiB are free"):
+    with pytest.raises(BackendError, match=r"the weights of engine \w+-\w+ take 1 MiB, 1 MiB are free"):
         gpu.translator()
     assert nothing_left(gpu)
 
@@ -284,10 +297,37 @@ def test_an_exemplar_that_is_forgotten_after_a_failure(gpu: FakeGpu) -> None:
         translator.translate(LABEL, exemplar)
         translator.translate(LABEL, exemplar_of(translator, seed=1))
         gpu.device.fail_at = 5  # after the exemplar's copies
-        with pytest.raises(BackendError, match="as the test asked for"):
+        with pytest.raises(BackendError, match="cuGraphLaunch: CUDA_ERROR_OUT_OF_MEMORY"):
             translator.translate(LABEL, exemplar)
         del exemplar
         translator.translate(LABEL, exemplar_of(translator, seed=2))
+    assert nothing_left(gpu)
+
+
+def test_work_that_cannot_be_made_leaves_nothing(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> None:
+        raise InputError("maps of too many elements")
+
+    with gpu.translator() as translator:
+        exemplar = exemplar_of(translator)
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="too many elements"):
+            patch.setattr(DeviceWarp, "run", refuses)
+            translator.translate(LABEL, exemplar)
+        translator.translate(LABEL, exemplar)
+    assert nothing_left(gpu)
+
+
+def test_only_a_few_sizes_of_exemplars_are_prepared(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the pictures are the same when one comes back."""
+    monkeypatch.setattr(workspace, "MAX_KEY_MAPS", 2)
+    sizes = [(64, 64), (64, 96), (96, 64)]
+    with gpu.translator() as translator:
+        exemplars = [exemplar_of(translator, size) for size in sizes]
+        rounds = [[translator.translate(LABEL, exemplar).image for exemplar in exemplars] for _ in range(3)]
+        (made,) = [kept for (kind, _), kept in translator._pipeline._workspaces.items() if kind == "translate"]
+        assert len(made.work) == 2
+    for images in rounds[1:]:
+        np.testing.assert_array_equal(images, rounds[0])
     assert nothing_left(gpu)
 
 
@@ -309,19 +349,18 @@ def test_short_memory_is_told_or_made(monkeypatch: pytest.MonkeyPatch, bundle: P
                     errors += 1
         assert nothing_left(gpu)
     assert errors == 0  # with the most there is enough
-    assert all("more device memory" in one for one in told)
-    whats = ("batch 1 of 64 x 64", "batch 1 of 256 x 256", "batch 3 of 64 x 64", "an exemplar needs")
+    assert all("does not fit on Fake RTX: " in one for one in told)
+    whats = ("batch 1 of 64 x 64", "batch 1 of 256 x 256", "batch 3 of 64 x 64")
     assert all(any(one.startswith(what) for one in told) for what in whats), told
 
 
 @pytest.mark.parametrize("stage", ["query", "exemplar", "coarse", "fine"])
 def test_an_engine_that_fails(gpu: FakeGpu, stage: str) -> None:
     with gpu.translator() as translator:
-        exemplar = exemplar_of(translator)
         gpu.trt.fails = stage
         with pytest.raises(BackendError, match=rf"engine {stage}-\w+ failed to run: .*enqueueV3: Error Code 7: no"):
-            translator.translate(LABEL, exemplar) if stage != "exemplar" else exemplar_of(translator)
-        translator.translate(LABEL, exemplar)
+            translator.translate(LABEL, exemplar_of(translator))
+        translator.translate(LABEL, exemplar_of(translator))
     assert nothing_left(gpu)
 
 
@@ -349,7 +388,7 @@ def test_half_kernels_unless_exact_ones_are_asked_for(monkeypatch: pytest.Monkey
         halves = translator.translate(LABEL, exemplar_of(translator))
     difference = np.abs(halves.image.astype(int) - expected.image)
     assert 0 < difference.max() <= 6
-    gpu.device.closed, gpu.device.dtype = False, np.float32
+    gpu.device.dtype = np.float32
     with gpu.translator(precision="float32") as translator:
         assert translator.describe()["warp"]["arithmetic"] == "float32"
         exact = translator.translate(LABEL, exemplar_of(translator))
@@ -359,7 +398,7 @@ def test_half_kernels_unless_exact_ones_are_asked_for(monkeypatch: pytest.Monkey
 
 def test_two_translators_share_a_gpu(gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = gpu.translator()
-    other = fake_gpu(monkeypatch, write_tiny_bundle(tmp_path / "other", CHANNELS))
+    other = fake_gpu(monkeypatch, write_tiny_bundle(tmp_path / "other", CHANNELS), cuda=gpu.device)
     second = other.translator()
     picture = random_picture(64, 64)
     for _ in range(3):
@@ -372,25 +411,17 @@ def test_two_translators_share_a_gpu(gpu: FakeGpu, tmp_path: Path, monkeypatch: 
     assert nothing_left(other)
 
 
-def test_the_warp_stays_on_the_cpu_where_asked(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle, "onnxruntime", kernels=False)
-    with gpu.translator(warp="numpy") as translator:
-        described = translator.describe()
-        assert (described["query"]["device"], described["warp"]["device"]) == ("cuda", "cpu")
-    with pytest.raises(BackendError, match=r"no compiled warp kernels .*build .*sm_86.*or choose warp=.numba."):
-        gpu.translator()
-    assert nothing_left(gpu)
-
-
 def test_auto_takes_the_gpu_where_all_is_there(
     monkeypatch: pytest.MonkeyPatch, bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu = fake_gpu(monkeypatch, bundle, "onnxruntime", kernels=False)
+    with pytest.raises(BackendError, match=r"no compiled warp kernels .*build .*sm_86.*export --aot, makes them"):
+        gpu.translator()
+    assert nothing_left(gpu)
     with gpu.translator(device="auto") as translator:
-        assert translator.describe()["warp"]["device"] == "cpu"
-    assert "device auto: the warp is not on the GPU: no compiled warp kernels" in caplog.text
+        assert {one["device"] for one in translator.describe().values()} == {"cpu"}
+    assert "device auto: cpu, because cuda does not start: no compiled warp kernels" in caplog.text
     write_kernels(gpu.folder / "kernels", CLASSES)
-    gpu.device.closed = False
     with gpu.translator(device="auto") as translator:
         assert {one["device"] for one in translator.describe().values()} == {"cuda"}
     assert nothing_left(gpu)
@@ -400,17 +431,17 @@ def test_what_the_provider_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle:
     gpu = fake_gpu(monkeypatch, bundle, "onnxruntime")
     with gpu.translator() as translator:
         assert translator.describe()["query"]["arithmetic"] == "tf32"
-    gpu.device.closed = False
     with gpu.translator(precision="float32") as translator:
         assert translator.describe()["query"]["arithmetic"] == "float32"
-    common = {"device_id": "0", "user_compute_stream": str(0x57EA), "arena_extend_strategy": "kSameAsRequested"}
+    common = {"device_id": "0", "user_compute_stream": str(STREAM), "arena_extend_strategy": "kSameAsRequested"}
     assert gpu.onnx.options == [common] * 4 + [{**common, "use_tf32": "0"}] * 4
+    assert gpu.onnx.preloaded == 8  # the libraries of the wheels for CUDA and cuDNN, before each session
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tensorrt", "warp": "numpy"}, "warp 'numpy': backend 'tensorrt' warps on the GPU"),
+        ({"backend": "tensorrt", "warp": "numpy"}, "warp 'numpy' runs on the CPU, got backend 'tensorrt'"),
         ({"backend": "tensorrt", "precision": "bfloat16"}, "backend 'tensorrt' computes in float32 or float16"),
         ({"device": "cuda", "precision": "float16"}, "precision 'float16': backend 'onnxruntime' computes in float32"),
     ],
@@ -428,7 +459,7 @@ from flashcocos.runtime import Translator
 heavy = {"torch", "triton", "onnx", "pycuda", "tensorrt", "tensorrt_rtx", "numba"}
 with Translator(device="cpu", warp="numpy"):
     pass
-import flashcocos.runtime.gpu.pipeline, flashcocos.runtime.gpu.tensorrt, flashcocos.runtime.gpu.pycuda
+import flashcocos.runtime.gpu.pipeline, flashcocos.runtime.gpu.tensorrt
 import flashcocos.runtime.gpu.onnxruntime, flashcocos.runtime.info
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
@@ -455,6 +486,5 @@ def test_from_the_command_line(gpu: FakeGpu, tmp_path: Path, capsys: pytest.Capt
         expected = translator.translate(tmp_path / "label.png", exemplar).image
     assert np.abs(np.asarray(Image.open(tmp_path / "out.png")).astype(int) - expected).max() <= 1
     assert nothing_left(gpu)
-    gpu.device.closed = False
     assert main(list(map(str, arguments))) == 1
     assert "error: no compiled warp kernels" in capsys.readouterr().err
