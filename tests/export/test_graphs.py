@@ -196,8 +196,8 @@ def test_an_id_outside_the_classes_belongs_to_none() -> None:
 
 
 def test_exporting_again_gives_the_same_bytes() -> None:
-    again = export_stage(load_model(model_file(CLASSES)), "query")
-    once = exported_stage(CLASSES, "query")
+    again = export_stage(load_model(model_file(CHANNELS)), "fine")  # which is exported fastest
+    once = exported_stage(CHANNELS, "fine")
     assert again.SerializeToString(deterministic=True) == once.SerializeToString(deterministic=True)
 
 

@@ -35,15 +35,15 @@ def test_overload_loses_and_swaps_nothing() -> None:
     facts = serving.overload(size=64, times=10, seconds=2, queue=4, pairs=2)
     assert facts["other"] == 0
     assert facts["right"] > 0
-    assert facts["refused"] > facts["right"]
+    assert facts["refused"] > 0
     assert facts["rss_growth"] <= 0.1
 
 
 def test_a_soak_with_hang_ups_leaves_nothing_behind() -> None:
-    facts = serving.soak(size=64, count=100, clients=4, aborts=0.4, pairs=2)
-    assert facts["asked"] == 100
+    facts = serving.soak(size=64, count=50, clients=4, aborts=0.4, pairs=2)
+    assert facts["asked"] == 50
     assert facts["other"] == facts["queue"] == facts["more_threads"] == facts["more_files"] == 0
-    assert (facts["right"], facts["aborted"]) == (60, 40)
+    assert (facts["right"], facts["aborted"]) == (30, 20)
     assert facts["rss_growth"] <= 0.1
 
 

@@ -141,14 +141,6 @@ def package_versions() -> dict[str, str]:
         raise _missing(str(error.name)) from error
 
 
-def credits() -> str:
-    """Artist, source and license of every style, with the note that the drawings are modified."""
-    lines = ["The avatars data set draws modified versions of these works (recolored, transformed, rasterized):"]
-    for style in STYLES:
-        lines.append(f"- {style}: {_definition(style)['meta']['license']['text']}; modified.")
-    return "\n".join(lines) + "\n"
-
-
 _CODE = np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
 _SENTINELS = tuple(f"#a17b{16 + 3 * index:02x}" for index in range(len(CLASSES)))
 
