@@ -193,6 +193,11 @@ PRESETS: dict[str, ModelConfig] = {
         residual_blocks=1, warp_stride=2, warp_upsampling="pixel_shuffle", attention=False, position_frequencies=4,
         warp_residual=True, max_channels=128,
     ),
+    "avatars-256": ModelConfig(
+        "avatars", "classes", 12, image_size=256, ngf=12, nef=8, feature_channels=32, spade_hidden=24,
+        residual_blocks=1, warp_stride=2, warp_upsampling="pixel_shuffle", attention=False, position_frequencies=4,
+        warp_residual=True, max_channels=128,
+    ),
     "tiny": ModelConfig(
         "avatars", "classes", 12, image_size=64, ngf=4, nef=4, feature_channels=16, spade_hidden=8, residual_blocks=1
     ),

@@ -1,6 +1,6 @@
-"""The small model that ships inside the package, and the inputs that `flashcocos demo` translates with it.
+"""The small models that ship inside the package, and the inputs that `flashcocos demo` translates with the default one.
 
-Its model file, `SOURCE`, lies beside it: what `flashcocos train` goes on from and `flashcocos export` reads.
+The model file of each lies beside its bundle: what `flashcocos train` goes on from and `flashcocos export` reads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import InputError
 
 NAME = "avatars-128"
+NAMES = (NAME, "avatars-256")
 FOLDER = Path(__file__).parent / "models"
 MODEL = FOLDER / f"{NAME}.zip"
 SOURCE = FOLDER / f"{NAME}.safetensors"
@@ -18,17 +19,15 @@ PAIRS = FOLDER / "demo" / "pairs.csv"  # input,exemplar,exemplar_label a line, a
 
 
 def default_model_path() -> Path:
-    """Path of the shipped model bundle; `InputError` where the installation lacks it."""
-    if not MODEL.is_file():
-        raise InputError(f"this installation has no model at {MODEL}; name a bundle, or install flashcocos again")
-    return MODEL
+    """Path of the bundle of the default model; `InputError` where the installation lacks it."""
+    return _shipped(MODEL)
 
 
 def resolve_model(model: str | os.PathLike[str] | None = None) -> Path:
     """The path of the bundle that a user means.
 
     Args:
-        model: a path, the name "avatars-128", or None for the same.
+        model: a path, one of the names "avatars-128" and "avatars-256", or None for the first.
 
     Returns:
         The path; nothing is opened.
@@ -36,6 +35,18 @@ def resolve_model(model: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         InputError: the name is also that of a file or folder here, or the installation lacks the shipped model.
     """
-    if model == NAME and Path(NAME).exists():
-        raise InputError(f"{NAME} is the shipped model's name and also lies here; write ./{NAME} for what lies here")
-    return default_model_path() if model is None or model == NAME else Path(model)
+    if model is None:
+        return default_model_path()
+    if model not in NAMES:
+        return Path(model)
+    if Path(model).exists():
+        raise InputError(
+            f"{model} is the name of a shipped model and also lies here; write ./{model} for what lies here"
+        )
+    return _shipped(FOLDER / f"{model}.zip")
+
+
+def _shipped(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"this installation has no model at {path}; name a bundle, or install flashcocos again")
+    return path

@@ -12,7 +12,7 @@ from ..runtime.options import BACKENDS, DEVICES, MAX_THREADS, PRECISIONS, WARPS
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[..., argparse.ArgumentParser]  # (name, run, summary, example, details=""); see main.py
 
-BUNDLE = "model bundle: a folder, a .zip, or avatars-128, the model that ships"
+BUNDLE = "model bundle: a folder, a .zip, or avatars-128 or avatars-256, which ship"
 
 
 def show(text: object) -> None:

@@ -119,7 +119,8 @@ def _add_train(command: AddCommand) -> None:
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="settings: a .toml file, or a preset: avatars-128, ade20k, celebahq, celebahqedge, deepfashion",
+        help="settings: a .toml file, or a preset: avatars-128, avatars-256, ade20k, celebahq, celebahqedge, "
+        "deepfashion",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, as in schedule.steps=500"

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from flashcocos.bundle.default_model import FOLDER, MODEL, NAME, resolve_model
+from flashcocos.bundle import Bundle
+from flashcocos.bundle.default_model import FOLDER, MODEL, NAME, NAMES, resolve_model
 from flashcocos.config import ModelConfig
 from flashcocos.errors import FlashcocosError, InputError
 from flashcocos.preprocess.images import UInt8Array
@@ -80,6 +81,9 @@ def test_an_empty_name_is_not_the_shipped_model(tmp_path: Path, monkeypatch: pyt
 def test_what_a_model_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve_model() == resolve_model(None) == resolve_model(NAME) == MODEL
+    for name in NAMES:
+        assert resolve_model(name) == FOLDER / f"{name}.zip"
+        assert Bundle(resolve_model(name)).manifest.config == ModelConfig.preset(name)
     assert resolve_model("own.zip") == resolve_model(Path("own.zip")) == Path("own.zip")
     (tmp_path / NAME).mkdir()
     with pytest.raises(InputError, match=r"write \./avatars-128 for what lies here"):

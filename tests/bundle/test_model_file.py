@@ -1,4 +1,4 @@
-"""The model file of the shipped model: it is the network of the shipped bundle."""
+"""The model files of the shipped models: each is the network of the bundle beside it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ import csv
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from onnx import numpy_helper
 
 from flashcocos.bundle import STAGES, Bundle
-from flashcocos.bundle.default_model import MODEL, PAIRS, SOURCE
+from flashcocos.bundle.default_model import FOLDER, MODEL, NAMES, PAIRS, SOURCE
 from flashcocos.preprocess import load_image, load_label, to_uint8
 from flashcocos.runtime import Translator
 from flashcocos.train.checkpoint import load_model
 
 
-def test_the_bundles_weights_are_the_model_files() -> None:
-    model, bundle = load_model(SOURCE), Bundle(MODEL)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bundles_weights_are_the_model_files(name: str) -> None:
+    model, bundle = load_model(FOLDER / f"{name}.safetensors"), Bundle(FOLDER / f"{name}.zip")
     assert bundle.manifest.config == model.config
-    state = {name: tensor.numpy().astype(np.float16) for name, tensor in model.state_dict().items()}
+    state = {key: tensor.numpy().astype(np.float16) for key, tensor in model.state_dict().items()}
     stored: dict[str, np.ndarray] = {}
     for stage in STAGES:
         for tensor in onnx.load_from_string(bundle.read_stage(stage)).graph.initializer:
-            name = tensor.name.removesuffix(".float16").removeprefix("model.").replace(".convolution.", ".")
-            if name in state:
-                stored[name] = numpy_helper.to_array(tensor).astype(np.float16)
+            key = tensor.name.removesuffix(".float16").removeprefix("model.").replace(".convolution.", ".")
+            if key in state:
+                stored[key] = numpy_helper.to_array(tensor).astype(np.float16)
     assert state.keys() - stored.keys() == {"correspondence.residual.0.prelu.weight"}  # a constant of its nodes
-    for name, array in stored.items():
-        np.testing.assert_array_equal(array.reshape(state[name].shape), state[name], err_msg=name)
+    for key, array in stored.items():
+        np.testing.assert_array_equal(array.reshape(state[key].shape), state[key], err_msg=key)
 
 
 @torch.inference_mode()

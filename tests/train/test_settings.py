@@ -18,7 +18,7 @@ MINIMAL = {"model": {"preset": "tiny"}, "supervised": {"image": 1.0}, "schedule"
 
 
 def test_every_preset_is_read() -> None:
-    assert {path.stem for path in PRESETS.glob("*.toml")} == {*TASKS, "avatars-128"}
+    assert {path.stem for path in PRESETS.glob("*.toml")} == {*TASKS, "avatars-128", "avatars-256"}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -47,7 +47,7 @@ def test_preset_of_the_avatars() -> None:
     assert settings.data.kind == "avatars"
 
 
-@pytest.mark.parametrize("preset", [*TASKS, "avatars-128"])
+@pytest.mark.parametrize("preset", [*TASKS, "avatars-128", "avatars-256"])
 def test_the_written_file_reads_back(preset: str, tmp_path: Path) -> None:
     root = 'C:\\daten "quoted" ü 🖼'
     settings = read_settings(preset, [f"data.root={root}", "run.save_minutes=1e-7"])
