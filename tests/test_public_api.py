@@ -13,6 +13,7 @@ NAMES = (
     "BackendError",
     "BundleError",
     "CheckpointError",
+    "EncodedLabel",
     "EngineOptions",
     "Exemplar",
     "FlashcocosError",

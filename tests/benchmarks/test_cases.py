@@ -21,7 +21,7 @@ from flashcocos.benchmarks.cases import all_cases
 from flashcocos.benchmarks.registry import Assets, Case
 from flashcocos.benchmarks.runner import References, open_assets
 from flashcocos.benchmarks.speed import machine, naive, translation, warp
-from flashcocos.benchmarks.speed.inputs import differences, inputs
+from flashcocos.benchmarks.speed.inputs import differences, inputs, network_inputs
 from flashcocos.benchmarks.speed.naive import Published
 from flashcocos.benchmarks.speed.naive import seeded_model as random_model
 from flashcocos.config import ModelConfig
@@ -202,7 +202,7 @@ def test_a_picture_too_far_off_is_not_timed(assets: Assets, tmp_path: Path) -> N
 
 def test_the_published_form_is_the_network(assets: Assets) -> None:
     model = seeded_model(CLASSES)
-    arrays = [torch.from_numpy(array) for array in translation._arrays(CLASSES, 64)]
+    arrays = [torch.from_numpy(array) for array in network_inputs(CLASSES, 64)]
     calls = []
     with torch.inference_mode():
         expected = model(*arrays).image
@@ -216,7 +216,7 @@ def test_the_published_form_is_the_network(assets: Assets) -> None:
 
 def test_a_random_model_keeps_the_scale_of_its_maps(tmp_path: Path) -> None:
     model = load_model(random_model(CLASSES, tmp_path / "model.safetensors"))
-    arrays = [torch.from_numpy(array) for array in translation._arrays(CLASSES, 64)]
+    arrays = [torch.from_numpy(array) for array in network_inputs(CLASSES, 64)]
     with torch.inference_mode():
         image = model(*arrays).image
     assert 0.05 < image.std() < 0.9

@@ -443,7 +443,7 @@ def test_what_the_provider_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle:
     [
         ({"backend": "tensorrt", "warp": "numpy"}, "warp 'numpy' runs on the CPU, got backend 'tensorrt'"),
         ({"backend": "tensorrt", "precision": "bfloat16"}, "backend 'tensorrt' computes in float32 or float16"),
-        ({"device": "cuda", "precision": "float16"}, "precision 'float16': backend 'onnxruntime' computes in float32"),
+        ({"device": "cuda", "precision": "float16"}, "precision 'float16': backend 'auto' computes in float32"),
     ],
 )
 def test_options_that_do_not_go_together(gpu: FakeGpu, options: dict[str, Any], message: str) -> None:
