@@ -311,8 +311,9 @@ def serving(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return (
-        "## The HTTP service\n\n`flashcocos serve` with the default model of the revision below, on loopback; the client, which compares "
-        "each answer with the bare\nTranslator's, runs on the same cores. \"Outside\" is a request without the model's "
+        "## The HTTP service\n\n`flashcocos serve` with the default model of the revision below, on loopback. "
+        'The client compares each answer\nwith the bare Translator\'s and runs on the same cores. "Outside" is a '
+        "request without the model's "
         'stages as Server-Timing states them:\nclient, HTTP, queue and PNG both ways. "Other" counts answers that are '
         f"wrong, lost or of another status.\n\n{table(['', 'found'], lines)}"
     )
