@@ -51,6 +51,7 @@ CAVEATS = """## What these numbers do not show
 - Peak memory is that of a whole fresh process, the interpreter and its packages included.
 - The published form is flashcocos's own code of the published computation, not the authors' program.
 - torch.compile found code of an earlier run in its cache; without it, its first run had taken 97 s.
+- The rows of one translation are of revisions before exports had Winograd's form and before labels were cached.
 - The largest batches are estimated and have not been tried, and no row has run on a GPU unless it names one.
 - Commands use today's names of groups. At the revisions given here, `ablation` was `ladder` and `estimate` was
   `plan`."""
