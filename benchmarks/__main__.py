@@ -8,13 +8,16 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import FlashcocosError, InputError
 from . import __doc__ as scheme
 from .cases import all_cases
 from .provenance import RESULTS
 from .registry import GROUPS, select
+
+if TYPE_CHECKING:
+    from .runner import Row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads, 1 to 256 (default: one a core)")
     run.add_argument("--fresh", action="store_true", help="begin the results files anew")
     run.add_argument("-o", "--output", default=str(RESULTS), metavar="FOLDER", help="default: benchmarks/results")
+    gpu = commands.add_parser("gpu", help="measure in ten minutes what only a machine with an NVIDIA GPU can show")
+    gpu.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the rows go into its file gpu.jsonl")
+    gpu.add_argument("--seconds", type=float, default=570.0, metavar="N", help="stop after them (default: 570)")
+    gpu.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to see that all of it works")
+    gpu.add_argument("--fresh", action="store_true", help="begin the file anew")
     commands.add_parser("report", help="write docs/benchmarks.md, the README's table and the plots")
     options = parser.parse_args(arguments)
     try:
@@ -96,13 +104,36 @@ def _run(options: argparse.Namespace) -> int:
     config = ModelConfig.from_json(assets.config) if assets.config else None
     cases = all_cases(options.device, list(bundles), config)
     selected = select(cases, options.group, options.only, every=options.all)
-    command = shlex.join(["python", "-m", "flashcocos.benchmarks", *map(_without_folder, sys.argv[1:])])
-    rows = run_cases(selected, assets, options.output, known=cases, command=command, fresh=options.fresh)
+    rows = run_cases(selected, assets, options.output, known=cases, command=_command(), fresh=options.fresh)
+    return _ended(rows, options.output)
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    from .gpu import FILE, run_gpu
+
+    rows = run_gpu(
+        options.output,
+        limit=options.seconds,
+        dry_run=options.dry_run,
+        command=_command(),
+        fresh=options.fresh,
+    )
+    wrong = [row["case"] for row in rows if row["status"] == "outside"]
+    if wrong:
+        print(f"{len(wrong)} gave wrong results: {', '.join(wrong)}", file=sys.stderr)
+    return _ended(rows, Path(options.output) / FILE) or int(bool(wrong))
+
+
+def _ended(rows: Sequence[Row], output: str | Path) -> int:
     failed = [row["case"] for row in rows if row["status"] == "failed"]
     if failed:
         print(f"{len(failed)} failed, and run again with the same command: {', '.join(failed)}", file=sys.stderr)
-    print(options.output)
+    print(output)
     return 1 if failed else 0
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "flashcocos.benchmarks", *map(_without_folder, sys.argv[1:])])
 
 
 def _without_folder(word: str) -> str:
@@ -129,7 +160,7 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"model": _model, "list": _list, "run": _run, "report": _report}
+_COMMANDS = {"model": _model, "list": _list, "run": _run, "gpu": _gpu, "report": _report}
 
 if __name__ == "__main__":
     sys.exit(main())

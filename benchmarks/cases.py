@@ -185,23 +185,25 @@ def warp_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -
     for size in (32, 64, 128, 256):
         for method in plain:
             published = size < 256 or method not in ("numpy", "cpu", "compiled")
-            yield _warp(method, size, device=device, published=published)
+            yield warp_case(method, size, device=device, published=published)
     for method in ("numba", "numpy") if device == "cpu" else ():
         for size in (64, 128):
-            yield _warp(method, size, device=device, inputs="shifted", published=True)
+            yield warp_case(method, size, device=device, inputs="shifted", published=True)
     for method in trained if device == "cuda" else ["numba", *trained]:
         for size in (32, 64, 128):
-            yield _warp(method, size, device=device, backward=True, published=size == 64)
+            yield warp_case(method, size, device=device, backward=True, published=size == 64)
     for values in (48, 151):
         for method in plain:
-            yield _warp(method, 64, device=device, values=values, published=method in ("numba", "triton", "reference"))
+            yield warp_case(
+                method, 64, device=device, values=values, published=method in ("numba", "triton", "reference")
+            )
     for method in plain:
         if method == "triton-nine-tap":
             continue  # for patch 3 alone
-        yield _warp(method, 64, device=device, patch=1, published=method in ("numba", "triton", "reference"))
+        yield warp_case(method, 64, device=device, patch=1, published=method in ("numba", "triton", "reference"))
 
 
-def _warp(
+def warp_case(
     method: str,
     size: int,
     *,
@@ -212,6 +214,7 @@ def _warp(
     backward: bool = False,
     published: bool = False,
 ) -> Case:
+    """The warp by `method`, a name of `speed/warp.py`, on maps of `size` x `size`."""
     parameters: dict[str, Any] = {"method": method, "size": size, "patch": patch, "values": values}
     parameters |= {"channels": CHANNELS, "inputs": inputs, "backward": backward}
     parameters |= {

@@ -60,7 +60,8 @@ class Case:
         limit: Seconds until the process is ended.
         warmup: Whether a first run goes untimed. Without it the first run is timed too, for what takes minutes.
         memory: Bytes that the method needs at least; a case that cannot fit is not started.
-        requires: Packages, "cuda", "bfloat16", "c++" (a compiler), "model", "naive" (its single graph) or "bundle".
+        requires: Packages, "cuda", "bfloat16", "c++" (a compiler), "onnxruntime-gpu", "compute-sanitizer", "tests" (of
+            a checkout), "model", "naive" (its single graph) or "bundle".
     """
 
     name: str

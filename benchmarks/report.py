@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import atomic_path
+from .gpu import FILE, gpu_section
 from .plots import draw_plots
 from .provenance import RESULTS
 from .registry import GROUPS
@@ -116,6 +117,8 @@ def full_page(results: Path = RESULTS) -> str:
                 if group == "strides":
                     text += trained_strides({stride: _load(path) for stride, path in _trained(results).items()})
                 parts += [text, origin(rows)]
+    if rows := read_rows(results / FILE):
+        parts += [gpu_section(rows), origin(rows)]
     return "\n\n".join([*parts, CAVEATS]) + "\n"
 
 

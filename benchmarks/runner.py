@@ -1,21 +1,24 @@
 """Run cases, each in a fresh process, and write their rows as JSON lines, one file a group.
 
-A run continues a file that an earlier run began, and does not measure its rows again. It refuses the file where
-revision, versions, machine, threads, model or a case's parameters differ. A case that runs out of memory gets a row
-that says so.
+A run continues a file that an earlier run began, and does not measure its rows again, except those of cases that failed
+or ran out of time: of two rows of a case the later one counts. It refuses the file where revision, versions, machine,
+threads, model or a case's parameters differ. A case that runs out of memory gets a row that says so.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,10 @@ from .registry import Assets, Case, Task
 
 Row = dict[str, Any]
 GIB = 2**30
-FINAL = ("timed", "measured", "outside", "out of memory", "timeout", "skipped")  # a failed case is tried again
+NO_TIME = "no time left"  # why a case was skipped that the next run tries
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|MemoryError|alloc\w* .*memory|memory.* alloc", re.IGNORECASE)
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-_NO_PACKAGES = ("cuda", "bfloat16", "c++")
+TESTS = Path(__file__).parents[1] / "tests"
 _ASSETS = {"model": "a model file", "naive": "a naive single graph", "bundle": "a bundle"}
 
 
@@ -45,8 +48,9 @@ def run_cases(
     known: Sequence[Case] = (),
     command: str = "",
     fresh: bool = False,
+    seconds: float = math.inf,
 ) -> list[Row]:
-    """Run `cases` and write their rows, failed ones aside, to `output`.
+    """Run `cases` and write their rows to `output`.
 
     Args:
         cases: What to run.
@@ -55,13 +59,15 @@ def run_cases(
         known: Further cases, which those of `cases` may be compared with.
         command: Written in every row.
         fresh: Begin the files anew.
+        seconds: From now on, after which a case that runs is ended and the others are skipped.
 
     Returns:
-        The rows in the order of `cases`, failed ones included.
+        The rows in the order of `cases`.
 
     Raises:
         InputError: An asset is missing, or a file was measured under other conditions.
     """
+    end = time.monotonic() + seconds
     _check_assets(cases, assets)
     environment = {name: os.environ[name] for name in _THREADS if name in os.environ}
     setup = {**provenance(), "threads": assets.threads or environment or None, "device": assets.device}
@@ -71,7 +77,7 @@ def run_cases(
     for path in {path for path in files.values() if path is not None}:
         if fresh:
             path.unlink(missing_ok=True)
-        done |= {row["case"]: row for row in read_rows(path, setup)}
+        done |= {row["case"]: row for row in read_rows(path, setup) if not _unfinished(row)}
     references = References({case.name: case for case in (*known, *cases)}, assets)
     rows = []
     with tqdm(desc="bench", total=len(cases), unit="case", disable=None) as bar:
@@ -84,7 +90,7 @@ def run_cases(
                     raise _refused(files[case.group], [f"{key} of {case.name}" for key in keys])
             else:
                 now = conditions()
-                row = {"case": case.name, "measures": case.measures, **wanted, **_run(case, assets, references)}
+                row = {"case": case.name, "measures": case.measures, **wanted, **_run(case, assets, references, end)}
                 row |= {"conditions": now, "setup": setup, "command": command}
                 _append(files[case.group], row)
                 bar.write(describe(row), file=sys.stderr)
@@ -132,7 +138,10 @@ def open_assets(
 
 
 def read_rows(path: Path, setup: Mapping[str, Any] | None = None) -> list[Row]:
-    """The rows of a results file, none where there is no file; `InputError` for another file and another `setup`."""
+    """The last row of each case of a results file, none where there is no file.
+
+    Raises `InputError` for another file, and for rows of another `setup`.
+    """
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         others = [row["setup"] for row in rows if setup is not None and row["setup"] != setup]
@@ -145,7 +154,7 @@ def read_rows(path: Path, setup: Mapping[str, Any] | None = None) -> list[Row]:
     if setup is not None and others:
         keys = [key for key in (*setup, *others[0]) if others[0].get(key) != setup.get(key)]
         raise _refused(path, dict.fromkeys(keys))
-    return rows
+    return list({row["case"]: row for row in rows}.values())
 
 
 def isolated(case: Case, assets: Assets, *, timed: bool = True) -> Row:
@@ -198,23 +207,43 @@ def describe(row: Row) -> str:
     return f"{start}{row['status']}: {row.get('reason') or row.get('quality') or row.get('facts')}"
 
 
-def _run(case: Case, assets: Assets, references: References) -> Row:
-    for need in case.requires:
-        if need == "cuda" and assets.device != "cuda":
-            return {"status": "skipped", "reason": "for an NVIDIA GPU"}
-        if need == "bfloat16" and not _has_bfloat16():
-            return {"status": "skipped", "reason": "OpenVINO computes in float32 alone on this CPU"}
-        if need == "c++" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-            return {"status": "skipped", "reason": "torch.compile finds no C++ compiler"}
-        if need not in (*_ASSETS, *_NO_PACKAGES) and importlib.util.find_spec(need) is None:
-            return {"status": "skipped", "reason": f"the package {need} is not installed"}
+def _run(case: Case, assets: Assets, references: References, end: float) -> Row:
+    """The row of `case`, which is to be there at the time `end`."""
+    if lacking := list(filter(None, (_lacks(need, assets) for need in case.requires))):
+        return {"status": "skipped", "reason": "; ".join(lacking)}
     free = free_memory(assets.device) if case.memory else None
     if free is not None and case.memory > free:
         reason = f"not started: its matrices take {case.memory / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
         return {"status": "out of memory", "reason": reason, "needed_mib": round(case.memory / 2**20)}
+    no_time = {"status": "skipped", "reason": NO_TIME}
+    if time.monotonic() >= end:
+        return no_time
     if case.reference and (reason := references.missing(case.reference)):
         return {"status": "skipped", "reason": reason}
-    return isolated(case, assets)
+    left = end - time.monotonic()
+    row = isolated(dataclasses.replace(case, limit=min(case.limit, left)), assets) if left > 0 else no_time
+    return no_time if row["status"] == "timeout" and left < case.limit else row
+
+
+def _unfinished(row: Row) -> bool:
+    """Whether the next run is to try again."""
+    return row["status"] == "failed" or row.get("reason") == NO_TIME or row.get("facts", {}).get("finished") is False
+
+
+def _lacks(need: str, assets: Assets) -> str:
+    """Why this machine has not what a case requires; empty where it has it."""
+    compilers = map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))
+    checks: dict[str, tuple[Callable[[], Any], str]] = {
+        "cuda": (lambda: assets.device == "cuda", "for an NVIDIA GPU"),
+        "bfloat16": (_has_bfloat16, "OpenVINO computes in float32 alone on this CPU"),
+        "c++": (lambda: any(compilers), "torch.compile finds no C++ compiler"),
+        "onnxruntime-gpu": (_has_cuda_provider, "the package onnxruntime-gpu is not installed"),
+        "compute-sanitizer": (lambda: shutil.which(need), "there is no compute-sanitizer on the PATH"),
+        "tests": (TESTS.is_dir, "the tests are in a checkout alone"),
+        **dict.fromkeys(_ASSETS, (lambda: True, "")),
+    }
+    has, reason = checks.get(need, (lambda: importlib.util.find_spec(need), f"the package {need} is not installed"))
+    return "" if has() else reason
 
 
 def _has_bfloat16() -> bool:
@@ -223,8 +252,14 @@ def _has_bfloat16() -> bool:
     return "bfloat16" in cpu_precisions()
 
 
+def _has_cuda_provider() -> bool:
+    from ..runtime.cpu.onnxruntime import has_provider
+
+    return importlib.util.find_spec("onnxruntime") is not None and has_provider("cuda")
+
+
 def _append(path: Path | None, row: Row) -> None:
-    if path is None or row["status"] not in FINAL:
+    if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:

@@ -46,6 +46,7 @@ SLOW = (
     "benchmarks/quality/test_evaluate.py",
     "runtime/test_tiles.py",
     "train/test_avatars.py",
+    "benchmarks/test_gpu.py",
     "benchmarks/test_runner.py",
     "benchmarks/speed/test_bundle.py",
     "test_wheel.py",

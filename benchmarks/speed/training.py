@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..registry import Assets, Benchmark, Case, Sample
 from .inputs import inputs
+
+if TYPE_CHECKING:
+    from ...train.settings import Settings
 
 
 def prepare(case: Case, assets: Assets) -> Benchmark:
@@ -28,13 +31,10 @@ def prepare(case: Case, assets: Assets) -> Benchmark:
 
     from ...train.networks import Vgg19
     from ...train.networks.layers import SelfAttention
-    from ...train.settings import read_settings
     from ...train.trainer import Process, Trainer
 
     parameters = case.parameters
-    changes = [f"model.image_size={parameters['size']}", f"run.batch={parameters['batch']}", "schedule.steps=1000000"]
-    changes += [f"run.micro_batch={parameters['batch']}", "run.workers=0", *parameters["changes"]]
-    settings = read_settings(parameters["preset"], changes)
+    settings = step_settings(parameters)
     samples = _Samples(settings.model, parameters["size"], parameters["batch"])
     process = Process(device=torch.device(assets.device))
     vgg = Vgg19().eval().requires_grad_(False)
@@ -51,6 +51,15 @@ def prepare(case: Case, assets: Assets) -> Benchmark:
         return Sample(trainer.train_step(pieces).terms)
 
     return Benchmark(run, lambda terms: {"largest_term": max(map(abs, terms.values()))})
+
+
+def step_settings(parameters: Mapping[str, Any]) -> Settings:
+    """The settings of `prepare`'s step."""
+    from ...train.settings import read_settings
+
+    changes = [f"model.image_size={parameters['size']}", f"run.batch={parameters['batch']}", "schedule.steps=1000000"]
+    changes += [f"run.micro_batch={parameters['batch']}", "run.workers=0", *parameters["changes"]]
+    return read_settings(parameters["preset"], changes)
 
 
 def estimate(case: Case, assets: Assets) -> Benchmark:

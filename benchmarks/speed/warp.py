@@ -39,7 +39,7 @@ def prepare(case: Case, assets: Assets) -> Benchmark:
     """
     parameters = case.parameters
     arrays = warp_inputs(parameters["size"], parameters["values"], parameters["inputs"], parameters["channels"])
-    small = warp_inputs(SMALL, parameters["values"], "noise", parameters["channels"])
+    small = warp_inputs(min(SMALL, parameters["size"]), parameters["values"], "noise", parameters["channels"])
     baseline = _product(*arrays[:2]) if parameters["product"] else None
     if parameters["method"] in ARRAYS and not parameters["backward"]:
         backend, patch = parameters["method"], parameters["patch"]
@@ -48,7 +48,7 @@ def prepare(case: Case, assets: Assets) -> Benchmark:
         def run() -> Sample:
             return Sample(corr_warp(*arrays, patch=patch, backend=backend))
 
-        return Benchmark(run, lambda out: {"max_error": _error(arrays, out, patch)}, baseline=baseline)
+        return Benchmark(run, lambda out: {"max_error": largest_error(arrays, out, patch)}, baseline=baseline)
     return _tensors(parameters, arrays, small, assets.device)
 
 
@@ -81,7 +81,7 @@ def _tensors(
     run = pass_of(arrays, dtype, device, warp)
 
     def check(out: Any) -> dict[str, float]:
-        return {"max_error": max(wrong, _error(arrays, out.detach().float().cpu().numpy(), patch))}
+        return {"max_error": max(wrong, largest_error(arrays, out.detach().float().cpu().numpy(), patch))}
 
     return Benchmark(lambda: Sample(run()[0]), check)
 
@@ -122,7 +122,7 @@ def _method(name: str, patch: int) -> Callable[..., Any]:
     return methods[name]
 
 
-def _error(arrays: tuple[np.ndarray, ...], out: np.ndarray, patch: int) -> float:
+def largest_error(arrays: tuple[np.ndarray, ...], out: np.ndarray, patch: int) -> float:
     """Largest difference of 16 queries of `out` from the float64 softmax."""
     theta, phi, values = arrays
     size, worst = theta.shape[2], 0.0

@@ -133,16 +133,52 @@ def test_a_case_that_fails_stops_no_other_and_is_run_again(log: Path, tmp_path: 
     rows = run_cases([case("broken", "broken"), counted("a", log)], assets, tmp_path)
     assert [row["status"] for row in rows] == ["failed", "timed"]
     assert rows[0]["reason"] == "ValueError: no such thing in model.safetensors"
-    assert [row["case"] for row in read_rows(tmp_path / "test.jsonl")] == ["test/a"]
+    assert read_rows(tmp_path / "test.jsonl") == rows
+    mended = dataclasses.replace(counted("broken", log), parameters={})  # the file knows the case by its parameters
+    mended = dataclasses.replace(mended, benchmark="stub_benchmarks:facts", gate=None, repeats=5)
+    again = run_cases([mended, counted("a", log)], assets, tmp_path)
+    assert [row["status"] for row in again] == ["measured", "timed"]
+    assert log.read_text().count("test/a") == 4  # of the first run
+    assert read_rows(tmp_path / "test.jsonl") == again
+
+
+def test_what_time_is_left_for_runs_and_the_next_run_does_the_rest(log: Path, tmp_path: Path) -> None:
+    cases = [counted("a", log), case("slow", "slow"), counted("b", log), case("c", requires=("no_such_package",))]
+    rows = run_cases(cases, NOTHING, tmp_path, seconds=6.0)
+    assert [row["status"] for row in rows] == ["timed", "skipped", "skipped", "skipped"]
+    assert [row.get("reason") for row in rows[1:]] == ["no time left"] * 2 + [
+        "the package no_such_package is not installed"
+    ]
+    assert read_rows(tmp_path / "test.jsonl") == rows
+    assert "test/b" not in log.read_text()
+    rows = run_cases([cases[0], *cases[2:]], NOTHING, tmp_path)
+    assert [row["status"] for row in rows] == ["timed", "timed", "skipped"]
+    assert log.read_text() == "test/a\n" * 4 + "test/b\n" * 4
+    assert [row["case"] for row in read_rows(tmp_path / "test.jsonl")] == ["test/a", "test/slow", "test/b", "test/c"]
+
+
+def test_what_is_not_finished_goes_on(tmp_path: Path) -> None:
+    for finished, starts in ((False, 2), (True, 1)):
+        part = case(f"part-{finished}", "part", parameters={"finished": finished, "log": str(tmp_path / f"{finished}")})
+        for _ in range(2):
+            (row,) = run_cases([part], NOTHING, tmp_path)
+        assert row["facts"] == {"finished": finished}
+        assert (tmp_path / f"{finished}").read_text().count("started") == starts
 
 
 def test_what_is_not_here_is_skipped_with_the_reason(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     absent = counted("a", log, requires=("no_such_package",))
-    gpu = counted("b", log, requires=("cuda",))
+    gpu = counted("b", log, requires=("cuda", "onnxruntime-gpu", "compute-sanitizer", "tests"))
     compiled = counted("c", log, requires=("c++",))
+    monkeypatch.setattr("flashcocos.benchmarks.runner.TESTS", Path("/no/such/folder"))
+    monkeypatch.setattr("flashcocos.runtime.cpu.onnxruntime.has_provider", lambda device: False)
     rows = run_cases([absent, gpu, compiled], NOTHING, None)
     assert [row["status"] for row in rows] == ["skipped"] * 3
+    assert rows[1]["reason"] == (
+        "for an NVIDIA GPU; the package onnxruntime-gpu is not installed; there is no compute-sanitizer on the PATH; "
+        "the tests are in a checkout alone"
+    )
     assert "C++ compiler" in rows[2]["reason"]
     assert rows[0]["reason"] == "the package no_such_package is not installed"
     assert not log.exists()
