@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("-o", "--output", default=str(RESULTS), metavar="FOLDER", help="default: benchmarks/results")
     gpu = commands.add_parser("gpu", help="measure in ten minutes what only a machine with an NVIDIA GPU can show")
     gpu.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the rows go into its file gpu.jsonl")
+    # a machine that is lent for ten minutes keeps some for itself
     gpu.add_argument("--seconds", type=float, default=570.0, metavar="N", help="stop after them (default: 570)")
     gpu.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to see that all of it works")
     gpu.add_argument("--fresh", action="store_true", help="begin the file anew")

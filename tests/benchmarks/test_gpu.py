@@ -149,7 +149,7 @@ def test_a_run_of_a_cut_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu, "dry_cases", lambda: [Case("gpu/a", "stub_benchmarks:facts", "facts", {})])
     (row,) = run_gpu(tmp_path, limit=1e-6, dry_run=True)
     assert (row["status"], row["reason"]) == ("skipped", "no time left")
-    (row,) = run_gpu(tmp_path, dry_run=True)
+    (row,) = run_gpu(tmp_path, limit=60.0, dry_run=True)
     assert row["status"] == "measured"
 
 
