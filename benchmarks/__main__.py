@@ -55,6 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu.add_argument("--seconds", type=float, default=570.0, metavar="N", help="stop after them (default: 570)")
     gpu.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to see that all of it works")
     gpu.add_argument("--fresh", action="store_true", help="begin the file anew")
+    scale = commands.add_parser(
+        "scale", help="simulate a service: how long requests wait, how many devices a load takes"
+    )
+    scale.add_argument(
+        "--ms", type=float, nargs="+", required=True, metavar="N", help="a device's times of a request, all as frequent"
+    )
+    scale.add_argument("--rate", type=float, default=1000.0, metavar="N", help="requests a second (default: 1000)")
+    scale.add_argument("--p99", type=float, default=1.0, metavar="S", help="seconds for 99 of 100 (default: 1)")
     commands.add_parser("report", help="write docs/benchmarks.md, the README's table and the plots")
     options = parser.parse_args(arguments)
     try:
@@ -125,6 +133,13 @@ def _gpu(options: argparse.Namespace) -> int:
     return _ended(rows, Path(options.output) / FILE) or int(bool(wrong))
 
 
+def _scale(options: argparse.Namespace) -> int:
+    from .scale import report
+
+    print(report(options.ms, options.rate, options.p99))
+    return 0
+
+
 def _ended(rows: Sequence[Row], output: str | Path) -> int:
     failed = [row["case"] for row in rows if row["status"] == "failed"]
     if failed:
@@ -161,7 +176,7 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"model": _model, "list": _list, "run": _run, "gpu": _gpu, "report": _report}
+_COMMANDS = {"model": _model, "list": _list, "run": _run, "gpu": _gpu, "scale": _scale, "report": _report}
 
 if __name__ == "__main__":
     sys.exit(main())

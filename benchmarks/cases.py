@@ -312,6 +312,10 @@ def serving_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig
             for batch, clients in batches
         },
         "overload": ("10 times as many requests as it can do, for 60 s", common | {"times": 10, "seconds": 60.0}),
+        "arrivals": (
+            "7 tenths of what it can do, at random times for 120 s, and the same simulated",
+            common | {"load_share": 0.7, "seconds": 120.0},
+        ),
         "soak": (
             "10 000 requests at 64 px from 16 clients, 4 in 10 hang up",
             {"size": 64, "pairs": 6, "count": 10000, "clients": 8, "aborts": 0.4},
@@ -326,7 +330,7 @@ def serving_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig
             text,
             {"kind": name, **parameters},
             limit=1800.0,
-            requires=("onnxruntime", "fastapi", "psutil"),
+            requires=("onnxruntime", "fastapi", "psutil", *(["simpy"] if name == "arrivals" else [])),
             published=True,
         )
 

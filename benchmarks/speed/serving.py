@@ -193,11 +193,12 @@ class Load:
         await asyncio.gather(*(client() for _ in range(clients)))
         return (self.tally.counts["200"] - before) / (time.perf_counter() - start)
 
-    async def flood(self, rate: float, seconds: float) -> None:
-        """Ask `rate` times a second, whatever is answered, and wait for all answers."""
-        start, tasks = time.perf_counter(), set()
-        for number in range(int(rate * seconds)):
-            await asyncio.sleep(max(0.0, start + number / rate - time.perf_counter()))
+    async def flood(self, rate: float, seconds: float, *, at_random: bool = False) -> None:
+        """Ask `rate` times a second, evenly or at random, whatever is answered, and wait for all answers."""
+        start, tasks, next_at = time.perf_counter(), set(), 0.0
+        for _ in range(int(rate * seconds)):
+            await asyncio.sleep(max(0.0, start + next_at - time.perf_counter()))
+            next_at += self._random.expovariate(rate) if at_random else 1 / rate
             tasks.add(task := asyncio.create_task(self.ask()))
             task.add_done_callback(tasks.discard)
         await asyncio.gather(*tasks)
@@ -358,6 +359,45 @@ def overload(*, size: int, times: float, seconds: float, queue: int = 32, pairs:
     }
 
 
+def arrivals(*, size: int, load_share: float, seconds: float, pairs: int = 6) -> dict[str, float]:
+    """Requests at random times, `load_share` of what the service can do; and what `scale.simulate` says of them.
+
+    The simulation draws from the stages' times of one request after the other, scaled to what each costs under load.
+    """
+    from ..scale import simulate
+
+    bare = Bare(size, pairs)
+
+    async def run(server: Server) -> tuple[float, Tally, Tally]:
+        async with load(server.port, bare.questions(server.url)) as requests:
+            await requests.loop(4, count=2 * pairs**2)
+            rate = await requests.loop(4, seconds=min(10, seconds))
+            requests.tally = one_by_one = Tally()
+            await requests.loop(1, count=100)
+            requests.tally = Tally()
+            await requests.flood(load_share * rate, seconds, at_random=True)
+            return rate, one_by_one, requests.tally
+
+    with Server() as server:
+        rate, one_by_one, tally = asyncio.run(run(server))
+    stages = np.subtract(one_by_one.took["200"], one_by_one.outside) / 1e3
+    work = stages / stages.mean() / rate
+    extra = max(0.0, float(np.mean(one_by_one.took["200"])) / 1e3 - float(work.mean()))
+    expected = simulate(work.tolist(), load_share * rate, extra=extra)
+    measured = {f"p{share}_ms": tally.quantile("200", share / 100) for share in (50, 95, 99)}
+    return {
+        "asked": tally.counts.total(),
+        "right": tally.counts["200"],
+        "other": tally.counts.total() - tally.counts["200"],
+        "rate_per_s": round(load_share * rate, 2),
+        **{
+            name: value
+            for share in measured
+            for name, value in ((share, measured[share]), (f"simulated_{share}", round(expected[share], 2)))
+        },
+    }
+
+
 def soak(*, size: int, count: int, clients: int, aborts: float, pairs: int = 6) -> dict[str, float]:
     """Many requests, a share `aborts` of which hang up within 0.2 s."""
     bare = Bare(size, pairs)
@@ -450,6 +490,7 @@ KINDS: dict[str, Callable[..., dict[str, float]]] = {
     "overhead": overhead,
     "throughput": throughput,
     "overload": overload,
+    "arrivals": arrivals,
     "soak": soak,
     "drain": drain,
     "ready": ready,

@@ -39,6 +39,15 @@ def test_overload_loses_and_swaps_nothing() -> None:
     assert facts["rss_growth"] <= 0.1
 
 
+def test_random_arrivals_are_answered_and_simulated() -> None:
+    pytest.importorskip("simpy", reason="needs the extra bench")
+    facts = serving.arrivals(size=64, load_share=0.5, seconds=2, pairs=2)
+    assert facts["right"] == facts["asked"] > 0
+    for share in ("p50_ms", "p99_ms"):  # how near they are is what the benchmark tells: here other tests run beside
+        assert facts[share] > 0
+        assert facts[f"simulated_{share}"] > 0
+
+
 def test_a_soak_with_hang_ups_leaves_nothing_behind() -> None:
     facts = serving.soak(size=64, count=50, clients=4, aborts=0.4, pairs=2)
     assert facts["asked"] == 50
