@@ -15,8 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript import optimizer
 from torch import Tensor
 
 from .. import __version__
@@ -131,6 +134,27 @@ def store_float16(model: ModelProto) -> None:
     replace(graph, nodes, stored)
 
 
+def fold_constants(model: ir.Model) -> None:
+    """Compute in place what depends on no input of `model`, whatever its size."""
+    anything = {"input_size_limit": 1 << 40, "output_size_limit": 1 << 40}
+    with _quiet():
+        optimizer.fold_constants(model, **anything)
+        for node in [node for node in model.graph if node.op_type == "Split"]:  # it leaves out these
+            whole = ir.convenience.get_const_tensor(node.inputs[0]) if node.inputs[0] is not None else None
+            if whole is None or len(node.inputs) > 1:  # only into equal parts
+                continue
+            parts = np.split(whole.numpy(), len(node.outputs), node.attributes.get_int("axis", 0))
+            for output, part in zip(node.outputs, parts, strict=True):
+                value = ir.tensor(np.ascontiguousarray(part))
+                kind, name = ir.TensorType(value.dtype), f"{output.name}_folded"
+                constant = ir.Value(name=name, type=kind, shape=ir.Shape(part.shape), const_value=value)
+                model.graph.register_initializer(constant)
+                ir.convenience.replace_all_uses_with(output, constant)
+            model.graph.remove(node, safe=True)
+        optimizer.fold_constants(model, **anything)
+    RemoveUnusedNodesPass()(model)
+
+
 def renamed(graph: GraphProto, prefix: str, names: Mapping[str, str]) -> tuple[list[NodeProto], list[TensorProto]]:
     """Nodes and initializers of `graph`; values are renamed by `names`, else get `prefix`, in its subgraphs too."""
     copy = GraphProto()
@@ -188,13 +212,16 @@ def _listed(infos: Iterable[ValueInfoProto]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # the exporter warns of optional packages, of axes that share a symbol and of its own deprecated calls
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    # the exporter warns of optional packages, of axes that share a symbol and of its own deprecated calls, and the
+    # optimizer of every Split
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -23,6 +23,7 @@ from ..errors import BundleError
 from ..train.networks import CoCosNet
 from ..train.networks.generator import class_means
 from ..train.networks.layers import SelfAttention
+from .blocks import fold_blocks
 
 # rows at a time; every size has a multiple of as many queries, (H / 2)(W / 2) for H and W that 32 divides
 ATTENTION_ROWS = (SIZE_MULTIPLE // 2) ** 2
@@ -46,6 +47,7 @@ class _Stage(nn.Module):
         self.classes = model.config.label_channels if model.config.label_kind == "classes" else 0
         self.dtype = model.correspondence.theta.weight.dtype
         self.present = _Present()
+        fold_blocks(self.model)
 
     def sparse(self, part: nn.Module) -> None:
         """Have the convolutions over label planes in `part` take the planes of `planes` instead."""

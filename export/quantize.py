@@ -24,7 +24,6 @@ import msgspec
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -32,7 +31,6 @@ from onnxruntime.quantization import (
     QuantType,
     quantize_static,
 )
-from onnxscript import optimizer
 from tqdm import tqdm
 
 from ..bundle import Bundle, write_bundle
@@ -44,7 +42,7 @@ from ..preprocess.images import load_image, psnr, to_uint8
 from ..preprocess.labels import load_label, resize_nearest
 from ..runtime.cpu.onnxruntime import OnnxRuntimeEngine
 from ..runtime.jobs import Job
-from .graphs import check_graph, clean
+from .graphs import check_graph, clean, fold_constants
 from .verify import run_stages
 
 _log = logging.getLogger("flashcocos.export")
@@ -140,9 +138,7 @@ def quantize_bundle(
 def _quantize_stage(bundle: Bundle, stage: str, feeds: Sequence[Arrays]) -> tuple[onnx.ModelProto, tuple[int, int]]:
     """A stage in int8, calibrated on `feeds`, and how many of its convolutions are, of how many."""
     model = ir.from_proto(onnx.load_model_from_string(bundle.read_stage(stage)))
-    # weights that are stored in float16 become constants again
-    optimizer.fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40)
-    RemoveUnusedNodesPass()(model)
+    fold_constants(model)  # weights that are stored in float16, and those that are made of others
     graph = ir.to_proto(model)
     convolutions = [node for node in graph.graph.node if node.op_type == "Conv"]
     kept = {node.name for node in convolutions if not _quantizable(graph.graph, node)}

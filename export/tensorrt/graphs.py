@@ -6,6 +6,7 @@ What the graphs of a bundle do to save work on a CPU is put back, for TensorRT w
     self-attention in rows  Loop -> MatMul, Softmax, MatMul over one head of equal sizes, the form of its fused kernel:
                             query and key are padded with zeros to the values' width, which adds nothing to a product
     wide convolutions       Winograd's form -> Conv, for which TensorRT has kernels of its own
+    sums over channels      product with a row of one number -> ReduceSum, which it joins with what is around
     pictures                image and warped_image leave as uint8 (batch, height, width, 3), rounded as `to_uint8` does,
                             with `invalid`, 1 where the network gave NaN: nothing else has to cross the bus
 
@@ -28,12 +29,11 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
-from onnxscript import optimizer
 
 from ...bundle import Bundle
 from ...bundle.graph_check import refuse_external_data
 from ...errors import BundleError
-from ..graphs import replace
+from ..graphs import fold_constants, replace
 from ..winograd import restore
 from .int8 import is_quantized, prepare_int8
 
@@ -71,11 +71,11 @@ def tensorrt_graph(graph: bytes, stage: str, *, classes: int, half: bool) -> onn
             _let_every_class_occur(model.graph, classes)
             _cast_label(model.graph)
         _join_attention(model.graph)
+        _sum_channels(model.graph)
         prepare_int8(model.graph)
         if stage == "fine":
             _pack_pictures(model.graph)
-        optimizer.fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40)
-        RemoveUnusedNodesPass()(model)
+        fold_constants(model)
         if half:
             _declare_half(model)
             RemoveUnusedNodesPass()(model)
@@ -164,6 +164,22 @@ def _join_attention(graph: ir.Graph) -> None:
         for index in range(len(node.inputs)):
             node.replace_input_with(index, None)
     for node in (turned, reshape, joined, loop):
+        graph.remove(node, safe=True)
+
+
+def _sum_channels(graph: ir.Graph) -> None:
+    """Undo what `export/blocks.py` makes of sums: a row (1, C) of one number times (B, C, N)."""
+    axis = None
+    for node in [node for node in graph if node.op_type == "MatMul"]:
+        row = ir.convenience.get_const_tensor(node.inputs[0]) if node.inputs[0] is not None else None
+        if row is None or len(row.shape) != 2 or row.shape[0] != 1 or np.ptp(row.numpy()):
+            continue
+        axis = axis or _constant(graph, "channel_axis", np.array([1]))
+        total = ir.node("ReduceSum", [node.inputs[1], axis], {"keepdims": 1})
+        factor = _constant(graph, f"{node.outputs[0].name}_factor", row.numpy()[0, 0])
+        scaled = ir.node("Mul", [total.outputs[0], factor])
+        graph.insert_before(node, (total, scaled))
+        ir.convenience.replace_all_uses_with(node.outputs[0], scaled.outputs[0])
         graph.remove(node, safe=True)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config import SIZE_MULTIPLE, ModelConfig
-from .layers import LEAKY_SLOPE, SelfAttention, SpadeBlock, subsample
+from .layers import LEAKY_SLOPE, SelfAttention, SpadeBlock, double, subsample
 
 
 class Generator(nn.Module):
@@ -54,12 +54,12 @@ class Generator(nn.Module):
         """Condition at a fourth of the size (B, c, H/4, W/4) -> features (B, c4, H/2, W/2): all that looks afar."""
         x = self.first(subsample(condition, SIZE_MULTIPLE // 4))  # (B, c16, H/32, W/32)
         x = self.head(x, subsample(condition, 8))
-        x, condition_16 = _double(x), subsample(condition, 4)
-        x = self.middle_0(x, condition_16)
+        condition_16 = subsample(condition, 4)
+        x = self.middle_0(x, condition_16, enlarge=True)
         x = self.middle_1(x, condition_16)  # (B, c16, H/16, W/16)
-        x = self.up_0(_double(x), subsample(condition, 2))  # (B, c8, H/8, W/8)
-        x = self.up_1(_double(x), condition)  # (B, c4, H/4, W/4)
-        features: Tensor = self.attention(_double(x))
+        x = self.up_0(x, subsample(condition, 2), enlarge=True)  # (B, c8, H/8, W/8)
+        x = self.up_1(x, condition, enlarge=True)  # (B, c4, H/4, W/4)
+        features: Tensor = self.attention(double(x))
         return features
 
     def fine(self, features: Tensor, condition: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Generator(nn.Module):
         No pixel depends on anything `TILE_OVERLAP` pixels away, so a picture can be made in tiles.
         """
         x = self.up_2(features, subsample(condition, 2))  # (B, c2, H/2, W/2)
-        x = self.up_3(_double(x), condition)  # (B, c1, H, W)
+        x = self.up_3(x, condition, enlarge=True)  # (B, c1, H, W)
         x = self.last(F.leaky_relu(x, LEAKY_SLOPE))  # (B, 3 or 4, H, W)
         if not self.warp_residual:
             return torch.tanh(x)
@@ -83,7 +83,3 @@ def class_means(image: Tensor, label: Tensor) -> Tensor:
     # divided by the width before they are summed, so that no sum leaves the range of float16
     planes = label.flatten(2) / label.shape[3]  # (B, nc, H W)
     return (planes @ image.flatten(2).mT) / planes.sum(2, keepdim=True).clamp_min(1e-4)
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")

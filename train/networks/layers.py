@@ -52,6 +52,11 @@ def subsample(planes: Tensor, step: int) -> Tensor:
     return planes[:, :, ::step, ::step] if step > 1 else planes
 
 
+def double(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, C, 2 h, 2 w), each pixel four times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
 def positional_norm(x: Tensor) -> Tensor:
     """(B, C, H, W) with mean 0 and unbiased variance 1 over the channels of each position."""
     wide = _widened(x)
@@ -103,9 +108,11 @@ class SpadeBlock(nn.Module):
             self.norm_s = Spade(in_channels, condition_channels, hidden)
             self.conv_s = SpectralConv2d(in_channels, out_channels, 1, bias=False)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x (B, in, h, w), condition (B, condition, h, w) -> (B, out, h, w)."""
-        normal = positional_norm(x)  # once for both that need it
+    def forward(self, x: Tensor, condition: Tensor, *, enlarge: bool = False) -> Tensor:
+        """x (B, in, h, w), condition (B, condition, h, w) -> (B, out, h, w); with `enlarge` x is of half the size."""
+        normal = positional_norm(x)  # once for both that need it, and before it is enlarged
+        if enlarge:
+            normal, x = double(normal), double(x)
         y = self.conv_0(F.leaky_relu(self.norm_0(normal, condition), LEAKY_SLOPE))  # (B, middle, h, w)
         y = self.conv_1(F.leaky_relu(self.norm_1(positional_norm(y), condition), LEAKY_SLOPE))  # (B, out, h, w)
         result: Tensor = y + (self.conv_s(self.norm_s(normal, condition)) if self.learned_shortcut else x)
