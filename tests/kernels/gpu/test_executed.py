@@ -1,0 +1,236 @@
+"""The compiled kernels, executed: their PTX in an interpreter of our own, where neither a GPU nor ptxas is involved.
+
+Every launch is the project's own, from Python or by the torch-free runtime with kernels compiled ahead of time. What it
+computes is compared with the float64 oracle, and what the machine of tests/support/ptx_machine.py notices must be
+nothing: accesses out of bounds, misaligned or racing, and branches within a block.
+
+CI executes a choice; all of it, with every number, in about half an hour:
+
+    FLASHCOCOS_EXECUTE=all python -m pytest tests/kernels/gpu/test_executed.py -s
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from ptx_compiler import Compiler
+from ptx_launch import Change, Launcher, memory_of
+from tolerances import EXECUTED, assert_close
+
+from flashcocos.config import PRESETS
+from flashcocos.kernels import reference
+from flashcocos.runtime.gpu.cubins import find_kernels, folder_kernels
+from flashcocos.runtime.gpu.warp import DeviceWarp, key_tensors, query_tensors
+
+triton_warp = pytest.importorskip("flashcocos.kernels.gpu.triton_warp", reason="needs the triton package")
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+EVERYTHING = os.environ.get("FLASHCOCOS_EXECUTE") == "all"
+
+
+class Case(NamedTuple):
+    """Maps, and what they are warped by. multiprocessors: of the GPU, by which nine taps are split over the keys."""
+
+    sm: int
+    dtype: torch.dtype
+    kernel: str = "straightforward"
+    multiprocessors: int = 1
+    query: tuple[int, int] = (5, 7)
+    key: tuple[int, int] = (6, 11)
+    batch: int = 1
+    channels: int = 20
+    values: int = 3
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch}x{self.channels}x{self.query}x{self.key}x{self.values}".replace(", ", "x")
+        return f"sm{self.sm}-{str(self.dtype)[6:]}-{self.kernel}-{self.multiprocessors}-{sizes}"
+
+
+# of several tiles of queries, keys and values; of which a row of keys fills a tile
+LARGE = {"query": (20, 23), "key": (17, 19), "batch": 2, "channels": 40, "values": 17}
+WIDE = {"query": (3, 67), "key": (9, 62), "channels": 32}
+NINE_TAP = {"kernel": "nine_tap"}
+
+if EVERYTHING:
+    TARGETS = list(itertools.product((80, 86, 89, 120), (HALF, BRAIN)))
+    FORWARD = [
+        Case(sm, dtype, **sizes, **kernel)
+        for sm, dtype in TARGETS
+        for kernel in ({}, NINE_TAP, {**NINE_TAP, "multiprocessors": 3})
+        for sizes in ({}, LARGE, WIDE)
+    ]
+    FORWARD += [Case(sm, SINGLE, **sizes) for sm in (80, 86, 89, 120) for sizes in ({}, LARGE)]
+    BACKWARD = [
+        Case(sm, dtype, **sizes)
+        for sm in (80, 86, 89, 120)
+        for dtype in (HALF, BRAIN, SINGLE)
+        for sizes in ({}, {**LARGE, "batch": 1})
+    ]
+    AHEAD = [
+        Case(sm, dtype, query=query, key=key, batch=2, channels=channels)
+        for sm, dtype in TARGETS
+        for channels in (32, 128)
+        for query, key in (((5, 7), (6, 11)), ((13, 19), (9, 17)))
+    ]
+else:
+    FORWARD = [Case(80, HALF, "nine_tap", 3, batch=2), Case(120, BRAIN, "nine_tap", 3), Case(86, SINGLE)]
+    BACKWARD = [Case(80, HALF), Case(120, BRAIN), Case(86, SINGLE)]
+    AHEAD = [
+        Case(86, BRAIN, query=(5, 17), key=(4, 7), channels=128),
+        Case(89, HALF, query=(5, 7), key=(4, 7), channels=128),
+        Case(80, BRAIN, query=(13, 11), key=(6, 7), channels=32),
+        Case(120, HALF, query=(5, 7), key=(6, 11), channels=32),
+    ]
+
+# what is changed: a barrier left out, the mask of an access to global memory inverted, an access moved by an element
+CHANGES = {
+    "barrier": (r"bar\.sync.*", ""),
+    "mask": (r"@(?=%p\d+ (ld|st)\.global)", "@!"),
+    "offset": (r"(?<=\.b32)( .*| \t.*)\[(\s*%rd?\d+)(?= \+ 0 \]|\])", r"\1[\2+4"),
+}
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        get_ptxas(80)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"needs a triton with ptxas, whose version the PTX follows: {error}")
+    with Compiler(tmp_path_factory.mktemp("ptx")) as process:
+        yield process
+
+
+def make(case: Case) -> list[torch.Tensor]:
+    """theta, phi, values, and a gradient of the warp."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (case.channels, case.query), (case.channels, case.key), (case.values, case.key), (case.values, case.query)
+    return [torch.randn(case.batch, count, *size, generator=generator).to(case.dtype) for count, size in shapes]
+
+
+def check_launches(launcher: Launcher, *kernels: str) -> None:
+    """These were executed, and nothing was noticed."""
+    for launch in launcher.launches:
+        print(
+            *launch[:2], f"{launch.instructions} instructions, {launch.seconds:.1f} s", launch.problems or "no problem"
+        )
+    assert {launch.kernel for launch in launcher.launches} == set(kernels)
+    assert not [launch for launch in launcher.launches if launch.problems]
+
+
+def check_match(found: tuple[torch.Tensor, ...], theta: torch.Tensor, phi: torch.Tensor) -> None:
+    """Index, probability and, if it was asked for, entropy."""
+    logits = reference.logits(theta.double(), phi.double(), 3, 0.01)
+    weights = logits.softmax(-1)
+    assert torch.equal(found[0].flatten(1), logits.argmax(-1))
+    expected = weights.amax(-1), logits.logsumexp(-1) - (weights * logits).sum(-1)
+    for name, got, want in zip(("probability", "entropy"), found[1:], expected, strict=False):
+        assert_close(name, got.flatten(1), want, EXECUTED["out", SINGLE])
+
+
+def check_forward(case: Case, launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    theta, phi, values, _ = make(case)
+    with monkeypatch.context() as patch, triton_warp.choose_forward(case.kernel):
+        launcher.patch(patch, triton_warp, case.multiprocessors)
+        out, lse = triton_warp.warp_forward(theta, phi, values, 3, 0.01)
+    expected, expected_lse = reference.warp(theta.double(), phi.double(), values.double(), 3, 0.01)
+    forward = ("nine_tap", "merge") if case.kernel == "nine_tap" else ("forward",)
+    check_launches(launcher, "pack", "statistics", *forward)
+    assert_close("out", out, expected, EXECUTED["out", case.dtype])
+    assert_close("lse", lse, expected_lse, EXECUTED["lse", SINGLE])
+
+
+@pytest.mark.parametrize("case", FORWARD, ids=str)
+def test_forward(case, compiler, monkeypatch):
+    launcher = Launcher(compiler, case.sm)
+    check_forward(case, launcher, monkeypatch)
+    splits = [launch.grid[2] for launch in launcher.launches if launch.kernel == "nine_tap"]
+    assert all(count > 1 for count in splits) == (case.multiprocessors > 1 or not splits)
+
+
+@pytest.mark.parametrize("case", FORWARD if EVERYTHING else FORWARD[:1], ids=str)
+def test_match(case, compiler, monkeypatch):
+    theta, phi = make(case)[:2]
+    launcher = Launcher(compiler, case.sm)
+    launcher.patch(monkeypatch, triton_warp, case.multiprocessors)
+    with triton_warp.choose_forward(case.kernel):
+        found = triton_warp.match_forward(theta, phi, 3, 0.01)
+    check_launches(launcher, "pack", "statistics", "nine_tap" if case.kernel == "nine_tap" else "forward")
+    check_match(found, theta, phi)
+
+
+@pytest.mark.parametrize("case", BACKWARD, ids=str)
+def test_backward(case, compiler, monkeypatch):
+    tensors = make(case)
+    leaves = [tensor.double().requires_grad_() for tensor in tensors[:3]]
+    out, lse = reference.warp(*leaves, 3, 0.01)
+    expected = torch.autograd.grad(out, leaves, tensors[3].double())
+    launcher = Launcher(compiler, case.sm)
+    launcher.patch(monkeypatch, triton_warp, case.multiprocessors)
+    # several chunks
+    monkeypatch.setattr(triton_warp, "MAX_SCRATCH_BYTES", 0)
+    *inputs, grad = tensors
+    found = triton_warp.warp_backward(*inputs, out.detach().to(case.dtype), lse.detach().float(), grad, 3, 0.01)
+    check_launches(launcher, "pack", "statistics", "score_gradient", "fold")
+    assert len([launch for launch in launcher.launches if launch.kernel == "score_gradient"]) > 1
+    for name, got, want in zip(("theta", "phi", "values"), found, expected, strict=True):
+        assert_close(f"gradient of {name}", got, want, EXECUTED["grad", case.dtype])
+
+
+@pytest.mark.parametrize("case", AHEAD, ids=str)
+def test_ahead_of_time(case, compiler, tmp_path):
+    """As the runtime launches them: warp and match in one."""
+    name = str(case.dtype)[6:]
+    config = msgspec.structs.replace(PRESETS["tiny"], feature_channels=case.channels)
+    assert config.warped_channels == case.values
+    compiler.compile_ahead(tmp_path, case.sm, values=[case.values], channels=case.channels, dtypes=[name])
+    options: dict[str, Any] = {"capability": case.sm, "driver": "99.0", "remedy": ""}
+    launcher = Launcher(compiler, case.sm)
+    warp = DeviceWarp(launcher, find_kernels([folder_kernels(tmp_path)], config, [name], **options), config)
+    planes = [tensor.float().numpy() for tensor in make(case)[:3]]
+    arrays = dict(zip(("theta", "phi_planes", "values_planes"), planes, strict=True))
+    tensors = key_tensors(config, name, case.batch, case.key) | query_tensors(config, name, case.batch, case.query)
+    arrays |= {
+        key: np.full((*shape, np.dtype(kind).itemsize), 0xFF, np.uint8).view(kind)[..., 0]
+        for key, (shape, kind) in tensors.items()
+    }
+    launcher.memory = {key: memory_of(array) for key, array in arrays.items()}
+    pointers = {key: array.ctypes.data for key, array in arrays.items()}
+    work = warp.pack_keys(pointers["phi_planes"], pointers["values_planes"], pointers, case.batch, case.key)
+    for launch in (*work, *warp.run(pointers["theta"], pointers, pointers, case.batch, case.query, case.key)):
+        launch()
+    check_launches(launcher, "pack", "statistics", "nine_tap" if case.channels >= 128 and case.sm != 80 else "forward")
+    theta, phi, values = (torch.from_numpy(array) for array in planes)
+    expected, _ = reference.warp(theta.double(), phi.double(), values.double(), 3, config.temperature)
+    assert_close("out", torch.from_numpy(arrays["warped"]), expected, EXECUTED["out", case.dtype])
+    check_match([torch.from_numpy(arrays[key]) for key in ("index", "probability")], theta, phi)
+
+
+def changed(kind: str, number: int) -> Change:
+    """The PTX with the change made in the place of this number."""
+    pattern, replacement = CHANGES[kind]
+
+    def change(ptx: str) -> str:
+        place = list(re.finditer(pattern, ptx))[number]
+        return ptx[: place.start()] + place.expand(replacement) + ptx[place.end() :]
+
+    return change
+
+
+@pytest.mark.parametrize("kernel", ["nine_tap", "forward"])
+@pytest.mark.parametrize(("kind", "number"), [("barrier", 5), ("mask", 9), ("offset", 3)])
+def test_a_mistake_is_noticed(kernel, kind, number, compiler, monkeypatch):
+    case = Case(80, HALF, "nine_tap" if kernel == "nine_tap" else "straightforward", query=(5, 3), key=(4, 6))
+    with pytest.raises(AssertionError) as error:
+        check_forward(case, Launcher(compiler, case.sm, {kernel: changed(kind, number)}), monkeypatch)
+    print(error.value)
+    assert kind != "barrier" or "race" in str(error.value)
