@@ -1,32 +1,50 @@
-"""The instructions of `ptx_machine.py`: `build` makes of each a function that executes it for a group of blocks."""
+"""The PTX instructions that Triton emits: `build` makes of each a function that executes it for a group of blocks."""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from ptx_machine import BITS, REGISTERS, Fault, Group, Instruction, Run
+from ptx_memory import BITS, REGISTERS, Fault, Group
 
 WARP = 32
+NO_GUARD = "%p"  # of `Group.registers`, always true
 U16, U32, U64, F32 = np.uint16, np.uint32, np.uint64, np.float32
 KINDS: dict[str, Any] = {f"{kind}{8 * size}": bits for kind in "bu" for size, bits in BITS.items()}
 KINDS |= {"s16": np.int16, "s32": np.int32, "s64": np.int64, "f32": F32, "f32x2": F32, "pred": np.bool_}
-NO_CHANGE = {"rn", "approx", "full", "ftz", "lo"}  # modifiers of arithmetic that are left out
+SAME_HERE = {"rn", "approx", "full", "ftz", "lo"}  # modifiers of arithmetic that make no difference
 
+Run = Callable[[Group], "int | None"]  # executes an instruction; returns where to go on if that is not the next one
 Value = Callable[[Group], Any]  # an element for each thread, or one for all
+
+
+class Instruction(NamedTuple):
+    """`@guard name.modifiers operands`; a braced list is one operand."""
+
+    text: str
+    guard: str
+    name: str
+    modifiers: tuple[str, ...]
+    operands: tuple[str, ...]
+
+    @property
+    def unknown(self) -> Fault:
+        return Fault(f"unknown instruction: {self.text}")
 
 
 def build(one: Instruction, labels: Mapping[str, int], place: int, end: int) -> Run:
     """The instruction at `place` of a program that ends at `end`. Raises `Fault` for what it does not know."""
     if one.name == "bra":
         return _branch(one, labels[one.operands[0]], place, end)
+    if one.name == "ret":
+        return lambda group: (group.compare(), end)[1]
     if one.name in EFFECTS:
         return EFFECTS[one.name](one)
-    if one.guard and one.name != "ld":
-        raise Fault(f"only memory and branches may have a guard: {one.text}")
+    if one.guard != NO_GUARD and one.name != "ld":
+        raise one.unknown
     value = VALUES.get(one.name, _arithmetic)(one)
     writes = [_writer(register) for register in _parts(one.operands[0])]
     if len(writes) == 1:
@@ -40,31 +58,27 @@ def build(one: Instruction, labels: Mapping[str, int], place: int, end: int) -> 
     return run
 
 
-def _unknown(one: Instruction) -> Fault:
-    return Fault(f"unknown instruction: {one.text}")
-
-
 def _reader(operand: str, kind: Any) -> Value:
     """The operand as `kind`: a part of its register, all of it, or for pairs of float32 twice as many elements."""
     size = np.dtype(kind).itemsize
-    if found := re.fullmatch(r"%(p|rs|r|rd)\d+", operand):
-        if size < np.dtype(REGISTERS[found[1]]).itemsize and kind is not F32:
-            return lambda group: group.registers[operand].astype(BITS[size]).view(kind)
-        if kind is REGISTERS[found[1]]:
-            return lambda group: group.registers[operand]
-        return lambda group: group.registers[operand].view(kind)
     if operand.startswith("%"):
-        return lambda group: group.special(operand)
+        stored = REGISTERS.get(re.sub(r"\W|\d", "", operand), U32)
+        if stored is kind:
+            return lambda group: group.registers[operand]
+        if size < np.dtype(stored).itemsize and kind is not F32:
+            return lambda group: group.registers[operand].astype(BITS[size]).view(kind)
+        return lambda group: group.registers[operand].view(kind)
+    mask = (1 << 8 * size) - 1
+    if found := re.match(r"\[.*_param_(\d+)", operand):
+        return lambda group: BITS[size](group.machine.arguments[int(found[1])] & mask).view(kind)
     number = 0 if operand == "global_smem" else int(operand.replace("0f", "0x").rstrip("U"), 0)
-    constant = np.array(number & ((1 << 8 * size) - 1), BITS[size]).view(kind)[()]
+    constant = BITS[size](number & mask).view(kind)
     return lambda group: constant
 
 
 def _writer(register: str) -> Callable[[Group, Any], None]:
-    """Writes a register; what is smaller is extended, by its sign if it has one."""
-    if register == "_":
-        return lambda group, values: None
-    stored = REGISTERS[register.strip("%0123456789")]
+    """Writes a register, or "_" that is none; what is smaller is extended, by its sign if it has one."""
+    stored = REGISTERS.get(register.strip("%0123456789"), U64)
     size = np.dtype(stored).itemsize
 
     def write(group: Group, values: Any) -> None:
@@ -82,8 +96,6 @@ def _parts(operand: str) -> list[str]:
 
 
 def _guard(one: Instruction) -> Value:
-    if not one.guard:
-        return lambda group: group.everyone
     read = _reader(one.guard.lstrip("!"), np.bool_)
     return (lambda group: ~read(group)) if one.guard[0] == "!" else read
 
@@ -108,7 +120,7 @@ def _branch(one: Instruction, target: int, place: int, end: int) -> Run:
 
 def _barrier(one: Instruction) -> Run:
     if one.modifiers != ("sync",) or one.operands != ("0",):
-        raise _unknown(one)
+        raise one.unknown
     return lambda group: group.compare()
 
 
@@ -117,9 +129,11 @@ def _barrier(one: Instruction) -> Run:
 
 def _arithmetic(one: Instruction) -> Value:
     *modifiers, suffix = one.modifiers
-    if one.name not in FUNCTIONS or suffix not in KINDS or set(modifiers) - NO_CHANGE - {"wide"}:
-        raise _unknown(one)
-    function, sources = FUNCTIONS[one.name], one.operands[1:]
+    function, sources = FUNCTIONS.get(one.name), one.operands[1:]
+    if one.name == "setp" and modifiers:
+        function = COMPARISONS.get(modifiers.pop() + ("f" if suffix == "f32" else ""))
+    if function is None or suffix not in KINDS or set(modifiers) - SAME_HERE - {"wide"}:
+        raise one.unknown
     kinds = [KINDS[suffix]] * len(sources)
     if one.name in ("shl", "shr", "bfe"):
         kinds[1:] = [U32] * (len(kinds) - 1)
@@ -146,27 +160,12 @@ def _multiply_add(x: Any, y: Any, z: Any) -> Any:
     return (x.astype(np.float64) * y + z).astype(F32) if x.dtype == F32 else x * y + z
 
 
-def _smaller(x: Any, y: Any) -> Any:
-    """Of floats: the number if the other is NaN, and -0 before 0."""
-    if x.dtype != F32:
-        return np.minimum(x, y)
-    return np.where(x == y, (x.view(U32) | y.view(U32)).view(F32), np.fmin(x, y))
-
-
-def _larger(x: Any, y: Any) -> Any:
-    return -_smaller(-x, -y) if x.dtype == F32 else np.maximum(x, y)
-
-
-def _left(x: Any, count: Any) -> Any:
+def _shift(shift: Callable[..., Any], x: Any, count: Any) -> Any:
+    """Beyond the last bit there are zeros, or the sign if a signed number is shifted right."""
     bits = 8 * x.dtype.itemsize
-    return np.where(count < bits, x << np.minimum(count, bits - 1).astype(x.dtype), x.dtype.type(0))
-
-
-def _right(x: Any, count: Any) -> Any:
-    """Of a signed number, all bits can become its sign; of another, zero."""
-    bits = 8 * x.dtype.itemsize
-    shifted = x >> np.minimum(count, bits - 1).astype(x.dtype)
-    return shifted if x.dtype.kind == "i" else np.where(count < bits, shifted, x.dtype.type(0))
+    shifted = shift(x, np.minimum(count, bits - 1).astype(x.dtype))
+    sign = shift is np.right_shift and x.dtype.kind == "i"
+    return shifted if sign else np.where(count < bits, shifted, x.dtype.type(0))
 
 
 def _extract(x: Any, first: Any, count: Any) -> Any:
@@ -187,32 +186,16 @@ def _permute(x: Any, y: Any, selector: Any) -> Any:
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divide, "rem": lambda x, y: x - _divide(x, y) * y,
     "fma": _multiply_add, "mad": _multiply_add, "neg": np.negative, "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt,
-    "min": lambda *x: functools.reduce(_smaller, x), "max": lambda *x: functools.reduce(_larger, x),
-    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "shl": _left, "shr": _right,
+    # the number if the other is NaN; the greater of two zeros is 0, not -0
+    "min": lambda *x: functools.reduce(np.fmin, x), "max": lambda *x: functools.reduce(np.fmax, x) + x[0].dtype.type(0),
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
+    "shl": functools.partial(_shift, np.left_shift), "shr": functools.partial(_shift, np.right_shift),
     "bfe": _extract, "prmt": _permute, "selp": lambda x, y, chosen: np.where(chosen, x, y),
 }  # fmt: skip
-COMPARISONS = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
-COMPARISONS |= {"eq": np.equal, "ne": np.not_equal}
-
-
-def _compare(one: Instruction) -> Value:
-    """Of floats: with NaN, comparisons are false but for those that end in u, and for nan."""
-    name, kind = one.modifiers[0], KINDS[one.modifiers[-1]]
-    if len(one.modifiers) != 2 or name.removesuffix("u") not in {*COMPARISONS, "nan"}:
-        raise _unknown(one)
-    compare = COMPARISONS.get(name[:2], np.equal)
-    x, y = (_reader(source, kind) for source in one.operands[1:])
-    if kind is not F32:
-        return lambda group: compare(x(group), y(group))
-
-    def value(group: Group) -> Any:
-        a, b = x(group), y(group)
-        unordered = np.isnan(a) | np.isnan(b)
-        if name == "nan":
-            return unordered
-        return compare(a, b) | unordered if name.endswith("u") else compare(a, b) & ~unordered
-
-    return value
+# with NaN, all of floats are false but neu
+COMPARISONS = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal}
+COMPARISONS |= {f"{name}f": compare for name, compare in COMPARISONS.items()}
+COMPARISONS |= {"ne": np.not_equal, "neuf": np.not_equal}
 
 
 def _move(one: Instruction) -> Value:
@@ -242,7 +225,6 @@ def _to_bfloat16(x: Any) -> Any:
 CONVERSIONS: dict[str, tuple[Any, Callable[[Any], Any]]] = {  # the kind of the source, and what is made of it
     "rn.f16.f32": (F32, lambda x: x.astype(np.float16).view(U16)),
     "rn.bf16.f32": (F32, _to_bfloat16),
-    "rna.tf32.f32": (F32, lambda x: (x.view(U32) + U32(0x1000)) & U32(0xFFFFE000)),  # 10 bits, of two the larger
     "f32.f16": (np.float16, lambda x: x.astype(F32)),
     "f32.bf16": (U16, lambda x: x.astype(U32) << U32(16)),
     "rn.f32.s32": (np.int32, lambda x: x.astype(F32)),
@@ -256,7 +238,7 @@ def _convert(one: Instruction) -> Value:
     elif name.replace("x2", "") in CONVERSIONS:
         kind, convert = CONVERSIONS[name.replace("x2", "")]
     else:
-        raise _unknown(one)
+        raise one.unknown
     reads = [_reader(source, kind) for source in one.operands[1:]]
     if "x2" in name:  # the first source is the upper half
         return lambda group: _pair(convert(reads[1](group)), convert(reads[0](group)))
@@ -268,17 +250,16 @@ def _convert(one: Instruction) -> Value:
 
 def _shuffle(one: Instruction) -> Value:
     if one.modifiers != ("sync", "bfly", "b32"):
-        raise _unknown(one)
+        raise one.unknown
     read, partner = _reader(one.operands[1], U32), np.arange(WARP) ^ int(one.operands[2])
     return lambda group: read(group).reshape(-1, WARP)[:, partner].ravel()
 
 
-HALVES = {
-    "f16": lambda x: x.view(np.float16).astype(F32),
-    "bf16": lambda x: (x.view(U16).astype(U32) << U32(16)).view(F32),
+FACTORS: dict[tuple[str, str], Callable[[Any], Any]] = {  # the numbers that registers of `mma` hold
+    ("m16n8k16", "f16"): lambda x: x.view(np.float16).astype(F32),
+    ("m16n8k16", "bf16"): lambda x: (x.view(U16).astype(U32) << U32(16)).view(F32),
+    ("m16n8k8", "tf32"): lambda x: (x & U32(0xFFFFE000)).view(F32),
 }
-FACTORS = {("m16n8k16", kind): halves for kind, halves in HALVES.items()}
-FACTORS["m16n8k8", "tf32"] = lambda x: (x & U32(0xFFFFE000)).view(F32)
 
 
 def _product(one: Instruction) -> Value:
@@ -288,7 +269,7 @@ def _product(one: Instruction) -> Value:
     """
     numbers = FACTORS.get((one.modifiers[2], one.modifiers[-2]))
     if numbers is None or one.modifiers[3:5] != ("row", "col"):
-        raise _unknown(one)
+        raise one.unknown
     a, b = ([_reader(register, U32) for register in _parts(operand)] for operand in one.operands[1:3])
     c = [_reader(register, F32) for register in _parts(one.operands[3])]
 
@@ -307,7 +288,7 @@ def _product(one: Instruction) -> Value:
 
 
 def _address(operand: str) -> Value:
-    found = re.fullmatch(r"\[\s*(%r|%rd|global_smem)(\d*)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
+    found = re.fullmatch(r"\[ ?(%r|%rd|global_smem)(\d*) ?(?:\+ ?(-?\w+))? ?\]", operand)
     if not found:
         raise Fault(f"unknown address: {operand}")
     kind = U64 if found[1] == "%rd" else U32
@@ -319,13 +300,13 @@ def _shape(one: Instruction) -> tuple[str, Any, int]:
     """Space, kind and number of the elements of an `ld` or `st`."""
     space, *vector, suffix = one.modifiers
     if space not in ("shared", "global") or suffix not in KINDS or vector not in ([], ["v2"], ["v4"]):
-        raise _unknown(one)
+        raise one.unknown
     return space, KINDS[suffix], int(vector[0][1:]) if vector else 1
 
 
 def _load(one: Instruction) -> Value:
     if one.modifiers[0] == "param":
-        return _parameter(one)
+        return _reader(one.operands[1], KINDS[one.modifiers[1]])
     space, kind, count = _shape(one)
     old = [_reader(target, kind) for target in _parts(one.operands[0])]
     item, address, guard = np.dtype(kind).itemsize, _address(one.operands[1]), _guard(one)
@@ -342,21 +323,6 @@ def _load(one: Instruction) -> Value:
     return value
 
 
-def _parameter(one: Instruction) -> Value:
-    kind, found = KINDS[one.modifiers[-1]], re.search(r"_(\d+)\s*\]", one.operands[1])
-    if not found:
-        raise _unknown(one)
-    number, bits = int(found[1]), BITS[np.dtype(kind).itemsize]
-
-    def value(group: Group) -> Any:
-        argument = group.machine.arguments[number]
-        if isinstance(argument, float):
-            return F32(argument).view(kind)
-        return np.array(argument & np.iinfo(bits).max, bits).view(kind)[()]
-
-    return value
-
-
 def _store(one: Instruction) -> Run:
     space, kind, _ = _shape(one)
     address, guard, bits = _address(one.operands[0]), _guard(one), BITS[np.dtype(kind).itemsize]
@@ -369,45 +335,42 @@ def _store(one: Instruction) -> Run:
     return run
 
 
-def _matrices(one: Instruction, registers: str) -> int:
-    """How many matrices of 8 x 8 halves are moved. A warp's first 8 threads have the addresses of the rows of one."""
+def _matrices(one: Instruction, registers: str) -> tuple[int, Value]:
+    """How many matrices of 8 x 8 halves are moved, and the threads that have the addresses of their rows."""
     count = len(_parts(registers))
-    if f"x{count}" not in one.modifiers or "m8n8" not in one.modifiers or one.modifiers[-1] != "b16":
-        raise _unknown(one)
-    return count
+    modifiers = ["sync", "aligned", "m8n8", f"x{count}", "shared", "b16"]
+    if [modifier for modifier in one.modifiers if modifier != "trans"] != modifiers:
+        raise one.unknown
+    return count, lambda group: group.threads % WARP < 8 * count
 
 
-def _transposed(matrix: Any) -> Any:
-    return np.ascontiguousarray(matrix.view(U16).transpose(0, 2, 1)).view(U32)
+def _transposed(matrices: Any) -> Any:
+    return np.ascontiguousarray(np.ascontiguousarray(matrices).view(U16).swapaxes(-1, -2)).view(U32)
 
 
 def _load_matrices(one: Instruction) -> Value:
-    count, address = _matrices(one, one.operands[0]), _address(one.operands[1])
+    (count, chosen), address = _matrices(one, one.operands[0]), _address(one.operands[1])
 
     def value(group: Group) -> Any:
-        chosen = group.threads % WARP < 8 * count
-        words, numbers = group.load("shared", address(group), 4, 4, chosen, one.text)
+        words, numbers = group.load("shared", address(group), 4, 4, chosen(group), one.text)
         rows = np.zeros((len(group.threads), 4), U32)
         rows[numbers] = words
-        rows = rows.reshape(-1, 4, 8, 4)
-        matrices = [np.ascontiguousarray(rows[:, i]) for i in range(count)]
-        if "trans" in one.modifiers:
-            matrices = [_transposed(matrix) for matrix in matrices]
-        return [matrix.ravel() for matrix in matrices] if count > 1 else matrices[0].ravel()
+        matrices = rows.reshape(-1, 4, 8, 4).swapaxes(0, 1)[:count]
+        matrices = (_transposed(matrices) if "trans" in one.modifiers else matrices).reshape(count, -1)
+        return matrices if count > 1 else matrices[0]
 
     return value
 
 
 def _store_matrices(one: Instruction) -> Run:
-    count, address = _matrices(one, one.operands[1]), _address(one.operands[0])
+    (count, chosen), address = _matrices(one, one.operands[1]), _address(one.operands[0])
     reads = [_reader(source, U32) for source in _parts(one.operands[1])]
 
     def run(group: Group) -> None:
-        rows = np.zeros((len(group.threads) // WARP, 4, 8, 4), U32)
-        for i, read in enumerate(reads):
-            matrix = read(group).reshape(-1, 8, 4)
-            rows[:, i] = _transposed(matrix) if "trans" in one.modifiers else matrix
-        group.store("shared", address(group), rows.reshape(-1, 4), group.threads % WARP < 8 * count, one.text)
+        rows = np.zeros((4, len(group.threads) // WARP, 8, 4), U32)
+        rows[:count] = np.stack([read(group) for read in reads]).reshape(count, -1, 8, 4)
+        rows = (_transposed(rows) if "trans" in one.modifiers else rows).swapaxes(0, 1).reshape(-1, 4)
+        group.store("shared", address(group), rows, chosen(group), one.text)
 
     return run
 
@@ -419,31 +382,25 @@ def _copy(one: Instruction) -> Run:
     if one.modifiers == ("async", "wait_group"):
         return lambda group: group.wait(int(one.operands[0]))
     if one.modifiers not in (("async", kind, "shared", "global") for kind in ("ca", "cg")):
-        raise _unknown(one)
+        raise one.unknown
     target, source, guard = _address(one.operands[0]), _address(one.operands[1]), _guard(one)
     size, taken = int(one.operands[2], 0), _reader(one.operands[-1], U32)
 
     def run(group: Group) -> None:
-        count = np.broadcast_to(taken(group), len(group.threads))
+        chosen, count = guard(group), np.broadcast_to(taken(group), len(group.threads))
         if not np.isin(count, (0, size)).all():
             raise Fault(f"part of a copy: {one.text}")
-        group.copy(target(group), source(group), size, count > 0, guard(group), one.text)
-
-    return run
-
-
-def _return(one: Instruction) -> Run:
-    def run(group: Group) -> int:
-        group.compare()
-        return len(group.machine.program)
+        values = np.zeros((len(group.threads), size // 4), U32)
+        loaded, numbers = group.load("global", source(group), 4, size // 4, chosen & (count > 0), one.text)
+        values[numbers] = loaded
+        group.copy(target(group), values, chosen, one.text)
 
     return run
 
 
 VALUES: dict[str, Callable[[Instruction], Value]] = {
-    "mov": _move, "setp": _compare, "cvt": _convert, "shfl": _shuffle, "mma": _product, "ld": _load,
-    "ldmatrix": _load_matrices,
+    "mov": _move, "cvt": _convert, "shfl": _shuffle, "mma": _product, "ld": _load, "ldmatrix": _load_matrices,
 }  # fmt: skip
 EFFECTS: dict[str, Callable[[Instruction], Run]] = {
-    "bar": _barrier, "st": _store, "stmatrix": _store_matrices, "cp": _copy, "ret": _return,
+    "bar": _barrier, "st": _store, "stmatrix": _store_matrices, "cp": _copy,
 }  # fmt: skip
