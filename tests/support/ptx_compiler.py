@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,9 @@ class Compiler:
     """The process, for as long as a `with` statement lasts. folder: where Triton keeps what it compiled."""
 
     def __init__(self, folder: Path) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**environment, "TRITON_CACHE_DIR": str(folder)},
-        )
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "TRITON_INTERPRET": "0"}
+        command, pipe = [sys.executable, __file__], subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def __enter__(self) -> Compiler:
         return self
@@ -34,15 +30,14 @@ class Compiler:
 
     def compile(self, **request: Any) -> dict[str, Any]:
         """ptx, threads, shared_bytes, and how many hidden pointers follow the arguments; see `_compile`."""
-        return self._ask({"kernel": request})
+        return self._ask({"compile": request})
 
     def compile_ahead(self, folder: Path, architecture: int, **options: Any) -> None:
         """What `aot.compile_kernels` writes into `folder`, with the PTX for cubins."""
         self._ask({"ahead": {"output": str(folder), "architectures": [architecture], **options}})
 
     def _ask(self, request: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        assert self._process.stdin and self._process.stdout  # noqa: PT018
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -54,8 +49,6 @@ def _compile(
     module: str, name: str, signature: dict[str, str], constants: dict[str, Any], aligned: list[int], sm: int, **options
 ) -> dict[str, Any]:
     """One kernel with `constants`; aligned: the arguments that are multiples of 16; options: warps and stages."""
-    from importlib import import_module
-
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -65,7 +58,7 @@ def _compile(
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
     assert metadata.global_scratch_size == 0
-    hidden = ptx[: ptx.index("{\n")].count(".param") - (len(signature) - list(signature.values()).count("constexpr"))
+    hidden = ptx[: ptx.index("{\n")].count(".param") - sum(kind != "constexpr" for kind in signature.values())
     return {"ptx": ptx, "threads": metadata.num_warps * 32, "shared_bytes": metadata.shared, "hidden": hidden}
 
 
@@ -76,15 +69,11 @@ def _compile_ahead(output: str, **options: Any) -> list[str]:
     return [done["kernel"] for done in aot.compile_kernels(Path(output), **options)]
 
 
-def main() -> None:
+if __name__ == "__main__":
     from triton.backends.nvidia.compiler import CUDABackend
 
     CUDABackend.make_cubin = lambda self, ptx, metadata, options, capability: ptx.encode()
     for line in sys.stdin:
-        request = json.loads(line)
-        answer = _compile(**request["kernel"]) if "kernel" in request else _compile_ahead(**request["ahead"])
+        ((what, request),) = json.loads(line).items()
+        answer = (_compile if what == "compile" else _compile_ahead)(**request)
         print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,94 +20,77 @@ Grid = tuple[int, int, int]
 Change = Callable[[str], str]
 
 
-class Launch(NamedTuple):
-    """What was executed, and what the machine noticed."""
-
-    kernel: str
-    grid: Grid
-    problems: Mapping[str, int]
-    instructions: int
-    seconds: float
-
-
 class Launcher:
     """Executes kernels of compute capability `sm`. changes: of the PTX, by the kernel's name, before it is executed.
 
-    memory: uint8 arrays by name, in which the pointers of a kernel compiled ahead of time lie.
+    launches: what was executed, by whose name. memory: uint8 arrays by name, in which the pointers of a kernel compiled
+    ahead of time lie.
     """
 
     def __init__(self, compiler: Compiler, sm: int, changes: Mapping[str, Change] | None = None) -> None:
         self.compiler, self.sm, self.changes = compiler, sm, changes or {}
-        self.launches: list[Launch] = []
+        self.launches: list[tuple[str, Machine]] = []
         self.memory: dict[str, np.ndarray] = {}
 
     def patch(self, monkeypatch: Any, triton_warp: Any, multiprocessors: int) -> None:
         """Let the module `triton_warp` launch its kernels here, as on a GPU of so many multiprocessors."""
         for name in KERNELS:
-            kernel = getattr(triton_warp, f"{name}_kernel")
-            monkeypatch.setattr(triton_warp, f"{name}_kernel", _Kernel(self, name, kernel))
+            launch = functools.partial(self._launch, name, getattr(triton_warp, f"{name}_kernel"))
+            monkeypatch.setattr(triton_warp, f"{name}_kernel", _Kernel(launch))
         monkeypatch.setattr(triton_warp, "_capability", lambda _: self.sm)
         monkeypatch.setattr(triton_warp, "_multiprocessors", lambda _: multiprocessors)
 
     def load(self, code: bytes, entry: str, formats: str, threads: int, shared_bytes: int) -> Callable[..., None]:
         """`Device.load` for the "cubins" of `Compiler.compile_ahead`."""
-        name, ptx = entry.removesuffix("_kernel"), code.decode()
-        return lambda grid, arguments: self.execute(name, ptx, threads, shared_bytes, grid, arguments, self.memory)
+        name = entry.removesuffix("_kernel")
+        return lambda grid, arguments: self._execute(
+            name, grid, arguments, self.memory, code.decode(), threads, shared_bytes
+        )
 
-    def execute(
+    def _execute(
         self,
         name: str,
+        grid: Grid,
+        arguments: Sequence[float],
+        memory: Mapping[str, np.ndarray],
         ptx: str,
         threads: int,
         shared_bytes: int,
-        grid: Grid,
-        arguments: Sequence[int | float],
-        memory: Mapping[str, np.ndarray],
     ) -> None:
-        """One launch."""
-        start = time.perf_counter()
         machine = Machine(self.changes.get(name, str)(ptx), threads, shared_bytes)
         machine.run(grid, arguments, memory)
-        seconds = time.perf_counter() - start
-        self.launches.append(Launch(name, grid, machine.problems, machine.instructions, seconds))
+        self.launches.append((name, machine))
 
-
-class _Kernel:
-    """In place of a kernel: `kernel[grid](*arguments, **constants and options)`, specialized as Triton does it."""
-
-    def __init__(self, launcher: Launcher, name: str, kernel: Any) -> None:
-        self.launcher, self.name, self.kernel = launcher, name, kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return functools.partial(self._launch, (*grid, 1, 1)[:3])
-
-    def _launch(self, grid: Grid, *positional: Any, **named: Any) -> None:
-        options = {name: named.pop(name) for name in OPTIONS}
+    def _launch(self, name: str, kernel: Any, grid: tuple[int, ...], *positional: Any, **named: Any) -> None:
+        """`kernel[grid](*positional, **named)`, specialized as Triton does it."""
+        options = {option: named.pop(option) for option in OPTIONS}
         constants, signature, aligned, memory, arguments = dict(named), {}, [], {}, []
-        for i, name in enumerate(self.kernel.arg_names):
-            value = named[name] if name in named else positional[i]
-            if name in named or value is None or (isinstance(value, int) and value == 1):
-                constants[name], signature[name] = value, "constexpr"
+        for i, argument in enumerate(kernel.arg_names):
+            value = named[argument] if argument in named else positional[i]
+            if argument in named or value is None or (isinstance(value, int) and value == 1):
+                constants[argument], signature[argument] = value, "constexpr"
                 continue
+            signature[argument] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, torch.Tensor):
-                signature[name], memory[name], value = TYPES[value.dtype], memory_of(value), value.data_ptr()
-            else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                signature[argument], memory[argument] = TYPES[value.dtype], memory_of(value)
+                value = value.data_ptr()
             if isinstance(value, int) and value % 16 == 0:
                 aligned.append(i)
             arguments.append(value)
-        function = self.kernel.fn
-        compiled = self.launcher.compiler.compile(
-            module=function.__module__,
-            name=function.__name__,
-            signature=signature,
-            constants=constants,
-            aligned=aligned,
-            sm=self.launcher.sm,
-            **options,
-        )
+        where = {"module": kernel.fn.__module__, "name": kernel.fn.__name__, "sm": self.sm}
+        compiled = self.compiler.compile(**where, signature=signature, constants=constants, aligned=aligned, **options)
         arguments += [0] * compiled.pop("hidden")
-        self.launcher.execute(self.name, grid=grid, arguments=arguments, memory=memory, **compiled)
+        self._execute(name, (*grid, 1, 1)[:3], arguments, memory, **compiled)
+
+
+class _Kernel:
+    """In place of a kernel: `kernel[grid](...)` is `launch(grid, ...)`."""
+
+    def __init__(self, launch: Callable[..., None]) -> None:
+        self.launch = launch
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self.launch, grid)
 
 
 def memory_of(array: torch.Tensor | np.ndarray) -> np.ndarray:

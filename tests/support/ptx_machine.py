@@ -18,8 +18,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from ptx_memory import REGION_BITS, Group, Region
-from ptx_operations import NO_GUARD, Instruction, build
+from ptx_memory import NO_GUARD, REGION_BITS, Group, Region
+from ptx_operations import Instruction, build
 
 TOGETHER = 32  # blocks
 

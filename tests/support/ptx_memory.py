@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 REGION_BITS = 40  # an address is the number of its region and an offset
 BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+NO_GUARD = "%p"  # a register that is always true
 REGISTERS = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64}
 
 
@@ -82,12 +83,11 @@ class Group:
         self.registers = {name: garbage[name.strip("%0123456789")] for name in machine.names}
         block, thread = np.divmod(self.threads, machine.threads)
         special = {"%tid.x": thread}
-        for axis, place, count in zip(
-            "xyz", np.unravel_index(block, machine.grid[::-1])[::-1], machine.grid, strict=True
-        ):
-            special |= {f"%ctaid.{axis}": place, f"%nctaid.{axis}": np.full_like(place, count)}
+        for axis, count in zip("xyz", machine.grid, strict=True):
+            special |= {f"%ctaid.{axis}": block % count, f"%nctaid.{axis}": np.full_like(block, count)}
+            block = block // count
         self.registers |= {name: values.astype(np.uint32) for name, values in special.items()}
-        self.registers["%p"] = np.ones(len(self.threads), bool)
+        self.registers[NO_GUARD] = np.ones(len(self.threads), bool)
 
     def part(self, chosen: np.ndarray, place: int) -> Group:
         """The blocks that are `chosen`, as a group that goes on at `place`."""

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from ptx_memory import BITS, REGISTERS, Fault, Group
+from ptx_memory import BITS, NO_GUARD, REGISTERS, Fault, Group
 
 WARP = 32
-NO_GUARD = "%p"  # of `Group.registers`, always true
 U16, U32, U64, F32 = np.uint16, np.uint32, np.uint64, np.float32
 KINDS: dict[str, Any] = {f"{kind}{8 * size}": bits for kind in "bu" for size, bits in BITS.items()}
 KINDS |= {"s16": np.int16, "s32": np.int32, "s64": np.int64, "f32": F32, "f32x2": F32, "pred": np.bool_}
@@ -72,7 +71,7 @@ def _reader(operand: str, kind: Any) -> Value:
     if found := re.match(r"\[.*_param_(\d+)", operand):
         return lambda group: BITS[size](group.machine.arguments[int(found[1])] & mask).view(kind)
     number = 0 if operand == "global_smem" else int(operand.replace("0f", "0x").rstrip("U"), 0)
-    constant = BITS[size](number & mask).view(kind)
+    constant = np.bool_(number) if kind is np.bool_ else BITS[size](number & mask).view(kind)
     return lambda group: constant
 
 

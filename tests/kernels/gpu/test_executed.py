@@ -14,20 +14,21 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 from ptx_compiler import Compiler
-from ptx_launch import Change, Launcher, memory_of
+from ptx_launch import Launcher, memory_of
 from tolerances import EXECUTED, assert_close
 
 from flashcocos.config import PRESETS
 from flashcocos.kernels import reference
 from flashcocos.runtime.gpu.cubins import find_kernels, folder_kernels
+from flashcocos.runtime.gpu.device import nbytes
 from flashcocos.runtime.gpu.warp import DeviceWarp, key_tensors, query_tensors
 
 triton_warp = pytest.importorskip("flashcocos.kernels.gpu.triton_warp", reason="needs the triton package")
@@ -106,7 +107,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
 
         get_ptxas(80)
     except (ImportError, RuntimeError) as error:
-        pytest.skip(f"needs a triton with ptxas, whose version the PTX follows: {error}")
+        pytest.skip(f"needs a triton with its ptxas, which the version of the PTX follows: {error}")
     with Compiler(tmp_path_factory.mktemp("ptx")) as process:
         yield process
 
@@ -120,16 +121,14 @@ def make(case: Case) -> list[torch.Tensor]:
 
 def check_launches(launcher: Launcher, *kernels: str) -> None:
     """These were executed, and nothing was noticed."""
-    for launch in launcher.launches:
-        print(
-            *launch[:2], f"{launch.instructions} instructions, {launch.seconds:.1f} s", launch.problems or "no problem"
-        )
-    assert {launch.kernel for launch in launcher.launches} == set(kernels)
-    assert not [launch for launch in launcher.launches if launch.problems]
+    for name, machine in launcher.launches:
+        print(f"sm{launcher.sm} {name} {machine.grid}: {machine.instructions} instructions, {dict(machine.problems)}")
+    assert {name for name, _ in launcher.launches} == set(kernels)
+    assert not [problem for _, machine in launcher.launches for problem in machine.problems]
 
 
-def check_match(found: tuple[torch.Tensor, ...], theta: torch.Tensor, phi: torch.Tensor) -> None:
-    """Index, probability and, if it was asked for, entropy."""
+def check_best(found: Sequence[torch.Tensor], theta: torch.Tensor, phi: torch.Tensor) -> None:
+    """Index, probability and, where it was asked for, entropy."""
     logits = reference.logits(theta.double(), phi.double(), 3, 0.01)
     weights = logits.softmax(-1)
     assert torch.equal(found[0].flatten(1), logits.argmax(-1))
@@ -143,46 +142,47 @@ def check_forward(case: Case, launcher: Launcher, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch, triton_warp.choose_forward(case.kernel):
         launcher.patch(patch, triton_warp, case.multiprocessors)
         out, lse = triton_warp.warp_forward(theta, phi, values, 3, 0.01)
-    expected, expected_lse = reference.warp(theta.double(), phi.double(), values.double(), 3, 0.01)
     forward = ("nine_tap", "merge") if case.kernel == "nine_tap" else ("forward",)
     check_launches(launcher, "pack", "statistics", *forward)
+    expected, expected_lse = reference.warp(theta.double(), phi.double(), values.double(), 3, 0.01)
     assert_close("out", out, expected, EXECUTED["out", case.dtype])
     assert_close("lse", lse, expected_lse, EXECUTED["lse", SINGLE])
+
+
+def check_match(case: Case, launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    theta, phi = make(case)[:2]
+    with monkeypatch.context() as patch, triton_warp.choose_forward(case.kernel):
+        launcher.patch(patch, triton_warp, case.multiprocessors)
+        found = triton_warp.match_forward(theta, phi, 3, 0.01)
+    check_launches(launcher, "pack", "statistics", "nine_tap" if case.kernel == "nine_tap" else "forward")
+    check_best(found, theta, phi)
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 def test_forward(case, compiler, monkeypatch):
     launcher = Launcher(compiler, case.sm)
     check_forward(case, launcher, monkeypatch)
-    splits = [launch.grid[2] for launch in launcher.launches if launch.kernel == "nine_tap"]
+    splits = [machine.grid[2] for name, machine in launcher.launches if name == "nine_tap"]
     assert all(count > 1 for count in splits) == (case.multiprocessors > 1 or not splits)
 
 
 @pytest.mark.parametrize("case", MATCH, ids=str)
 def test_match(case, compiler, monkeypatch):
-    theta, phi = make(case)[:2]
-    launcher = Launcher(compiler, case.sm)
-    launcher.patch(monkeypatch, triton_warp, case.multiprocessors)
-    with triton_warp.choose_forward(case.kernel):
-        found = triton_warp.match_forward(theta, phi, 3, 0.01)
-    check_launches(launcher, "pack", "statistics", "nine_tap" if case.kernel == "nine_tap" else "forward")
-    check_match(found, theta, phi)
+    check_match(case, Launcher(compiler, case.sm), monkeypatch)
 
 
 @pytest.mark.parametrize("case", BACKWARD, ids=str)
 def test_backward(case, compiler, monkeypatch):
-    tensors = make(case)
-    leaves = [tensor.double().requires_grad_() for tensor in tensors[:3]]
+    *inputs, grad = make(case)
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
     out, lse = reference.warp(*leaves, 3, 0.01)
-    expected = torch.autograd.grad(out, leaves, tensors[3].double())
+    expected = torch.autograd.grad(out, leaves, grad.double())
     launcher = Launcher(compiler, case.sm)
     launcher.patch(monkeypatch, triton_warp, case.multiprocessors)
-    # several chunks
-    monkeypatch.setattr(triton_warp, "MAX_SCRATCH_BYTES", 0)
-    *inputs, grad = tensors
+    monkeypatch.setattr(triton_warp, "MAX_SCRATCH_BYTES", 0)  # several chunks
     found = triton_warp.warp_backward(*inputs, out.detach().to(case.dtype), lse.detach().float(), grad, 3, 0.01)
     check_launches(launcher, "pack", "statistics", "score_gradient", "fold")
-    assert len([launch for launch in launcher.launches if launch.kernel == "score_gradient"]) > 1
+    assert [name for name, _ in launcher.launches].count("score_gradient") > 1
     for name, got, want in zip(("theta", "phi", "values"), found, expected, strict=True):
         assert_close(f"gradient of {name}", got, want, EXECUTED["grad", case.dtype])
 
@@ -190,87 +190,85 @@ def test_backward(case, compiler, monkeypatch):
 @pytest.mark.parametrize("case", AHEAD, ids=str)
 def test_ahead_of_time(case, compiler, tmp_path):
     """As the runtime launches them: warp and match in one."""
-    name = str(case.dtype)[6:]
+    dtype = str(case.dtype).removeprefix("torch.")
     config = msgspec.structs.replace(PRESETS["tiny"], feature_channels=case.channels)
-    assert config.warped_channels == case.values
-    compiler.compile_ahead(tmp_path, case.sm, values=[case.values], channels=case.channels, dtypes=[name])
-    options: dict[str, Any] = {"capability": case.sm, "driver": "99.0", "remedy": ""}
+    assert (config.warped_channels, config.temperature) == (case.values, 0.01)
+    compiler.compile_ahead(tmp_path, case.sm, values=[case.values], channels=case.channels, dtypes=[dtype])
+    cubins = find_kernels([folder_kernels(tmp_path)], config, [dtype], capability=case.sm, driver="99.0", remedy="")
     launcher = Launcher(compiler, case.sm)
-    warp = DeviceWarp(launcher, find_kernels([folder_kernels(tmp_path)], config, [name], **options), config)
-    planes = [tensor.float().numpy() for tensor in make(case)[:3]]
-    arrays = dict(zip(("theta", "phi_planes", "values_planes"), planes, strict=True))
-    tensors = key_tensors(config, name, case.batch, case.key) | query_tensors(config, name, case.batch, case.query)
-    arrays |= {
-        key: np.full((*shape, np.dtype(kind).itemsize), 0xFF, np.uint8).view(kind)[..., 0]
-        for key, (shape, kind) in tensors.items()
+    warp = DeviceWarp(launcher, cubins, config)
+    theta, phi, values = (tensor.float() for tensor in make(case)[:3])
+    arrays = {"planes of theta": theta.numpy(), "planes of phi": phi.numpy(), "planes of values": values.numpy()}
+    tensors = {
+        **key_tensors(config, dtype, case.batch, case.key),
+        **query_tensors(config, dtype, case.batch, case.query),
     }
-    launcher.memory = {key: memory_of(array) for key, array in arrays.items()}
-    pointers = {key: array.ctypes.data for key, array in arrays.items()}
-    work = warp.pack_keys(pointers["phi_planes"], pointers["values_planes"], pointers, case.batch, case.key)
-    for launch in (*work, *warp.run(pointers["theta"], pointers, pointers, case.batch, case.query, case.key)):
+    for name, (shape, kind) in tensors.items():
+        garbage = bytearray(b"\xff" * nbytes(shape, kind))
+        arrays[name] = np.frombuffer(garbage, kind).reshape(shape)
+    launcher.memory = {name: memory_of(array) for name, array in arrays.items()}
+    at = {name: array.ctypes.data for name, array in arrays.items()}
+    work = warp.pack_keys(at["planes of phi"], at["planes of values"], at, case.batch, case.key)
+    for launch in (*work, *warp.run(at["planes of theta"], at, at, case.batch, case.query, case.key)):
         launch()
-    check_launches(launcher, "pack", "statistics", "nine_tap" if case.channels >= 128 and case.sm != 80 else "forward")
-    theta, phi, values = (torch.from_numpy(array) for array in planes)
-    expected, _ = reference.warp(theta.double(), phi.double(), values.double(), 3, config.temperature)
+    nine_tap = case.channels >= 128 and case.sm != 80
+    check_launches(launcher, "pack", "statistics", "nine_tap" if nine_tap else "forward")
+    expected, _ = reference.warp(theta.double(), phi.double(), values.double(), 3, 0.01)
     assert_close("out", torch.from_numpy(arrays["warped"]), expected, EXECUTED["out", case.dtype])
-    check_match([torch.from_numpy(arrays[key]) for key in ("index", "probability")], theta, phi)
-
-
-def changed(kind: str, number: int) -> Change:
-    """The PTX with a mistake in the place of this number; without one where there is no such place."""
-    pattern, replacement = MISTAKES[kind]
-
-    def change(ptx: str) -> str:
-        places = list(re.finditer(pattern, ptx))
-        if number >= len(places):
-            raise IndexError(f"{len(places)} places for this mistake")
-        place = places[number]
-        return ptx[: place.start()] + place.expand(replacement) + ptx[place.end() :]
-
-    return change
-
-
-# every tile of queries and keys is full, so that no access is masked in all threads
-FULL = {
-    "nine_tap": Case(80, HALF, "nine_tap", query=(2, 62), key=(2, 64), values=16),
-    "forward": Case(80, HALF, query=(8, 16), key=(8, 16), channels=32, values=16),
-}
-
-
-def complaint(kernel: str, kind: str, number: int, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What is noticed of this mistake."""
-    case = FULL[kernel]
-    with pytest.raises(AssertionError) as error:
-        check_forward(case, Launcher(compiler, case.sm, {kernel: changed(kind, number)}), monkeypatch)
-    return str(error.value)
-
-
-@pytest.mark.parametrize("kernel", FULL)
-@pytest.mark.parametrize("kind", MISTAKES)
-def test_a_mistake_is_noticed(kernel, kind, compiler, monkeypatch):
-    message = complaint(kernel, kind, 5, compiler, monkeypatch)
-    assert kind != "barrier" or "race" in message
-
-
-@pytest.mark.skipif(not EVERYTHING, reason="takes a quarter of an hour; see the head of this file")
-def test_almost_every_mistake_is_noticed(compiler, monkeypatch):
-    for kernel, kind in itertools.product(FULL, MISTAKES):
-        missed = []
-        for number in itertools.count():
-            try:
-                complaint(kernel, kind, number, compiler, monkeypatch)
-            except IndexError:
-                break
-            except pytest.fail.Exception:
-                missed.append(number)
-        print(f"{kernel}: of {number} mistakes of the kind {kind!r}, {len(missed)} are missed: {missed}")
-        assert len(missed) < number / 10
+    check_best([torch.from_numpy(arrays[name]) for name in ("index", "probability")], theta, phi)
 
 
 def test_sm_89_is_compiled_as_sm_86(compiler, tmp_path):
     """So what is executed for one holds for the other."""
     for sm in (86, 89):
         compiler.compile_ahead(tmp_path, sm, values=[3], channels=128)
-    for path in tmp_path.glob("*_sm86.cubin"):
-        older, newer = path.read_text(), path.with_name(path.name.replace("sm86", "sm89")).read_text()
-        assert older.replace("sm_86", "sm_89") == newer
+    names = [path.stem.removesuffix("_sm86") for path in tmp_path.glob("*_sm86.cubin")]
+    assert len(names) == 3
+    for name in names:
+        older, newer = ((tmp_path / f"{name}_sm{sm}.cubin").read_text() for sm in (86, 89))
+        assert older.replace(".target sm_86", ".target sm_89") == newer
+
+
+# every tile of queries and keys is full, so that no access is masked in all threads
+FULL = {
+    "nine_tap": (check_forward, Case(80, HALF, "nine_tap", query=(2, 62), key=(2, 64), values=16)),
+    "forward": (check_forward, Case(80, HALF, query=(8, 16), key=(8, 16), channels=32, values=16)),
+    "match": (check_match, Case(80, HALF, "nine_tap", query=(2, 62), key=(2, 64))),
+}
+
+
+def complaint(name: str, kind: str, number: int, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is noticed of the mistake of this kind in the place of this number; IndexError if there is no such place."""
+    (check, case), (pattern, replacement) = FULL[name], MISTAKES[kind]
+
+    def change(ptx: str) -> str:
+        place = list(re.finditer(pattern, ptx))[number]
+        return ptx[: place.start()] + place.expand(replacement) + ptx[place.end() :]
+
+    kernel = "nine_tap" if case.kernel == "nine_tap" else "forward"
+    with pytest.raises(AssertionError) as error:
+        check(case, Launcher(compiler, case.sm, {kernel: change}), monkeypatch)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_is_noticed(name, kind, compiler, monkeypatch):
+    message = complaint(name, kind, 5, compiler, monkeypatch)
+    assert kind != "barrier" or "race" in message
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="takes half an hour; see the head of this file")
+@pytest.mark.timeout(7200)
+def test_almost_every_mistake_is_noticed(compiler, monkeypatch):
+    for name, kind in itertools.product(FULL, MISTAKES):
+        missed = []
+        for number in itertools.count():
+            try:
+                complaint(name, kind, number, compiler, monkeypatch)
+            except IndexError:
+                break
+            except pytest.fail.Exception:
+                missed.append(number)
+        print(f"{name}: of {number} mistakes of the kind {kind!r}, {len(missed)} are missed: {missed}", flush=True)
+        assert len(missed) < number / 10
