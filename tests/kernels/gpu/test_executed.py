@@ -23,6 +23,8 @@ import pytest
 import torch
 from ptx_compiler import Compiler
 from ptx_launch import Launcher, memory_of
+from ptx_machine import Machine
+from ptx_memory import Fault
 from tolerances import EXECUTED, assert_close
 
 from flashcocos.config import PRESETS
@@ -227,6 +229,54 @@ def test_sm_89_is_compiled_as_sm_86(compiler, tmp_path):
     for name in names:
         older, newer = ((tmp_path / f"{name}_sm{sm}.cubin").read_text() for sm in (86, 89))
         assert older.replace(".target sm_86", ".target sm_89") == newer
+
+
+# two blocks of 32 threads: %r1 is a thread's number, %r2 its block's, %r3 and %r4 the places of its word and of its
+# neighbor's in shared memory; of thread 0, %p1 is true in both blocks, %p2 in the first and %p3 in the second
+PROGRAM = """
+.visible .entry one(.param .u64 .ptr .global one_param_0)
+{
+ld.param.b64 %rd1, [one_param_0];
+mov.u32 %r1, %tid.x;
+mov.u32 %r2, %ctaid.x;
+shl.b32 %r3, %r1, 2;
+xor.b32 %r4, %r3, 4;
+setp.eq.s32 %p1, %r1, 0;
+setp.eq.s32 %p3, %r2, 1;
+not.pred %p2, %p3;
+and.pred %p2, %p2, %p1;
+and.pred %p3, %p3, %p1;
+BODY
+$end:
+ret;
+}"""
+STORE, LOAD = "st.global.b32 [ %rd1 + 0 ], { %r2 };", "ld.global.b32 { %r5 }, [ %rd1 + 0 ];"
+NOTICED = {
+    "out of bounds, memory": "@%p1 st.global.b32 [ %rd1 + 64 ], { %r1 };",
+    "out of bounds, shared": "st.shared.b32 [%r3+4], %r1;",
+    "misaligned, memory": "@%p1 ld.global.b32 { %r5 }, [ %rd1 + 2 ];",
+    "threads of a block part": "@%p1 bra $end;",
+    "race: read, shared: ld.shared.b32": "st.shared.b32 [%r3], %r1; ld.shared.b32 %r5, [%r4];",
+    "race: read, shared: ld.shared.b8": "st.shared.b8 [%r3], %r1; ld.shared.b8 %rs5, [%r4];",
+    "race: written, shared": "and.b32 %r5, %r3, 64; st.shared.b32 [%r5], %r1;",
+    "race: written by two blocks": f"@%p2 {STORE} bar.sync 0; @%p3 {STORE}",
+    "race: read by one block and written by another": f"@%p2 {STORE} bar.sync 0; @%p3 {LOAD}",
+    "race: touched while cp.async copies": "@%p1 cp.async.cg.shared.global [ %r3 + 0 ], [ %rd1 + 0 ], 0x10;"
+    "cp.async.commit_group; @%p1 ld.shared.b32 %r5, [%r3]; cp.async.wait_group 0;",
+    "nothing": "st.shared.b32 [%r3], %r1; bar.sync 0; ld.shared.b32 %r5, [%r4]; bar.sync 0; st.shared.b8 [%r3], %r1;"
+    f"ld.shared.b8 %rs5, [%r4+1]; setp.eq.s32 %p4, %r2, 1; @%p4 bra $end; {LOAD}",
+}
+
+
+@pytest.mark.parametrize("message", NOTICED)
+def test_the_machine_notices(message):
+    memory = np.zeros(64, np.uint8)
+    machine = Machine(PROGRAM.replace("BODY", NOTICED[message].replace(";", ";\n")), 32, 128)
+    try:
+        machine.run((2, 1, 1), [memory.ctypes.data], {"memory": memory})
+    except Fault as fault:
+        machine.problems[str(fault)] += 1
+    assert [problem[: len(message)] for problem in machine.problems] == ([] if message == "nothing" else [message])
 
 
 # every tile of queries and keys is full, so that no access is masked in all threads
