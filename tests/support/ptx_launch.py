@@ -34,6 +34,7 @@ class Launcher:
 
     def patch(self, monkeypatch: Any, triton_warp: Any, multiprocessors: int) -> None:
         """Let the module `triton_warp` launch its kernels here, as on a GPU of so many multiprocessors."""
+        monkeypatch.setattr(triton_warp, "INTERPRETED", True)  # it then takes tensors of the CPU
         for name in KERNELS:
             launch = functools.partial(self._launch, name, getattr(triton_warp, f"{name}_kernel"))
             monkeypatch.setattr(triton_warp, f"{name}_kernel", _Kernel(launch))

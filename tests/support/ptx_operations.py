@@ -174,12 +174,11 @@ def _extract(x: Any, first: Any, count: Any) -> Any:
 
 def _permute(x: Any, y: Any, selector: Any) -> Any:
     """The bytes of x and y, 0 to 7, that the selector's four digits name."""
-    digits = [int(selector) >> 4 * i & 15 for i in range(4)]
-    if max(digits) > 7:
-        raise Fault(f"prmt with the sign of a byte: {int(selector):#x}")
-    return sum(
-        ((y if digit > 3 else x) >> U32(digit % 4 * 8) & U32(255)) << U32(8 * i) for i, digit in enumerate(digits)
-    )
+    if int(selector) & ~0x7777:
+        raise Fault(f"prmt of other than four bytes: {int(selector):#x}")
+    both = x.astype(U64) | y.astype(U64) << U64(32)
+    bytes_ = (both >> U64(8 * (int(selector) >> 4 * i & 7)) & U64(255) for i in range(4))
+    return sum(byte << U64(8 * i) for i, byte in enumerate(bytes_)).astype(U32)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

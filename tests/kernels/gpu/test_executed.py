@@ -108,7 +108,8 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
     try:
         from triton.backends.nvidia.compiler import get_ptxas
 
-        get_ptxas(80)
+        for sm in (80, 120):
+            get_ptxas(sm)
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"needs a triton with its ptxas, which the version of the PTX follows: {error}")
     with Compiler(tmp_path_factory.mktemp("ptx")) as process:
