@@ -38,6 +38,8 @@ class Launcher:
         for name in KERNELS:
             launch = functools.partial(self._launch, name, getattr(triton_warp, f"{name}_kernel"))
             monkeypatch.setattr(triton_warp, f"{name}_kernel", _Kernel(launch))
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            monkeypatch.setattr(owner, name, _garbage(getattr(owner, name)))
         monkeypatch.setattr(triton_warp, "_capability", lambda _: self.sm)
         monkeypatch.setattr(triton_warp, "_multiprocessors", lambda _: multiprocessors)
 
@@ -92,6 +94,17 @@ class _Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self.launch, grid)
+
+
+def _garbage(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Like `empty`, with NaN in what it gives, so that what no kernel writes is seen."""
+
+    def make(*arguments: Any, **options: Any) -> torch.Tensor:
+        tensor = empty(*arguments, **options)
+        memory_of(tensor)[:] = 0xFF
+        return tensor
+
+    return make
 
 
 def memory_of(array: torch.Tensor | np.ndarray) -> np.ndarray:

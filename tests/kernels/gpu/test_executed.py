@@ -324,4 +324,4 @@ def test_almost_every_mistake_is_noticed(compiler, monkeypatch):
             except pytest.fail.Exception:
                 missed.append(number)
         print(f"{name}: of {number} mistakes of the kind {kind!r}, {len(missed)} are missed: {missed}", flush=True)
-        assert len(missed) < number / 10
+        assert len(missed) <= number / 10
