@@ -58,9 +58,10 @@ class Case(NamedTuple):
         return f"sm{self.sm}-{str(self.dtype)[6:]}-{self.kernel}-{self.multiprocessors}-{sizes}"
 
 
-# of several tiles of queries, keys and values; of which a row of keys fills a tile
+# of several tiles of queries, keys and values; of which a row of keys fills a tile; of several chunks of the backward
 LARGE = {"query": (20, 23), "key": (17, 19), "batch": 2, "channels": 40, "values": 17}
 WIDE = {"query": (3, 67), "key": (9, 62), "channels": 32}
+CHUNKS = {"query": (9, 8), "key": (10, 13), "channels": 40, "values": 17}
 NINE_TAP = {"kernel": "nine_tap"}
 
 if EVERYTHING:
@@ -74,10 +75,7 @@ if EVERYTHING:
     MATCH += [Case(sm, SINGLE, **sizes) for sm in (80, 86, 120) for sizes in ({}, LARGE)]
     FORWARD = MATCH + [case._replace(multiprocessors=3) for case in MATCH if case.kernel == "nine_tap"]
     BACKWARD = [
-        Case(sm, dtype, **sizes)
-        for sm in (80, 86, 120)
-        for dtype in (HALF, BRAIN, SINGLE)
-        for sizes in ({}, {**LARGE, "batch": 1})
+        Case(sm, dtype, **sizes) for sm in (80, 86, 120) for dtype in (HALF, BRAIN, SINGLE) for sizes in ({}, CHUNKS)
     ]
     AHEAD = [
         Case(sm, dtype, query=query, key=key, batch=2, channels=channels)
