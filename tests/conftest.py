@@ -23,6 +23,7 @@ SLOW = (
     "serve/test_server.py",
     "train/test_trainer.py",
     "export/tensorrt/test_int8.py",
+    "kernels/gpu/test_executed.py",
     "kernels/gpu/test_triton.py",
     "export/tensorrt/test_build.py",
     "runtime/gpu/test_pipeline.py",

@@ -57,6 +57,9 @@ CPU = {
     ("probability", torch.float32): Tolerance(3e-6, 1.5e-5),
 }
 
+# the compiled kernels, executed: as in the interpreter, but bfloat16 is rounded, as on a GPU and by `CPU`
+EXECUTED = {**TRITON, **{key: CPU[key] for key in CPU if key[1] == torch.bfloat16}}
+
 
 def assert_close(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> None:
     """`got` against the float64 `expected`; a failure says both errors, both bounds, and where the largest lies."""
