@@ -20,7 +20,7 @@ from ..bundle.graph_check import refuse_external_data
 from ..bundle.stages import axis_sizes, check_stages, concrete_shape, stage_tensors, translation_tensors
 from ..config import MIN_SIDE, ModelConfig
 from ..errors import InputError
-from ..files import atomic_path, require_distinct
+from ..files import atomic_path, require_distinct, require_target
 from ..preprocess.palette import legend
 from ..runtime.gpu.cubins import FOLDER, available_kernels, bundle_kernels, folder_kernels
 from ..runtime.gpu.store import default_folder
@@ -29,6 +29,7 @@ PLATFORMS = ("onnxruntime", "tensorrt", "python")
 MAX_BATCH = 4  # of every model
 MAX_QUEUE = 32  # requests that wait for a model; more are refused with status 503
 TIMEOUT_US = 30_000_000  # in the queue
+MAX_SIDE = 1024  # pixels of a label or exemplar that the entry takes
 MODELS = (*STAGES, "warp", "translate", "translate_ensemble")
 _README, _SCRIPT = "README.md", "build_plans.sh"
 _TYPES = {"uint8": "UINT8", "float32": "FP32", "int64": "INT64", "bytes": "STRING"}
@@ -101,6 +102,7 @@ def _check_options(platform: str, instances: int, gpu: bool) -> None:
 
 def _require_repository(folder: Path) -> None:
     """Refuse a folder that holds anything else than what an earlier run wrote."""
+    require_target(folder, directory=True)
     if folder.is_dir():
         names = {path.name for path in folder.iterdir()}
         if other := sorted(names - {*MODELS, _README, _SCRIPT}):
@@ -121,7 +123,9 @@ def _repository(bundle: Bundle, platform: str, instances: int, gpu: bool) -> dic
     files |= _python_model(bundle, "translate", "Translate")
     inputs, outputs = translation_tensors(config)
     optional = [tensor.name for tensor in inputs[1:]]
-    files["translate/config.pbtxt"] = _config("translate", "python", inputs, outputs, optional=optional)
+    files["translate/config.pbtxt"] = _config("translate", "python", inputs, outputs, optional=optional) + (
+        f'parameters {{ key: "max_side" value: {{ string_value: "{MAX_SIDE}" }} }}\n'.encode()
+    )
     files["translate_ensemble/config.pbtxt"] = _ensemble(config)
     files["translate_ensemble/1/.keep"] = b""  # the server asks for the folder of a version, and version control
     if platform == "tensorrt":
@@ -255,7 +259,7 @@ def _readme(bundle: Bundle, platform: str, gpu: bool) -> str:
         f"Written by flashcocos {__version__} (`flashcocos export-triton`); its docs/triton-server.md says more.\n",
         _README_RUN.format(options="--gpus all " if gpu else "", extra="gpu" if gpu else "cpu"),
         _README_PLANS if platform == "tensorrt" else "",
-        _README_MODELS.format(label=label, batch=MAX_BATCH, queue=MAX_QUEUE),
+        _README_MODELS.format(label=label, batch=MAX_BATCH, queue=MAX_QUEUE, side=MAX_SIDE),
         f"\n## Classes\n\n{classes}" if classes else "",
     ]
     return "".join(parts)
@@ -291,7 +295,7 @@ _README_MODELS = """
 
 Ask the model `translate`. Its inputs, each with a batch axis in front:
 
-- `label`: {label}; the result has its size, rounded to multiples of 32
+- `label`: {label}; the result has its size, rounded to multiples of 32, at most {side} a side
 - `exemplar`: uint8 (height, width, 3), and `exemplar_label` where the model has it, of the exemplar's form
 - or `exemplar_id`, a string: that of an earlier answer, in place of both. Status 404 asks to send the exemplar again.
 

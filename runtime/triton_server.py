@@ -12,6 +12,7 @@ files that this model needs.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ class Translate:
         self._inputs, self._outputs = (
             [spec.name for spec in part] for part in translation_tensors(bundle.manifest.config)
         )
+        parameters = json.loads(arguments["model_config"])["parameters"]
+        self._max_side = int(parameters["max_side"]["string_value"])
         self._model = bundle.manifest.files[bundle.manifest.stages["exemplar"].file].sha256
         self._exemplars: LruBytes[Exemplar] = LruBytes(
             EXEMPLAR_CACHE_MIB << 20, lambda exemplar: exemplar.phi.nbytes + exemplar.values.nbytes
@@ -129,10 +132,19 @@ class Translate:
         """The label, exemplar id and exemplar of each item of a request."""
         tensors = {name: self.utils.get_input_tensor_by_name(request, name) for name in self._inputs}
         arrays = {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
-        return [
-            (self._translator.encode_label(item["label"], "input"), *self._exemplar(item))
-            for item in ({name: array[row] for name, array in arrays.items()} for row in range(len(arrays["label"])))
-        ]
+        items = [{name: array[row] for name, array in arrays.items()} for row in range(len(arrays["label"]))]
+        return [(self._encode_label(item["label"]), *self._exemplar(item)) for item in items]
+
+    def _encode_label(self, label: npt.NDArray[Any]) -> EncodedLabel:
+        self._check_size("label", *label.shape[-2:])
+        return self._translator.encode_label(label, "input")
+
+    def _check_size(self, name: str, height: int, width: int) -> None:
+        if max(height, width) > self._max_side:
+            raise InputError(
+                f"{name}: {width} x {height} pixels; expected at most {self._max_side} a side: scale it down, or raise "
+                "max_side in config.pbtxt"
+            )
 
     def _exemplar(self, item: Arrays) -> tuple[str, Exemplar]:
         """The exemplar of an item and its id, encoded where it is new."""
@@ -146,6 +158,7 @@ class Translate:
                     f"no exemplar of the id {key[:40]!r}: send the exemplar (again, after a restart)"
                 )
             return key, known
+        self._check_size("exemplar", *picture.shape[:2])
         digest = hashlib.sha256(self._model.encode())
         for array in (picture, label):
             if array is not None:

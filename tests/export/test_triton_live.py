@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +93,19 @@ def test_the_ensemble_is_the_same(
     )  # fmt: skip
     np.testing.assert_array_equal(to_uint8(image), expected.image)
     np.testing.assert_array_equal(probability, expected.confidence)
+
+
+def test_the_lines_of_the_docs_run(server: RealServer, tmp_path: Path, expected: Translation) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "triton-server.md").read_text()
+    (script,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert "127.0.0.1:8000" in script
+    names = PAIRS.read_text().splitlines()[1].split(",")
+    for name, target in zip(names, ("label", "portrait", "portrait_label"), strict=True):
+        shutil.copy(PAIRS.parent / name, tmp_path / f"{target}.png")
+    command = [sys.executable, "-c", script.replace("127.0.0.1:8000", server.address)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"[0-9a-f]{32}\n", done.stdout)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "result.png")), expected.image)
 
 
 def test_what_cannot_be_used_is_refused_by_its_status(client: Any, pair: SimpleNamespace) -> None:

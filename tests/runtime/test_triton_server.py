@@ -103,6 +103,16 @@ def test_a_request_that_cannot_be_used_harms_no_other(repository: Repository) ->
         assert words in str(refusal)
 
 
+@pytest.mark.parametrize("name", ["label", "exemplar"])
+def test_what_is_too_large_is_refused(repository: Repository, name: str) -> None:
+    inputs = repository.inputs()
+    inputs[name] = inputs[name].repeat(3, 1)
+    (refusal,) = repository.server.ask(inputs, outputs=["image"])
+    width, height = {"label": (96, 192), "exemplar": (64, 288)}[name]
+    assert str(refusal).startswith(f"{name}: {width} x {height} pixels; expected at most 128 a side: scale it down")
+    assert refusal.code == "INVALID_ARG"
+
+
 def test_a_model_that_is_full_refuses_all_of_a_batch(repository: Repository) -> None:
     repository.server.refuse = {"coarse"}
     answers = repository.server.ask(repository.inputs(), repository.inputs(seed=1), outputs=["image"])

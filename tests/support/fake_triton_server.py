@@ -99,6 +99,7 @@ class FakeServer:
                 {
                     "model_name": name, "model_repository": str(repository / name), "model_version": "1",
                     "model_instance_kind": (kinds or {}).get(name, "CPU"), "model_instance_device_id": "0",
+                    "model_config": '{"parameters": {"max_side": {"string_value": "128"}}}',
                 }
             )  # fmt: skip
 
