@@ -217,14 +217,18 @@ def _check(tensor: InferInput, spec: TensorSpec) -> None:
         side >= 1 and wanted in (-1, side) for side, wanted in zip(tensor.shape, expected.shape, strict=True)
     )
     if not fits:
-        raise _malformed(f"{tensor.name}: shape {str(tensor.shape)[:60]}; expected {expected.shape}, -1 for any side")
+        raise _malformed(
+            f"{tensor.name}: shape {str(tensor.shape[:8])[:60]}; expected {expected.shape}, -1 for any side"
+        )
 
 
 def _read_array(tensor: InferInput, part: bytes | None) -> npt.NDArray[np.uint8]:
     """The numbers of the one item, from the bytes behind the JSON or from its list, which may be nested."""
     array = np.array(_items(tensor, list[_Byte]), np.uint8) if part is None else np.frombuffer(part, np.uint8)
     if array.size != math.prod(tensor.shape):
-        raise _malformed(f"{tensor.name}: {array.size} numbers; its shape {str(tensor.shape)[:60]} is of another count")
+        raise _malformed(
+            f"{tensor.name}: {array.size} numbers; its shape {str(tensor.shape[:8])[:60]} is of another count"
+        )
     return array.reshape(tensor.shape[1:])
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,6 +97,27 @@ def test_the_ensemble_is_the_same(
     np.testing.assert_array_equal(probability, expected.confidence)
 
 
+def test_an_exemplar_is_encoded_once(
+    server: RealServer, client: Any, translator: Translator, pair: SimpleNamespace
+) -> None:
+    (key,) = ask(client, "translate", ("exemplar_id",), **vars(pair))
+    exemplar = translator.encode_exemplar(pair.exemplar, pair.exemplar_label, "input")
+    labels = [np.roll(pair.label, shift, 0) for shift in range(1, 21)]  # no two alike, for thetas are kept too
+    before, bare, asked = server.counts("exemplar"), [], []
+    for label in labels:
+        start = time.perf_counter()
+        expected = translator.translate(label, exemplar, "input").image
+        bare.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        (image,) = ask(client, "translate", ("image",), label=label, exemplar_id=key)
+        asked.append(time.perf_counter() - start)
+        np.testing.assert_array_equal(image, expected)
+    ask(client, "translate", ("image",), **vars(pair))
+    assert server.counts("exemplar") == before
+    milliseconds = [1e3 * statistics.median(times) for times in (asked, bare)]
+    print("ready after {:.1f} s; p50 {:.1f} ms, Translator {:.1f} ms".format(server.ready_s, *milliseconds))
+
+
 def test_the_lines_of_the_docs_run(server: RealServer, tmp_path: Path, expected: Translation) -> None:
     page = (Path(__file__).parents[2] / "docs" / "triton-server.md").read_text()
     (script,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
@@ -154,3 +177,4 @@ def test_a_flood_is_refused_in_part_and_runs_in_batches(
         )
         assert inferred == count - len(refused) >= MAX_QUEUE
         assert executed < inferred / 2, model
+        print(f"{count} requests at once: {len(refused)} refused, {inferred} ran in {executed} batches of {model}")
