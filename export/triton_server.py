@@ -275,6 +275,7 @@ sent empty outputs. From a checkout of flashcocos:
 docker build -t tritonserver-flashcocos -f - . <<'END'
 FROM nvcr.io/nvidia/tritonserver:25.10-py3
 COPY . /src/flashcocos
+ENV PIP_BREAK_SYSTEM_PACKAGES=1
 RUN pip install '/src/flashcocos[{extra}]' 'numpy<2'
 END
 docker run --rm {options}--shm-size 1g -p 127.0.0.1:8000:8000 -v "$PWD/models:/models:ro" tritonserver-flashcocos \\
