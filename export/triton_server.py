@@ -279,7 +279,8 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1
 RUN pip install '/src/flashcocos[{extra}]' 'numpy<2'
 END
 docker run --rm {options}--shm-size 1g -p 127.0.0.1:8000:8000 -v "$PWD/models:/models:ro" tritonserver-flashcocos \\
-  tritonserver --model-repository=/models --model-control-mode=none --disable-auto-complete-config
+  tritonserver --model-repository=/models --model-control-mode=none --disable-auto-complete-config \\
+  --backend-config=python,stub-timeout-seconds=120  # the warp may compile for longer than the default of 30
 ```
 
 The server has no tokens of its own: keep it on the loopback address or a private network, behind a gateway.

@@ -58,7 +58,7 @@ def real_server(repository: Path, folder: Path) -> Iterator[RealServer]:
         server / "bin" / "tritonserver", f"--model-repository={repository}", f"--backend-directory={backends}",
         "--http-address=127.0.0.1", f"--http-port={port}", "--allow-grpc=false", "--metrics-address=127.0.0.1",
         f"--metrics-port={metrics_port}", "--model-control-mode=none", "--disable-auto-complete-config",
-        "--exit-timeout-secs=5",
+        "--exit-timeout-secs=5", "--backend-config=python,stub-timeout-seconds=120",
     ]  # fmt: skip
     start = time.monotonic()
     with (folder / "server.log").open("wb") as log, subprocess.Popen(command, env=environment, stderr=log) as process:
