@@ -107,6 +107,8 @@ def _require_repository(folder: Path) -> None:
         names = {path.name for path in folder.iterdir()}
         if other := sorted(names - {*MODELS, _README, _SCRIPT}):
             raise InputError(f"{folder} holds {other[0]}, which this would delete; choose another output")
+        if names and not (folder / "translate" / "config.pbtxt").is_file():
+            raise InputError(f"{folder} is no repository of flashcocos export-triton; choose another output")
 
 
 def _repository(bundle: Bundle, platform: str, instances: int, gpu: bool) -> dict[str, bytes]:

@@ -114,6 +114,9 @@ def test_an_earlier_repository_is_replaced_and_nothing_else(tmp_path: Path, bund
     (folder / "resnet").mkdir()
     with pytest.raises(InputError, match=r"models holds resnet, which this would delete"):
         export_triton(bundle, folder)
+    (tmp_path / "own" / "query").mkdir(parents=True)
+    with pytest.raises(InputError, match="own is no repository of flashcocos export-triton"):
+        export_triton(bundle, tmp_path / "own")
     with pytest.raises(InputError, match="would overwrite the input"):
         export_triton(bundle, bundle)
 
