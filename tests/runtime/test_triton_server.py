@@ -113,6 +113,14 @@ def test_what_is_too_large_is_refused(repository: Repository, name: str) -> None
     assert refusal.code == "INVALID_ARG"
 
 
+@pytest.mark.parametrize("name", ["label", "exemplar", "exemplar_label"])
+def test_what_is_empty_is_refused(repository: Repository, name: str) -> None:
+    inputs = repository.inputs()
+    inputs[name] = inputs[name][:, :0]
+    (refusal,) = repository.server.ask(inputs, outputs=["image"])
+    assert (refusal.code, "expected at least 1 x 1" in str(refusal)) == ("INVALID_ARG", True), str(refusal)
+
+
 def test_a_model_that_is_full_refuses_all_of_a_batch(repository: Repository) -> None:
     repository.server.refuse = {"coarse"}
     answers = repository.server.ask(repository.inputs(), repository.inputs(seed=1), outputs=["image"])
