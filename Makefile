@@ -1,18 +1,20 @@
 # make demo       translate a real input with the shipped model (no torch needed)
 # make test       everything CI runs: lint, types, tests
 # make test-fast  the tests of the edit loop: without the slow files that tests/conftest.py lists
+# make triton-server  .venv-triton, for the tests that run Triton Inference Server; without it they skip
 # Each sets up its own virtual environment; PYTHON chooses the interpreter (3.10 to 3.13).
 
 PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
+TRITON := .venv-triton
 PIP := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # one single-threaded process a core beats one with many threads; a file's tests stay together and share fixtures, and
 # the files start in the order of tests/conftest.py
 PYTEST := OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest \
 	--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint typecheck clean
+.PHONY: demo test test-fast lint typecheck triton-server clean
 
 demo: $(DEMO)/.ready
 	$(DEMO)/bin/flashcocos demo -o demo_output
@@ -42,5 +44,16 @@ $(DEV)/.ready: pyproject.toml constraints.txt
 	$(DEV)/bin/python $(PIP) --editable ".[dev]"
 	touch $@
 
+triton-server: $(TRITON)/.ready
+
+# the server in nvidia-pytriton's wheel without the Python packages that it names, and what the models there import:
+# with numpy 2 its Python backend sends empty outputs
+$(TRITON)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TRITON)
+	grep -v '^numpy==' constraints.txt > $(TRITON)/constraints.txt
+	$(TRITON)/bin/python $(PIP:constraints.txt=$(TRITON)/constraints.txt) --editable ".[cpu]" "numpy<2"
+	$(TRITON)/bin/python $(PIP) --no-deps nvidia-pytriton==0.7.0
+	touch $@
+
 clean:
-	rm -rf $(DEMO) $(DEV) .typecheck demo_output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(DEMO) $(DEV) $(TRITON) .typecheck demo_output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

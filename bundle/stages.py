@@ -45,6 +45,33 @@ def stage_tensors(config: ModelConfig) -> dict[str, tuple[tuple[TensorSpec, ...]
     }
 
 
+def translation_tensors(config: ModelConfig) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """(inputs, outputs) of a whole translation, as servers of the protocol KServe v2 name them.
+
+    A request gives the exemplar as `exemplar` and, where the model wants it, `exemplar_label`, or as the `exemplar_id`
+    of an earlier answer. Labels of planes are uint8, value * 255, as in files.
+    """
+    picture, positions = ("height", "width", 3), ("h", "w")
+    planes = () if config.label_kind == "classes" else (config.label_channels,)
+    exemplar_label = TensorSpec("exemplar_label", "uint8", ("batch", *planes, "exemplar_height", "exemplar_width"))
+    exemplar_id = TensorSpec("exemplar_id", "bytes", ("batch", 1))
+    return (
+        (
+            TensorSpec("label", "uint8", ("batch", *planes, "height", "width")),
+            TensorSpec("exemplar", "uint8", ("batch", "exemplar_height", "exemplar_width", 3)),
+            *((exemplar_label,) if config.condition_on_label else ()),
+            exemplar_id,
+        ),
+        (
+            TensorSpec("image", "uint8", ("batch", *picture)),
+            TensorSpec("warped", "uint8", ("batch", *picture)),
+            TensorSpec("confidence", "float32", ("batch", *positions)),
+            TensorSpec("matches", "float32", ("batch", *positions, 2)),
+            exemplar_id,
+        ),
+    )
+
+
 def stage_inputs(
     config: ModelConfig, stage: str, arrays: Mapping[str, npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[Any]]:

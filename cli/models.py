@@ -1,4 +1,4 @@
-"""`flashcocos info`, `download`, `convert`, `export`, `verify`, `quantize` and `build`: model files and bundles."""
+"""`flashcocos info`, `download`, `convert`, `export`, `verify`, `quantize`, `build` and `export-triton`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def add_commands(command: AddCommand) -> None:
     _add_verify(command)
     _add_quantize(command)
     _add_build(command)
+    _add_export_triton(command)
 
 
 def _add_info(command: AddCommand) -> None:
@@ -320,3 +321,39 @@ def _build(options: argparse.Namespace) -> int:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
+
+
+def _add_export_triton(command: AddCommand) -> None:
+    parser = command(
+        "export-triton",
+        _export_triton,
+        "Write a model repository for Triton Inference Server.",
+        "flashcocos export-triton model.zip -o models/ --gpu",
+        "A README.md in it says how to run and ask it; docs/triton-server.md says more.",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE)
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="repository to write")
+    parser.add_argument(
+        "--platform", choices=("onnxruntime", "tensorrt", "python"), default="onnxruntime",
+        help="what runs the stages: a backend of the server, or ONNX Runtime in Python models (default: onnxruntime)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--instances", type=int, default=1, metavar="N", help="of each stage and of the warp, on each device (1)"
+    )
+    parser.add_argument("--gpu", action="store_true", help="run the stages and the warp on a GPU")
+
+
+def _export_triton(options: argparse.Namespace) -> int:
+    from ..bundle.default_model import resolve_model
+    from ..export.triton_server import export_triton
+
+    show(
+        export_triton(
+            resolve_model(options.bundle),
+            options.output,
+            platform=options.platform,
+            instances=options.instances,
+            gpu=options.gpu,
+        )
+    )
+    return 0

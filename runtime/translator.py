@@ -106,15 +106,26 @@ class Translator:
             exemplar_cache_mib=exemplar_cache_mib,
             tile=tile,
         )
-        self.bundle = _open_bundle(bundle)
-        manifest = self.bundle.manifest
-        check_stages(manifest)
+        opened = _open_bundle(bundle)
+        check_stages(opened.manifest)
+        self._take(opened, open_pipeline(opened, options))
+
+    @classmethod
+    def over(cls, bundle: Bundle, pipeline: Pipeline) -> Translator:
+        """A translator whose stages `pipeline` runs, which it closes; `BundleError` where they are not the bundle's."""
+        check_stages(bundle.manifest)
+        translator = cls.__new__(cls)
+        translator._take(bundle, pipeline)
+        return translator
+
+    def _take(self, bundle: Bundle, pipeline: Pipeline) -> None:
+        self.bundle, manifest = bundle, bundle.manifest
         self.config = manifest.config
         self._model, self._label_model = (
             manifest.files[manifest.stages[stage].file].sha256 for stage in ("exemplar", "query")
         )
         self._warned_of_proportions = False
-        self._pipeline: Pipeline = open_pipeline(self.bundle, options)
+        self._pipeline = pipeline
         self._release = weakref.finalize(self, self._pipeline.close)  # also where nobody closes it, and at exit
 
     def __enter__(self) -> Translator:

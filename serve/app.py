@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -31,7 +31,7 @@ from ..preprocess.labels import resize_nearest
 from ..runtime import Exemplar, Translation
 from ..runtime.lru import LruBytes
 from ..runtime.translator import resolve_size
-from . import wire
+from . import kserve, wire
 from .batcher import Batcher, Ticket
 from .config import ServeConfig, read_tokens
 from .engine import Engine, Label
@@ -259,10 +259,7 @@ class Service:
 
     async def put_exemplar(self, request: Request, label: str | None = None, size: Size = None) -> Response:
         """Encode an exemplar, for any number of translations."""
-        needed = self.model.config.condition_on_label
-        if needed != (label is not None):
-            text = "needs the exemplar's label: PUT /v1/labels, then ?label=ID" if needed else "takes no label"
-            raise ApiError(422, "invalid", f"label: a model for {self.model.config.task} {text}")
+        self._require_exemplar_label(label is not None, "PUT /v1/labels, then ?label=ID")
         kept = self._label(label)[0] if label is not None else None
         self._size(size, None)
         with self._admit(request, None) as ticket:
@@ -311,16 +308,12 @@ class Service:
         clock = [time.perf_counter()]
         label = await self._codec(self._fit_label, body, size)
         ticket.set_bytes(len(body) + label.nbytes)
-        ticket.megapixels = label.shape[-2] * label.shape[-1] / 1e6
         clock.append(time.perf_counter())
         entry = await self.exemplars.get(id)
-        result: Translation = await ticket.run(label.shape, (label, entry.exemplar))
-        ticket.megapixels = 0.0
+        result = await self._run(ticket, label, entry.exemplar)
         clock.append(time.perf_counter())
         data = await self._codec(wire.translation_reply if want == "all" else _image_png, result)
         clock.append(time.perf_counter())
-        for stage, milliseconds in result.timings.items():
-            self.metrics.stage_seconds.labels(stage).observe(milliseconds / 1e3)
         timing = {
             "decode": (clock[1] - clock[0]) * 1e3,
             "queue": ticket.waited * 1e3,
@@ -329,6 +322,15 @@ class Service:
         }
         kind = "application/json" if want == "all" else "image/png"
         return Response(data, media_type=kind, headers={"server-timing": wire.server_timing(timing)})
+
+    async def _run(self, ticket: Ticket, label: Label, exemplar: Exemplar) -> Translation:
+        """Translate in turn."""
+        ticket.megapixels = label.shape[-2] * label.shape[-1] / 1e6
+        result: Translation = await ticket.run(label.shape, (label, exemplar))
+        ticket.megapixels = 0.0
+        for stage, milliseconds in result.timings.items():
+            self.metrics.stage_seconds.labels(stage).observe(milliseconds / 1e3)
+        return result
 
     async def get_model(self) -> Response:
         """The model, its classes and the bounds of the service."""
@@ -371,6 +373,44 @@ class Service:
             raise ApiError(503, "draining", "the service is shutting down", 5)
         raise ApiError(503, "engine_failed" if self.batcher.broken else "starting", "not ready", 1)
 
+    async def v2_server(self) -> Response:
+        """What answers, by the protocol KServe v2."""
+        return _json(kserve.ServerMetadata("flashcocos", __version__, ["binary_tensor_data"]))
+
+    async def v2_model(self, name: str) -> Response:
+        """The model's tensors, by the protocol KServe v2."""
+        self._require_model(name)
+        return _json(kserve.metadata(self.model.config, name, __version__))
+
+    async def v2_model_ready(self, name: str) -> Response:
+        """200 where the model translates, else 503, by the protocol KServe v2."""
+        self._require_model(name)
+        await self.readiness()
+        return _json(kserve.ModelReady(name, True))
+
+    async def v2_infer(self, request: Request, name: str) -> Response:
+        """Translate a label as tensors, by the protocol KServe v2."""
+        self._require_model(name)
+        with self._admit(request, self._size(None, None)) as ticket:
+            body = await self._body(request, ticket)
+            return await self._unless_gone(
+                request, ticket, self._inferred(ticket, body, request.headers.get(kserve.HEADER))
+            )
+
+    async def _inferred(self, ticket: Ticket, body: bytes, header: str | None) -> Response:
+        inference = await self._codec(kserve.read_request, self.model.config, body, header)
+        label, source = await self._codec(self._fit_tensors, inference.arrays)
+        ticket.set_bytes(len(body) + label.nbytes)
+        if source is None:
+            key = inference.exemplar_id
+            entry = await self.exemplars.get(key)
+        else:
+            key = self._exemplar_id(source.image, source)
+            entry, _ = await self.exemplars.put(key, source)
+        result = await self._run(ticket, label, entry.exemplar)
+        reply = await self._codec(kserve.write_reply, self.model.config, self.model.name, inference, result, key)
+        return Response(reply.body, media_type=reply.media_type, headers=reply.headers)
+
     async def get_metrics(self) -> Response:
         """In Prometheus's text format."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -403,6 +443,30 @@ class Service:
     def _fit_label(self, body: bytes, size: str | None) -> Label:
         label = wire.read_label(self.model.config, body, self.max_pixels)
         return resize_nearest(label, self._size(size, (label.shape[-2], label.shape[-1])))
+
+    def _fit_tensors(self, arrays: Mapping[str, Any]) -> tuple[Label, Source | None]:
+        """The label at the size of its result, and the exemplar, where one is given, at the size of its encoding."""
+        label = wire.check_label(self.model.config, arrays["label"], self.max_pixels)
+        label = resize_nearest(label, self._size("input", (label.shape[-2], label.shape[-1])))
+        if "exemplar" not in arrays:
+            return label, None
+        own = arrays.get("exemplar_label")
+        self._require_exemplar_label(own is not None, "add the input exemplar_label")
+        picture = wire.check_picture(arrays["exemplar"], self.max_pixels)
+        size, fitted, key = self._size("input", (picture.height, picture.width)), None, None
+        if own is not None:
+            fitted = wire.fit_label(wire.check_label(self.model.config, own, self.max_pixels), size)
+            key = wire.content_id(fitted)
+        return label, Source(wire.fit_picture(picture, size), fitted, key, size)
+
+    def _require_exemplar_label(self, given: bool, remedy: str) -> None:
+        if given != self.model.config.condition_on_label:
+            text = "takes no label" if given else f"needs the exemplar's label: {remedy}"
+            raise ApiError(422, "invalid", f"label: a model for {self.model.config.task} {text}")
+
+    def _require_model(self, name: str) -> None:
+        if name != self.model.name:
+            raise ApiError(404, "not_found", f"no model of this name; this service has {self.model.name}")
 
     def _label(self, key: str) -> tuple[bytes, wire.LabelReply]:
         if entry := self.demo_labels.get(key) or self.labels.get(key):

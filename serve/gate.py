@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import FlashcocosError, InputError, printable
 from .errors import ApiError
+from .kserve import Refusal
 from .metrics import Metrics
 from .wire import ErrorReply, Problem
 
@@ -30,7 +31,9 @@ _SAFETY = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
+_KSERVE = "/v2"
 _GUARDED = ("/v1/", "/v2", "/metrics", "/openapi.json")
+_OPEN = "/v2/health/"  # says no more than /readyz
 
 
 class Gate:
@@ -83,7 +86,7 @@ class Gate:
         except Exception as error:
             if status:
                 raise  # an answer has begun: the host closes the connection
-            await _send_error(explain(error, request_id), request_id, send_marked)
+            await _send_error(explain(error, request_id), request_id, scope["path"].startswith(_KSERVE), send_marked)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
@@ -96,7 +99,7 @@ class Gate:
             raise ApiError(400, "malformed", "the header Host names another service; see the setting hosts")
         if origin and origin not in self._origins and origin.partition("://")[2] != host:
             raise ApiError(403, "origin", "pages of other origins may not call this service; see cors_origins")
-        if not self._tokens or not path.startswith(_GUARDED):
+        if not self._tokens or not path.startswith(_GUARDED) or path.startswith(_OPEN):
             return ""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         matches = [name for name, known in self._tokens.items() if hmac.compare_digest(known, token.encode())]
@@ -131,8 +134,10 @@ def explain(error: Exception, request_id: str) -> ApiError:
     return ApiError(500, "internal", "the service failed; its log has the reason under this request id")
 
 
-async def _send_error(error: ApiError, request_id: str, send: Send) -> None:
-    body = msgspec.json.encode(ErrorReply(Problem(error.code, str(error), request_id)))
+async def _send_error(error: ApiError, request_id: str, kserve: bool, send: Send) -> None:
+    """kserve: in the form of that protocol, a string, which its clients rely on."""
+    reply = Refusal(f"{error.code}: {error}") if kserve else ErrorReply(Problem(error.code, str(error), request_id))
+    body = msgspec.json.encode(reply)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     if error.retry_after is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from . import wire
+from . import kserve, wire
 
 _ID = "0123456789abcdef0123456789abcdef"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -16,7 +16,10 @@ _TEXT = {"text/plain": {"schema": {"type": "string"}}}
 _PNG = {"image/png": _BINARY}
 _LABEL = {"image/png": _BINARY, "application/zip": _BINARY}
 _PICTURE = {"image/png": _BINARY, "image/jpeg": _BINARY, "image/webp": _BINARY}
-_REPLIES = (wire.ModelReply, wire.LabelReply, wire.ExemplarReply, wire.TranslationReply, wire.ErrorReply)
+_REPLIES = (
+    wire.ModelReply, wire.LabelReply, wire.ExemplarReply, wire.TranslationReply, wire.ErrorReply, kserve.Refusal,
+    kserve.ServerMetadata, kserve.ModelMetadata, kserve.ModelReady, kserve.InferRequest, kserve.InferReply,
+)  # fmt: skip
 _LABEL_EXAMPLE = {"id": _ID, "size": [128, 128], "bytes": 1193}
 _EXEMPLAR_EXAMPLE = {"id": _ID, "size": [128, 128], "bytes": 336012, "label": _ID}
 _ERRORS = {
@@ -49,7 +52,7 @@ class Route:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `FastAPI.add_api_route`."""
-        problem = {"application/json": {"schema": _reference(wire.ErrorReply)}}
+        problem = _json(kserve.Refusal if self.path.startswith("/v2") else wire.ErrorReply)
         responses: dict[int, dict[str, Any]] = {
             status: {"description": "done", "content": dict(content)} for status, content in self.answers.items()
         }
@@ -87,6 +90,8 @@ def _json(kind: type, example: Any = None) -> dict[str, Any]:
     return {"application/json": content if example is None else content | {"example": example}}
 
 
+_BYTES = {"application/octet-stream": _BINARY}  # JSON and, behind it, tensors
+_TENSORS = _json(kserve.InferRequest) | _BYTES
 _NEW_LABEL, _NEW_EXEMPLAR = _json(wire.LabelReply, _LABEL_EXAMPLE), _json(wire.ExemplarReply, _EXEMPLAR_EXAMPLE)
 ROUTES = (
     Route("GET", "/v1/model", "get_model", {200: _json(wire.ModelReply)}, (400, 401, 403)),
@@ -105,6 +110,12 @@ ROUTES = (
         _WORK,
         _LABEL,
     ),
+    Route("GET", "/v2", "v2_server", {200: _json(kserve.ServerMetadata)}, (400, 401, 403)),
+    Route("GET", "/v2/health/live", "health", {200: _TEXT}, (400, 403)),
+    Route("GET", "/v2/health/ready", "readiness", {200: _TEXT}, (400, 403, 503)),
+    Route("GET", "/v2/models/{name}", "v2_model", {200: _json(kserve.ModelMetadata)}),
+    Route("GET", "/v2/models/{name}/ready", "v2_model_ready", {200: _json(kserve.ModelReady)}, (*_LOOK, 503)),
+    Route("POST", "/v2/models/{name}/infer", "v2_infer", {200: _json(kserve.InferReply) | _BYTES}, _WORK, _TENSORS),
     Route("GET", "/healthz", "health", {200: _TEXT}, (400, 403)),
     Route("GET", "/readyz", "readiness", {200: _TEXT}, (400, 403, 503)),
     Route("GET", "/metrics", "get_metrics", {200: _TEXT}, (400, 401, 403)),

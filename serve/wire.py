@@ -183,6 +183,12 @@ def read_label(config: ModelConfig, body: bytes, max_pixels: int) -> npt.NDArray
     return planes
 
 
+def check_label(config: ModelConfig, label: npt.NDArray[np.uint8], max_pixels: int) -> npt.NDArray[np.uint8]:
+    """`label`, as `read_label` returns it, if its ids and pixels are in bounds; raises as that does."""
+    _check_pixels(label.shape[-1], label.shape[-2], max_pixels)
+    return load_label(config, label) if config.label_kind == "classes" else label  # type: ignore[return-value]
+
+
 def write_label(label: npt.NDArray[np.uint8]) -> bytes:
     """The PNG or .npz that `read_label` reads."""
     if label.ndim == 2:
@@ -197,6 +203,12 @@ def write_png(pixels: npt.NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=_PNG_LEVEL)
     return buffer.getvalue()
+
+
+def check_picture(pixels: npt.NDArray[np.uint8], max_pixels: int) -> Image.Image:
+    """Pixels (H, W, 3) as a picture; `ApiError` for too many."""
+    _check_pixels(pixels.shape[1], pixels.shape[0], max_pixels)
+    return Image.fromarray(pixels)
 
 
 def fit_picture(image: Image.Image, size: tuple[int, int]) -> bytes:

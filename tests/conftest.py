@@ -35,6 +35,7 @@ SLOW = (
     "export/test_quantize.py",
     "train/test_distributed.py",
     "kernels/test_op.py",
+    "export/test_triton_live.py",
     "export/test_verify.py",
     "export/tensorrt/test_graphs.py",
     "export/test_single.py",

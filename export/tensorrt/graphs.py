@@ -48,19 +48,20 @@ _DATA_INPUTS = {"Resize": 1}  # operator -> how many of its inputs are data; the
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
-def bundle_graph(bundle: Bundle, stage: str, precision: str) -> onnx.ModelProto:
+def bundle_graph(bundle: Bundle, stage: str, precision: str, *, pack: bool = True) -> onnx.ModelProto:
     """`tensorrt_graph` of a stage of `bundle` in `precision`, "float32" or "float16"."""
     config = bundle.manifest.config
     classes = config.label_channels if config.label_kind == "classes" else 0
     graph = bundle.read_stage(stage)
     refuse_external_data(graph, f"{bundle.path}: stage {stage}")
-    return tensorrt_graph(graph, stage, classes=classes, half=precision == "float16")
+    return tensorrt_graph(graph, stage, classes=classes, half=precision == "float16", pack=pack)
 
 
-def tensorrt_graph(graph: bytes, stage: str, *, classes: int, half: bool) -> onnx.ModelProto:
+def tensorrt_graph(graph: bytes, stage: str, *, classes: int, half: bool, pack: bool = True) -> onnx.ModelProto:
     """The graph of `stage`, a serialized ONNX file of a bundle, rewritten; inputs keep their names, types and shapes.
 
-    classes: of the label, 0 for one of planes. half: float16 with islands of float32, else float32 throughout.
+    classes: of the label, 0 for one of planes. half: float16 with islands of float32, else float32 throughout. pack:
+    whether pictures leave as uint8, and not as the bundle's planes.
     Raises `BundleError` where the graph is not of the form that `flashcocos export` gives it.
     """
     try:
@@ -73,7 +74,7 @@ def tensorrt_graph(graph: bytes, stage: str, *, classes: int, half: bool) -> onn
         _join_attention(model.graph)
         _sum_channels(model.graph)
         prepare_int8(model.graph)
-        if stage == "fine":
+        if stage == "fine" and pack:
             _pack_pictures(model.graph)
         fold_constants(model)
         if half:

@@ -448,6 +448,11 @@ def test_the_schema_names_every_route(client: httpx.Client) -> None:
     translate = document["paths"]["/v1/exemplars/{id}/translate"]["post"]
     assert {"200", "400", "401", "404", "413", "415", "422", "429", "503", "504"} <= translate["responses"].keys()
     assert document["components"]["schemas"]["ErrorReply"]
+    infer = document["paths"]["/v2/models/{name}/infer"]["post"]
+    assert infer["responses"]["400"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/Refusal"
+    }
+    assert {"application/json", "application/octet-stream"} == infer["requestBody"]["content"].keys()
 
 
 def test_metrics_count_by_route(client: httpx.Client, path: str) -> None:

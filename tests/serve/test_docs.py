@@ -21,13 +21,14 @@ from flashcocos.serve.config import ServeConfig, read_config
 from flashcocos.serve.engine import LocalEngine
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-URL = "http://127.0.0.1:8000"
+HOST = "127.0.0.1:8000"
+URL = f"http://{HOST}"
 
 
 def block(title: str, language: str) -> str:
     found = re.search(rf"^## {title}$.*?^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     assert found
-    assert URL in found[1]
+    assert HOST in found[1]
     return found[1]
 
 
@@ -59,6 +60,14 @@ def test_the_lines_of_curl_run(service: Live, folder: Path) -> None:
 def test_the_lines_of_python_run(service: Live, folder: Path) -> None:
     script = block("Ask from Python", "python").replace(URL, service.url)
     subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
+    assert Image.open(folder / "result.png").size == (128, 128)
+
+
+def test_the_lines_of_kserve_run(service: Live, folder: Path) -> None:
+    pytest.importorskip("tritonclient.http", reason="needs tritonclient[http]")
+    script = block("Ask by KServe v2", "python").replace(HOST, service.url.removeprefix("http://"))
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"[0-9a-f]{32}\n", done.stdout)
     assert Image.open(folder / "result.png").size == (128, 128)
 
 
