@@ -43,8 +43,10 @@ IMPORT_NAMES = {
     "onnxruntime-gpu": "onnxruntime",
     "opencv-python-headless": "cv2",
     "pillow": "PIL",
+    "s3fs": "upath",  # which finds it by the store's name
     "scikit-image": "skimage",
     "tensorboard": "torch.utils.tensorboard",
+    "universal-pathlib": "upath",
 }
 BROUGHT_BY = {
     "google": "onnx",  # google.protobuf
