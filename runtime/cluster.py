@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-import queue
+import signal
 import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -21,12 +21,11 @@ from .jobs import Job
 from .translator import Size, Translator
 
 LOCAL = "local"
-# no report of usage; tokens between processes, which is Ray's default, but it would warn of it
-_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
 _OBJECT_STORE = 128 << 20  # bytes, for paths and reports alone; Ray's own choice is a third of the memory
 _BLOCK = 16  # jobs that an actor takes at a time, mostly of one exemplar
 _MAX_BLOCKS = 10000
-_SILENCE_S = 3600.0  # without a finished block; Ray's pools have been seen to hang after many faults
+_SILENCE_S = 3600  # without a finished block; Ray's pools have been seen to hang after many faults
+_LOST_STARTS = 3  # actors that die in turn while they start, as with their machine, before the job fails
 
 
 @contextlib.contextmanager
@@ -39,22 +38,25 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         BackendError: There is no cluster at `address`.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import ray
-
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {}
     if address == LOCAL:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default, of which it would warn
         options = {
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE,
             "_node_ip_address": "127.0.0.1",  # Ray binds the network's address otherwise
         }
+    import ray
+
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise BackendError(f"no Ray cluster at {address}: {printable(error)}; start one with `ray start`") from error
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own aborts
         yield
     finally:
         ray.shutdown()
@@ -141,6 +143,8 @@ def _run(
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = _SILENCE_S
+    context.max_consecutive_actor_init_deaths = _LOST_STARTS
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     jobs = sorted(jobs, key=lambda job: (str(job.exemplar), str(job.exemplar_label)))  # stable within an exemplar
     rows = [{"index": index, **_row(job)} for index, job in enumerate(jobs)]
@@ -150,13 +154,17 @@ def _run(
     reports = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         _Actor,
         fn_constructor_kwargs={**model, "size": size, "save": sorted(save), "scratch": scratch},
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(actors, blocks)),
+        compute=ray.data.ActorPoolStrategy(size=min(actors, blocks)),
         batch_size=None,
         **reserved,
     )
-    for batch in _watched(reports.iter_batches(batch_size=None, batch_format="numpy")):
-        for index, reason in zip(batch["index"], batch["reason"], strict=True):
-            yield jobs[index], str(reason) or None
+    try:
+        for batch in reports.iter_batches(batch_size=None, batch_format="numpy"):
+            for index, reason in zip(batch["index"], batch["reason"], strict=True):
+                yield jobs[index], str(reason) or None
+    except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise BackendError(f"the Ray job failed: {reason}; what is written stays: run again with --resume") from error
 
 
 class _Actor:
@@ -186,30 +194,3 @@ def _everywhere(path: PathLike | None) -> Path | None:
     """`path` as it means the same in every process of the cluster."""
     place = None if path is None else to_path(path)
     return place if place is None or is_remote(place) else place.absolute()
-
-
-def _watched(batches: Any) -> Iterator[dict[str, Any]]:
-    """`batches`, or `BackendError` where Ray fails or none comes for an hour."""
-    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def pull() -> None:
-        try:
-            for batch in batches:
-                done.put(batch)
-            done.put(None)
-        except Exception as error:
-            done.put(error)
-
-    threading.Thread(target=pull, daemon=True).start()
-    while True:
-        try:
-            batch = done.get(timeout=_SILENCE_S)
-        except queue.Empty:
-            text = f"no actor has finished anything for {_SILENCE_S:.0f} s; run again with --resume"
-            raise BackendError(text) from None
-        if batch is None:
-            return
-        if isinstance(batch, Exception):
-            reason = str(batch).strip().splitlines()[-1:] or [type(batch).__name__]
-            raise BackendError(f"the Ray job failed: {reason[0]}; see Ray's logs, and run again with --resume")
-        yield batch
