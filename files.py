@@ -50,13 +50,13 @@ def atomic_path(
         InputError: `target` is a folder where a file is expected or the reverse, a FIFO, a socket or a device.
     """
     target = remote.to_path(target)
-    require_target(target, directory=directory)
     stored = remote.is_remote(target)
     if stored and directory:
         raise InputError(f"{target}: expected a folder of this machine")
-    if stored:
+    if stored:  # nothing there stands in the way
         folder = Path(tempfile.gettempdir())
     else:
+        require_target(target, directory=directory)
         folder = scratch or target.parent
         for path in (target.parent, folder):
             path.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,7 @@ def _match_files(
         for relative, label, exemplar, exemplar_label in triples:
             # one input with several exemplars: each result carries the exemplar's name too
             stem = f"{relative.name}_{exemplar.stem}" if repeated[label] > 1 else relative.name
-            jobs.append(Job(label, exemplar, exemplar_label, output / relative.parent / f"{stem}{suffix}"))
+            jobs.append(Job(label, exemplar, exemplar_label, output / relative.with_name(f"{stem}{suffix}")))
     _check_outputs(jobs, extras, pairs)
     return jobs
 
