@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -49,10 +51,13 @@ def connected(address: str) -> Iterator[None]:
         }
     import ray
 
+    host, _, port = address.rpartition(":")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
+        if re.fullmatch(r"[\w.-]+", host) and port.isdecimal():  # Ray would wait for a minute and more
+            socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise BackendError(f"no Ray cluster at {address}: {printable(error)}; start one with `ray start`") from error
     try:
         if threading.current_thread() is threading.main_thread():
@@ -145,7 +150,7 @@ def _run(
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = _SILENCE_S
     context.max_consecutive_actor_init_deaths = _LOST_STARTS
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised, too
     jobs = sorted(jobs, key=lambda job: (str(job.exemplar), str(job.exemplar_label)))  # stable within an exemplar
     rows = [{"index": index, **_row(job)} for index, job in enumerate(jobs)]
     blocks = min(_MAX_BLOCKS, -(-len(rows) // _BLOCK))
@@ -155,7 +160,7 @@ def _run(
         _Actor,
         fn_constructor_kwargs={**model, "size": size, "save": sorted(save), "scratch": scratch},
         compute=ray.data.ActorPoolStrategy(size=min(actors, blocks)),
-        batch_size=None,
+        batch_size=_BLOCK,
         **reserved,
     )
     try:

@@ -18,8 +18,15 @@ from tiny_bundle import CLASSES, random_label, random_picture, write_tiny_bundle
 
 from flashcocos.cli import main
 from flashcocos.preprocess import save_label
+from flashcocos.runtime.folder import SCRATCH
 
-os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}  # read as Ray is imported
+os.environ |= {  # read as Ray is imported
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "0" * 64,
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "2000",
+}
 ray = pytest.importorskip("ray", reason="needs Ray: make test-cluster")
 psutil = pytest.importorskip("psutil")
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
@@ -74,11 +81,9 @@ def arrays(path: Path) -> dict[str, bytes]:
         return {name: stored[name].tobytes() for name in stored}
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
     """Three machines of one processor each, on this one; deaths are noticed within seconds."""
-    for name, value in {"PERIOD_MS": "1000", "FAILURE_THRESHOLD": "3", "TIMEOUT_MS": "2000"}.items():
-        monkeypatch.setenv(f"RAY_health_check_{name.lower()}", value)
     from ray.cluster_utils import Cluster
 
     size = {"num_cpus": 1, "object_store_memory": 128 << 20}
@@ -92,7 +97,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cluster.shutdown()
 
 
-def test_killed_actors_and_machines_lose_nothing(work: Path, cluster: Any) -> None:
+def test_killed_actors_and_machines_lose_nothing(work: Path, cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
     out = work / "killed"
     job = subprocess.Popen(
         [sys.executable, "-m", "flashcocos.cli", *command(work, "killed", "--ray", cluster.address)],
@@ -109,6 +114,28 @@ def test_killed_actors_and_machines_lose_nothing(work: Path, cluster: Any) -> No
     assert made(out) < FILES - 1
     assert job.wait(90) == 1, job.stderr.read()  # as without Ray: one label is damaged
     assert content(out) == content(work / "plain")
+    for more in (["--ray", cluster.address], []):  # gaps, and what a killed process leaves
+        (out / "labels/3.png").unlink()
+        (out / "labels/5.matches.npz").unlink()
+        (out / SCRATCH).mkdir()
+        (out / SCRATCH / ".flashcocos-12345678.png").write_bytes(b"half")
+        kept = (out / "labels/4.png").stat().st_mtime_ns
+        capsys.readouterr()
+        assert translate(work, "killed", "--resume", *more) == 1
+        assert f"2 translated, {FILES - 3} skipped, 1 failed" in capsys.readouterr().out
+        assert (out / "labels/4.png").stat().st_mtime_ns == kept
+        assert content(out) == content(work / "plain")
+
+
+def test_what_the_actors_cannot_do_is_one_line(work: Path, cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert translate(work, "out", "--ray", cluster.address, "--backend", "openvino", "--precision", "bfloat16") == 1
+    assert "error: the Ray job failed: flashcocos.errors.BackendError: " in capsys.readouterr().err
+    assert not (work / "out").exists()
+
+
+def test_no_cluster_is_one_line(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert translate(work, "out", "--ray", "127.0.0.1:1") == 1
+    assert "error: no Ray cluster at 127.0.0.1:1: [Errno 111] Connection refused; start one" in capsys.readouterr().err
 
 
 def made(folder: Path) -> int:
