@@ -154,8 +154,9 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 def _kind(path: str | os.PathLike[str]) -> str | None:
     """What lies at `path`, in words: "a file", "a folder", ...; None for nothing."""
-    if remote.is_remote(path):
-        return remote.kind(remote.to_path(path))
+    place = remote.to_path(path)
+    if remote.is_remote(place):
+        return remote.kind(place)
     try:
         return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "a file")
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the path

@@ -17,15 +17,17 @@ from .errors import FlashcocosError, InputError
 
 MAX_BYTES = 1 << 28  # of an object that is read: the raw pixels of the largest picture fit
 _STORES = ("s3", "gs")  # stores in which an object is written whole or not at all
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]*)://")
 
 
 def to_path(text: str | os.PathLike[str]) -> Path:
     """The path that `text` means, of this machine or of a store; `InputError` for a URL of any other kind."""
-    if is_remote(text) or not (url := _URL.match(os.fspath(text))):
-        return cast(Path, text) if is_remote(text) else Path(text)
+    if is_remote(text):
+        return cast(Path, text)
     text = os.fspath(text)
-    if url[1] not in _STORES or not text.startswith(f"{url[1]}://") or "::" in text:
+    if not (url := _URL.match(text)):
+        return Path(text)
+    if url[1] not in _STORES or "::" in text:
         raise InputError(f"{text}: expected a path of this machine, s3://BUCKET/NAME or gs://BUCKET/NAME")
     from upath import UPath
 

@@ -88,6 +88,28 @@ def test_resume_and_lists(work: Path, store: Any, capsys: pytest.CaptureFixture[
     assert content(f"{URL}/out") == whole
 
 
+def test_labels_are_prepared_in_a_store(work: Path, store: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in (work / "raw", store / "work/raw"):
+        for name in ("images/one.jpg", "images/sub/two.jpg"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((work / "pictures/a.jpg").read_bytes())
+            (folder / name.replace("images", "labels")).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name.replace("images", "labels").replace("jpg", "png")).write_bytes(
+                (work / "labels/a.png").read_bytes()
+            )
+    (work / "names.txt").write_text("one.jpg\nthree.jpg\n")
+    (store / "work/names.txt").write_text("one.jpg\nthree.jpg\n")
+    for more in ([], ["--list"]):
+        said = []
+        for root in (work, URL):
+            names = [*more, f"{root}/names.txt"][: 2 * len(more)]
+            code = main(["prepare", "ade20k", f"{root}/raw", "-o", f"{root}/prepared{len(more)}", *names])
+            said.append((code, capsys.readouterr().err.replace(str(root), "")))
+        assert said[0] == said[1]
+        assert content(f"{URL}/prepared{len(more)}") == content(work / f"prepared{len(more)}")
+    assert sorted(content(work / "prepared0")) == ["one.png", "sub/two.png"]
+
+
 def test_few_questions_are_asked(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     call = upath.UPath(URL).fs._call_s3
@@ -125,7 +147,9 @@ def test_hostile_objects_are_refused(work: Path, store: Any, monkeypatch: pytest
             require_file(remote.to_path(missing))
 
 
-@pytest.mark.parametrize("url", ["http://bucket/a", "file:///etc/passwd", "s3://b/a::file:///etc/passwd", "s3:/b/a"])
+@pytest.mark.parametrize(
+    "url", ["http://bucket/a", "file:///etc/passwd", "s3://b/a::file:///etc/passwd", "simplecache::s3://b/a"]
+)
 def test_no_other_url_is_a_path(url: str) -> None:
     with pytest.raises(InputError, match=f"{url}: expected a path of this machine, s3://BUCKET/NAME or gs://"):
         remote.to_path(url)

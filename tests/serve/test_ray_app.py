@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from flashcocos.benchmarks.speed import serving
+from flashcocos.cli.main import _parser
+from flashcocos.config import from_fields
+from flashcocos.serve import ray_app
 from flashcocos.serve.client import Client
+from flashcocos.serve.config import ServeConfig
 
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}  # read as Ray is imported
 ray = pytest.importorskip("ray", reason="needs Ray: make test-cluster")
 psutil = pytest.importorskip("psutil")
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
+DOCS = Path(__file__).parents[2] / "docs"
 DEMO = serving.PAIRS.parent
 
 
@@ -77,6 +86,20 @@ def test_a_killed_replica_costs_requests_in_flight_and_comes_back(service: Any) 
         time.sleep(0.1)
     assert set(flood(service, questions * 5, lambda: None, clients=1)) == {"right"}
     assert time.monotonic() - killed[0] < 30
+
+
+def test_the_page_of_the_docs_is_true() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    deploy = ServeDeploySchema.model_validate(yaml.safe_load((DOCS / "serve.yaml").read_text()))
+    (application,) = deploy.applications
+    module, _, name = application.import_path.partition(":")
+    assert getattr(importlib.import_module(module), name) is ray_app.app
+    fields = dict(application.args)
+    assert fields.pop("replicas") == 2
+    assert from_fields(ServeConfig, fields).queue == 32
+    lines = re.findall("^flashcocos (.*)$", (DOCS / "cluster.md").read_text(), re.MULTILINE)
+    assert [_parser().parse_args(line.split()).command for line in lines] == ["translate"] * 3 + ["serve"]
 
 
 def flood(service: Any, questions: list[Any], meanwhile: Any, clients: int = 30) -> Counter[str]:
