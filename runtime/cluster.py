@@ -58,7 +58,9 @@ def connected(address: str) -> Iterator[None]:
             socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise BackendError(f"no Ray cluster at {address}: {printable(error)}; start one with `ray start`") from error
+        raise BackendError(
+            f"no Ray cluster at {address}: {printable(error)}; start one, with RAY_AUTH_MODE and token as here"
+        ) from error
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own aborts

@@ -135,7 +135,10 @@ def test_what_the_actors_cannot_do_is_one_line(work: Path, cluster: Any, capsys:
 
 def test_no_cluster_is_one_line(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert translate(work, "out", "--ray", "127.0.0.1:1") == 1
-    assert "error: no Ray cluster at 127.0.0.1:1: [Errno 111] Connection refused; start one" in capsys.readouterr().err
+    assert (
+        "error: no Ray cluster at 127.0.0.1:1: [Errno 111] Connection refused; start one, with "
+        in capsys.readouterr().err
+    )
 
 
 def made(folder: Path) -> int:
