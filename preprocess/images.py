@@ -77,7 +77,8 @@ def reading(name: str) -> Iterator[None]:
     except InputError:
         raise
     except _DAMAGE as error:
-        raise InputError(f"{name}: not a readable image: {error or type(error).__name__}") from error
+        text = str(error).partition(" <_io.")[0]  # Pillow shows content without a name as an object
+        raise InputError(f"{name}: not a readable image: {text or type(error).__name__}") from error
 
 
 def check_extent(height: int, width: int, name: str) -> None:

@@ -106,6 +106,8 @@ def run(config: ServeConfig, replicas: int, address: str, announce: Callable[[st
         InputError: The model or a setting cannot be used.
         BackendError: There is no such cluster, or the replicas do not start on it.
     """
+    if config.port == 0:
+        raise InputError("port: Ray does not look for a free one; choose a --port")
     with connected(address):
         from ray import serve
 
