@@ -16,6 +16,7 @@ from pathlib import Path
 
 import platformdirs
 
+from . import remote
 from .errors import InputError
 
 _TEMPORARY = ".flashcocos-"  # and eight random characters and the target's suffix
@@ -31,33 +32,48 @@ _TEXTS = (".txt", ".csv", ".json", ".jsonl")  # may lie in a folder of pictures,
 
 
 @contextlib.contextmanager
-def atomic_path(target: str | os.PathLike[str], *, directory: bool = False) -> Iterator[Path]:
+def atomic_path(
+    target: str | os.PathLike[str], *, directory: bool = False, scratch: Path | None = None
+) -> Iterator[Path]:
     """Yield a temporary path beside `target`; rename it to `target` on success, remove it on any error.
 
-    Missing parent folders are made, and what killed runs left in the folder more than a day ago is removed.
+    Missing parent folders are made, and what killed runs left in the folder more than a day ago is removed. For an
+    object of a store (`remote`) the temporary path is in the system's folder for such, and is stored on success.
 
     Args:
         target: The file or folder to write. Its suffix is kept, so that writers that choose a format by suffix
             (Pillow, numpy) work.
         directory: Yield an existing empty folder, and replace an existing folder `target`.
+        scratch: Folder for the temporary file instead, on the file system of `target`.
 
     Raises:
         InputError: `target` is a folder where a file is expected or the reverse, a FIFO, a socket or a device.
     """
-    target = Path(target)
-    require_target(target, directory=directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target.parent.resolve())
+    target = remote.to_path(target)
+    stored = remote.is_remote(target)
+    if stored and directory:
+        raise InputError(f"{target}: expected a folder of this machine")
+    if stored:  # nothing there stands in the way
+        folder = Path(tempfile.gettempdir())
+    else:
+        require_target(target, directory=directory)
+        folder = scratch or target.parent
+        for path in (target.parent, folder):
+            path.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder.resolve())
     if directory:
         temporary, mode = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=target.parent)), 0o777
     else:
-        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=target.suffix, dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=target.suffix, dir=folder)
         os.close(handle)
         temporary, mode = Path(name), 0o666
     try:
         yield temporary
         temporary.chmod(mode & ~_umask())  # last, for some writers replace the file that they are given
-        if directory and target.is_dir():
+        if stored:
+            remote.write(target, temporary)
+            temporary.unlink()
+        elif directory and target.is_dir():
             # a folder cannot be renamed over another: the old one steps aside first and is deleted last
             aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=target.parent))
             os.replace(target, aside)
@@ -109,13 +125,15 @@ def require_distinct(output: str | os.PathLike[str], *inputs: str | os.PathLike[
     Raises:
         InputError: `output` is one of the inputs, or a file in one of them.
     """
-    target = Path(output).resolve()
+    target = remote.to_path(output).resolve()
     for path in inputs:
         if path is None:
             continue
-        source = Path(path).resolve()
-        same = target == source or (target.exists() and source.exists() and target.samefile(source))
-        inside = target.is_file() and source.is_dir() and target.is_relative_to(source)
+        source = remote.to_path(path).resolve()
+        same, inside = target == source, False
+        if not remote.is_remote(target) and not remote.is_remote(source):
+            same = same or (target.exists() and source.exists() and target.samefile(source))
+            inside = target.is_file() and source.is_dir() and target.is_relative_to(source)
         if same or (inside and target.suffix.lower() not in _TEXTS):
             raise InputError(f"output {output} would overwrite the input {path}; choose another output")
 
@@ -136,6 +154,9 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 def _kind(path: str | os.PathLike[str]) -> str | None:
     """What lies at `path`, in words: "a file", "a folder", ...; None for nothing."""
+    place = remote.to_path(path)
+    if remote.is_remote(place):
+        return remote.kind(place)
     try:
         return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "a file")
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the path

@@ -42,6 +42,8 @@ _EXTRAS = {
     "prometheus_client": "serve",
     "starlette": "serve",
     "uvicorn": "serve",
+    "ray": "ray",
+    "upath": "remote",
 }
 _COMMAND_EXTRAS = {"train": "train", "pairs": "train", "evaluate": "eval"}  # each brings all that its command needs
 

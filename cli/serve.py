@@ -35,6 +35,14 @@ def add_commands(command: AddCommand) -> None:
     )
     for name, (_, text) in _OPTIONS.items():
         parser.add_argument(f"--{name}", metavar=name.split("-")[-1].upper(), help=text)
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help='run on the Ray cluster there: HOST:PORT, or "auto"; without an address, on one of this machine',
+    )
+    parser.add_argument("--replicas", type=int, metavar="N", help="with --ray: processes with a model (default: 1)")
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting, as in deadline_s=10"
@@ -55,4 +63,14 @@ def _serve(options: argparse.Namespace) -> int:
         if (text := getattr(options, name.replace("-", "_"))) is not None:
             texts[field] = text
     config = read_config(texts, os.environ, options.config)
-    return run(config, lambda address: show(f"flashcocos serves {config.model or 'avatars-128'} on {address}"))
+
+    def announce(address: str) -> None:
+        show(f"flashcocos serves {config.model or 'avatars-128'} on {address}")
+
+    if options.ray:
+        from ..serve import ray_app
+
+        return ray_app.run(config, 1 if options.replicas is None else options.replicas, options.ray, announce)
+    if options.replicas is not None:
+        raise InputError("--replicas is for --ray; without Ray there is one process")
+    return run(config, announce)

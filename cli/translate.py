@@ -42,6 +42,9 @@ def add_commands(command: AddCommand) -> None:
         "--grid", action="store_true", help="same as --save grid: input, exemplar, warped, result in one picture"
     )
     parser.add_argument("--resume", action="store_true", help="skip inputs whose output is there already")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help='run on the Ray cluster there: HOST:PORT, "auto", or "local" for this machine'
+    )
     add_engine(parser)
     parser.add_argument("--engines", metavar="DIR", help="what `flashcocos build` wrote (default: beside the bundle)")
     parser.add_argument(
@@ -67,29 +70,32 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _translate(options: argparse.Namespace) -> int:
+    from ..bundle import Bundle
     from ..bundle.default_model import resolve_model
     from ..runtime import Translator
+    from ..runtime.cluster import translate_folder_on_ray
     from ..runtime.folder import translate_folder
 
-    with Translator(
-        resolve_model(options.model),
+    bundle = Bundle(resolve_model(options.model))
+    model = {
         **engine(options),
-        engines=options.engines,
-        exemplar_cache_mib=options.exemplar_cache_mib,
-        tile=options.tile,
-    ) as translator:
-        summary = translate_folder(
-            translator,
-            options.input,
-            options.exemplar,
-            options.exemplar_label,
-            options.output,
-            pairs=options.pairs,
-            size=options.size,
-            save={*options.save, *(["grid"] if options.grid else [])},
-            suffix=f".{options.format}",
-            resume=options.resume,
-            progress=True,
-        )
+        "engines": options.engines,
+        "exemplar_cache_mib": options.exemplar_cache_mib,
+        "tile": options.tile,
+    }
+    files = (options.input, options.exemplar, options.exemplar_label, options.output)
+    choices = {
+        "pairs": options.pairs,
+        "size": options.size,
+        "save": {*options.save, *(["grid"] if options.grid else [])},
+        "suffix": f".{options.format}",
+        "resume": options.resume,
+        "progress": True,
+    }
+    if options.ray:
+        summary = translate_folder_on_ray(options.ray, bundle, model, *files, **choices)
+    else:
+        with Translator(bundle, **model) as translator:
+            summary = translate_folder(translator, *files, **choices)
     show(f"{summary.done} translated, {summary.skipped} skipped, {len(summary.failed)} failed: {options.output}")
     return 1 if summary.failed else 0

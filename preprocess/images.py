@@ -12,7 +12,9 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ from PIL import Image, ImageOps
 
 from ..errors import InputError
 from ..files import require_file
+from ..remote import is_path, is_remote, read, to_path
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192; a file that claims more is refused before it is decoded
 MAX_SIDE = 16384
@@ -45,12 +48,17 @@ def open_image(path: PathLike) -> Image.Image:
     Formats: `FORMATS`. A file over `MAX_PIXELS` is refused by its header, before it is decoded.
     """
     require_file(path)
-    with reading(str(path)), Image.open(path, formats=FORMATS) as image:
+    with reading(str(path)), Image.open(readable(path), formats=FORMATS) as image:
         check_extent(image.height, image.width, str(path))
         check_depth(image, str(path))
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def readable(path: PathLike) -> Path | BinaryIO:
+    """What Pillow and zipfile read: the path, or the content of an object of a store."""
+    return BytesIO(read(to_path(path))) if is_remote(path) else Path(path)
 
 
 def check_depth(image: Image.Image, name: str) -> None:
@@ -69,7 +77,8 @@ def reading(name: str) -> Iterator[None]:
     except InputError:
         raise
     except _DAMAGE as error:
-        raise InputError(f"{name}: not a readable image: {error or type(error).__name__}") from error
+        text = str(error).partition(" <_io.")[0]  # Pillow shows content without a name as an object
+        raise InputError(f"{name}: not a readable image: {text or type(error).__name__}") from error
 
 
 def check_extent(height: int, width: int, name: str) -> None:
@@ -117,7 +126,7 @@ def load_rgb(
     elif isinstance(source, Image.Image):
         image, name = source, "image"
         check_depth(image, name)
-    elif isinstance(source, str | os.PathLike):
+    elif is_path(source):
         image, name = open_image(source), str(source)
     else:
         raise InputError(f"image: expected a path, a Pillow image or a uint8 array, got {type(source).__name__}")

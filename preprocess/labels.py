@@ -22,7 +22,18 @@ from PIL import Image, ImageOps
 from ..config import ModelConfig
 from ..errors import InputError
 from ..files import atomic_path, require_file
-from .images import MAX_PIXELS, FloatArray, PathLike, UInt8Array, check_extent, check_size, open_image, reading
+from ..remote import is_path
+from .images import (
+    MAX_PIXELS,
+    FloatArray,
+    PathLike,
+    UInt8Array,
+    check_extent,
+    check_size,
+    open_image,
+    readable,
+    reading,
+)
 
 LabelSource: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[Any]"
 _PLANES_MEMBER = "label.npy"
@@ -90,7 +101,7 @@ def read_ids(source: LabelSource) -> UInt8Array:
         return source.astype(np.uint8)
     if isinstance(source, Image.Image):
         image = source
-    elif isinstance(source, str | os.PathLike):
+    elif is_path(source):
         image = open_image(source)
     else:
         raise InputError(f"{name}: expected a path, a Pillow image or an array, got {type(source).__name__}")
@@ -128,15 +139,15 @@ def resize_nearest(planes: npt.NDArray[Any], size: tuple[int, int] | None) -> np
 
 def source_name(source: object) -> str:
     """How messages name a source: its path, or "label" for what has none."""
-    return str(source) if isinstance(source, str | os.PathLike) else "label"
+    return str(source) if is_path(source) else "label"
 
 
 def _read_planes(source: LabelSource) -> npt.NDArray[Any]:
     """Planes (channels, H, W) as uint8 or float32, each value checked."""
     name = source_name(source)
-    if isinstance(source, str | os.PathLike):
+    if is_path(source):
         require_file(source)
-        return read_npz(Path(source), str(source))
+        return read_npz(readable(source), str(source))
     if not isinstance(source, np.ndarray) or source.ndim != 3:
         what = source.shape if isinstance(source, np.ndarray) else type(source).__name__
         raise InputError(f"{name}: expected an .npz path or an array (channels, height, width), got {what}")

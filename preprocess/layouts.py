@@ -12,12 +12,14 @@ A sample is named by its key: the photograph's path below its folder, without su
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError
+from ..remote import is_remote, list_files, store_errors, to_path
 from .edges import PARTS
 from .images import SUFFIXES, PathLike
 
@@ -62,7 +64,7 @@ class Layout:
         stem = file.name[: -len(suffix)]
         if self.numbered:
             return str(int(stem)) if stem.isascii() and stem.isdecimal() else stem
-        return (file.parent.relative_to(root) / stem).as_posix()
+        return (PurePosixPath(file.parent.relative_to(root).as_posix()) / stem).as_posix()
 
     def label_file(self, key: str, role: str) -> Path:
         """Where the label file of `role` belongs for the sample `key`."""
@@ -96,7 +98,12 @@ class Layout:
 
 def find_layout(task: str, folder: PathLike) -> Layout:
     """The layout of the data set in `folder`; `InputError` for an unknown task or a missing folder."""
-    root = Path(folder)
+    root = to_path(folder)
+    with store_errors(root) if is_remote(root) else contextlib.nullcontext():
+        return _find_layout(task, root)
+
+
+def _find_layout(task: str, root: Path) -> Layout:
     numbered = Layout(task, root / "CelebA-HQ-img", root / "CelebAMask-HQ-mask-anno", numbered=True)
     if not root.is_dir():
         raise InputError(f"{root}: not a folder")
@@ -112,7 +119,7 @@ def find_layout(task: str, folder: PathLike) -> Layout:
 
 def find_sample(task: str, image: PathLike) -> Sample:
     """The sample of one photograph, with the label files that the layout it lies in has for it."""
-    image = Path(image)
+    image = to_path(image)
     for parent in image.parents:
         if parent.name in _IMAGE_FOLDERS:
             layout = find_layout(task, parent.parent)
@@ -129,9 +136,9 @@ def read_list(path: PathLike) -> list[tuple[str, ...]]:
     Names come back with forward slashes. Raises `InputError` for an unreadable or absurdly large file.
     """
     try:
-        if (length := Path(path).stat().st_size) > MAX_LIST_BYTES:
+        if (length := to_path(path).stat().st_size) > MAX_LIST_BYTES:
             raise InputError(f"{path}: {length} bytes; expected a list file of at most {MAX_LIST_BYTES}")
-        text = Path(path).read_text(encoding="utf-8-sig")  # Windows editors add a byte order mark
+        text = to_path(path).read_text(encoding="utf-8-sig")  # Windows editors add a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable list file: {error}") from error
     lines = ([name.strip().replace("\\", "/") for name in line.split(",")] for line in text.splitlines())
@@ -170,6 +177,9 @@ def _plain(path: str) -> tuple[str, ...]:
 
 
 def _files(root: Path) -> Iterator[Path]:
+    if is_remote(root):
+        yield from (file for file in list_files(root) if not file.name.startswith("."))
+        return
     for folder, _, names in os.walk(root):
         for name in names:
             if not name.startswith("."):  # macOS leaves ._copies beside files

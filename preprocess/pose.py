@@ -7,7 +7,6 @@ them: discs of radius 4, then limbs as ellipses of half-width 4, each blended 0.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import InputError
+from ..remote import to_path
 from .images import MAX_SIDE, PathLike, UInt8Array, check_extent, check_size, open_image
 from .planes import distance_plane, require
 
@@ -117,9 +117,9 @@ def _resize(pixels: UInt8Array, size: tuple[int, int] | None, method: Image.Resa
 def _read_table(path: PathLike, columns: int) -> npt.NDArray[np.float64]:
     """Rows of `columns` finite numbers, (n, columns), of a text file."""
     try:
-        if (length := Path(path).stat().st_size) > MAX_TEXT_BYTES:
+        if (length := to_path(path).stat().st_size) > MAX_TEXT_BYTES:
             raise InputError(f"{path}: {length} bytes; expected a keypoint file of at most {MAX_TEXT_BYTES}")
-        rows = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines() if line.strip()]
+        rows = [line.split() for line in to_path(path).read_text(encoding="ascii").splitlines() if line.strip()]
         table = np.array([[float(cell) for cell in row] for row in rows], np.float64)
     except InputError:
         raise

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..remote import is_remote, to_path
 from . import ade20k, celebahq, edges, pose
 from .images import PathLike, UInt8Array, check_size
 from .labels import resize_nearest, save_label
@@ -85,9 +86,9 @@ def prepare_folder(
         raise InputError(f"nearest (--nearest) is for drawings of task avatars, not for {task}")
     if canny not in edges.CANNY:
         raise InputError(f"canny: expected one of {', '.join(edges.CANNY)}, got {canny!r}")
-    layout, output = find_layout(task, source_folder), Path(output_folder)
+    layout, output = find_layout(task, source_folder), to_path(output_folder)
     for root in (layout.images, layout.labels):
-        if output.resolve().is_relative_to(root.resolve()):
+        if is_remote(output) == is_remote(root) and output.resolve().is_relative_to(root.resolve()):
             raise InputError(f"{output}: lies inside the source files {root}; choose a folder outside")
     samples = layout.samples()
     if not samples:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import shutil
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,21 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
+from ..bundle import Bundle
 from ..config import ModelConfig
 from ..errors import FlashcocosError, InputError, printable
 from ..files import atomic_path, require_distinct
 from ..preprocess.images import PathLike, UInt8Array, load_rgb
 from ..preprocess.labels import load_label, resize_nearest
 from ..preprocess.palette import label_colors
+from ..remote import is_remote, list_files, to_path
 from .jobs import EXTRAS, Job, match_files
 from .pipeline import Exemplar
 from .translator import Size, Translation, Translator, resolve_size
 
 CACHED_EXEMPLARS = 16  # encoded exemplars kept in memory; 5 MB each at 256 x 256, C = 256
 JPEG_QUALITY = 95
+SCRATCH = ".flashcocos-ray"  # in the output folder: temporary files of the processes of a Ray job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,48 +85,137 @@ def translate_folder(
     Raises:
         InputError: The arguments make no sense; nothing has been written then.
     """
+    plan = plan_folder(
+        translator.bundle,
+        inputs,
+        exemplars,
+        exemplar_labels,
+        output,
+        pairs=pairs,
+        size=size,
+        save=save,
+        suffix=suffix,
+        resume=resume,
+    )
+    if resume:
+        plan.clean()
+    runner = JobRunner(translator, size, save)
+    results = ((job, runner.run(job)) for job in plan.jobs)
+    return plan.finish(results, progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `translate_folder` is to do, checked before anything is written.
+
+    Attributes:
+        jobs: What is to be translated.
+        skipped: Number of results that are there already.
+        scratch: Folder for temporary files of the processes of a Ray job; None where the output is in a store.
+    """
+
+    jobs: list[Job]
+    skipped: int
+    scratch: Path | None
+
+    def clean(self) -> None:
+        """Remove what killed processes of a Ray job left; none may be running."""
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def finish(self, results: Iterable[tuple[Job, str | None]], progress: bool) -> Summary:
+        """Collect what became of each job: None, or why it failed; in any order."""
+        failed: dict[Job, str] = {}
+        with tqdm(
+            desc="translate",
+            unit="image",
+            total=len(self.jobs) + self.skipped,
+            initial=self.skipped,
+            disable=None if progress else True,
+        ) as bar:
+            for job, reason in results:
+                bar.update()
+                if reason is not None:
+                    failed[job] = reason
+                    if progress:
+                        _print_failure(job.label, reason)
+        ordered = tuple((job.label, failed[job]) for job in self.jobs if job in failed)
+        return Summary(len(self.jobs) - len(failed), self.skipped, ordered)
+
+
+def plan_folder(
+    bundle: Bundle,
+    inputs: PathLike | None,
+    exemplars: PathLike | None,
+    exemplar_labels: PathLike | None,
+    output: PathLike,
+    *,
+    pairs: PathLike | None = None,
+    size: Size = None,
+    save: Collection[str] = (),
+    suffix: str = ".png",
+    resume: bool = False,
+) -> Plan:
+    """The jobs of `translate_folder`, whose arguments these are; `InputError` where they make no sense."""
+    config, target = bundle.manifest.config, to_path(output)
     if unknown := sorted(set(save) - set(EXTRAS)):
         raise InputError(f"unknown output to save {unknown[0]!r}; available: {', '.join(EXTRAS)}")
     jobs = match_files(
         _path(inputs),
         _path(exemplars),
         _path(exemplar_labels),
-        Path(output),
+        target,
         pairs=_path(pairs),
         suffix=suffix,
         extras=save,
     )
     for job in jobs:
-        _check_exemplar_label(translator.config, job)
+        _check_exemplar_label(config, job)
         for path in job.outputs(save):
-            require_distinct(path, translator.bundle.path)
-    resolve_size(translator.config, size, (256, 256))  # a size that is wrong for all is an error at once
-    # the last picture only: several large ones would take much memory, and the grid follows the encoding at once
-    picture = functools.lru_cache(1)(load_rgb)
+            require_distinct(path, bundle.path)
+    resolve_size(config, size, (256, 256))  # a size that is wrong for all is an error at once
+    everything = len(jobs)
+    if resume:
+        if is_remote(target):
+            list_files(target)  # once, rather than one question for each result
+        jobs = [job for job in jobs if not all(path.is_file() for path in job.outputs(save))]
+    folder = target.parent if jobs and jobs[0].output == target else target
+    return Plan(jobs, everything - len(jobs), None if is_remote(target) else folder / SCRATCH)
 
-    @functools.lru_cache(CACHED_EXEMPLARS)
-    def encode(exemplar: Path, label: Path | None) -> Exemplar:
-        return translator.encode_exemplar(picture(exemplar), label, size)
 
-    done, skipped = 0, 0
-    failed: list[tuple[Path, str]] = []
-    for job in tqdm(jobs, desc="translate", unit="image", disable=None if progress else True):
-        if resume and all(path.is_file() for path in job.outputs(save)):
-            skipped += 1
-            continue
+class JobRunner:
+    """Translates one job after another, and keeps what the next may share.
+
+    Args:
+        translator: The model.
+        size, save: As for `translate_folder`.
+        scratch: Folder for temporary files instead of each output's own.
+    """
+
+    def __init__(self, translator: Translator, size: Size, save: Collection[str], scratch: Path | None = None) -> None:
+        # the last picture only: several large ones would take much memory, and the grid follows the encoding at once
+        picture = functools.lru_cache(1)(load_rgb)
+
+        @functools.lru_cache(CACHED_EXEMPLARS)
+        def encode(exemplar: Path, label: Path | None) -> Exemplar:
+            return translator.encode_exemplar(picture(exemplar), label, size)
+
+        self._translator, self._size, self._save, self._scratch = translator, size, save, scratch
+        self._picture, self._encode = picture, encode
+
+    def run(self, job: Job) -> str | None:
+        """Translate and write the outputs; the reason where that fails."""
+        config = self._translator.config
         try:
             job.check()
-            exemplar = encode(job.exemplar, job.exemplar_label)
-            label = load_label(translator.config, job.label)
-            result = translator.translate(label, exemplar, size)
-            _write(job, result, functools.partial(_grid, translator.config, label, job.exemplar, picture, result), save)
-            done += 1
+            exemplar = self._encode(job.exemplar, job.exemplar_label)
+            label = load_label(config, job.label)
+            result = self._translator.translate(label, exemplar, self._size)
+            grid = functools.partial(_grid, config, label, job.exemplar, self._picture, result)
+            _write(job, result, grid, self._save, self._scratch)
         except (FlashcocosError, OSError, MemoryError) as error:
-            reason = (str(error) or type(error).__name__).replace("\n", " ")
-            failed.append((job.label, reason))
-            if progress:
-                _print_failure(job.label, reason)
-    return Summary(done, skipped, tuple(failed))
+            return (str(error) or type(error).__name__).replace("\n", " ")
+        return None
 
 
 def _check_exemplar_label(config: ModelConfig, job: Job) -> None:
@@ -143,12 +236,14 @@ def _print_failure(label: Path, reason: str) -> None:
 
 
 def _path(path: PathLike | None) -> Path | None:
-    return None if path is None else Path(path)
+    return None if path is None else to_path(path)
 
 
-def _write(job: Job, result: Translation, grid: Callable[[], UInt8Array], save: Collection[str]) -> None:
+def _write(
+    job: Job, result: Translation, grid: Callable[[], UInt8Array], save: Collection[str], scratch: Path | None
+) -> None:
     for kind in sorted(save):
-        with atomic_path(job.extra(kind)) as path:
+        with atomic_path(job.extra(kind), scratch=scratch) as path:
             if kind == "warped":
                 _save(path, result.warped)
             elif kind == "confidence":
@@ -158,7 +253,7 @@ def _write(job: Job, result: Translation, grid: Callable[[], UInt8Array], save: 
             else:
                 arrays = {name: getattr(result, name) for name in ("matches", "confidence", "exemplar_size")}
                 np.savez_compressed(path, **arrays)
-    with atomic_path(job.output) as path:  # last, for `resume` takes it to mean that the job is done
+    with atomic_path(job.output, scratch=scratch) as path:  # last, for `resume` takes it to mean that the job is done
         _save(path, result.image)
 
 

@@ -10,11 +10,12 @@ import csv
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ..errors import InputError
 from ..files import require_file
 from ..preprocess.images import SUFFIXES
+from ..remote import is_remote, list_files, store_errors
 
 _ANY = ".*"  # the suffix of a file that is looked for by its name alone
 LABEL_SUFFIXES = (".png", ".npz", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")  # without JPEG, which alters ids
@@ -89,9 +90,26 @@ def match_files(
     """
     if suffix not in OUTPUT_SUFFIXES:
         raise InputError(f"output suffix {suffix!r}: expected one of {', '.join(OUTPUT_SUFFIXES)}")
+    if any(is_remote(path) for path in (inputs, exemplars, exemplar_labels, output, pairs)):
+        with store_errors(f"{pairs or inputs} -> {output}"):
+            return _match_files(inputs, exemplars, exemplar_labels, output, pairs, suffix, extras)
+    return _match_files(inputs, exemplars, exemplar_labels, output, pairs, suffix, extras)
+
+
+def _match_files(
+    inputs: Path | None,
+    exemplars: Path | None,
+    exemplar_labels: Path | None,
+    output: Path,
+    pairs: Path | None,
+    suffix: str,
+    extras: Collection[str],
+) -> list[Job]:
     for path in (inputs, exemplars, exemplar_labels, pairs):
         if path is not None and (path is pairs or not path.is_dir()):
             require_file(path)
+        elif path is not None and is_remote(path):
+            list_files(path)  # once, rather than one question for each name that a file may have
     if pairs is not None:
         triples = _listed(pairs, inputs, exemplars, exemplar_labels)
     elif inputs is None or exemplars is None:
@@ -100,7 +118,8 @@ def match_files(
         )
     else:
         triples = _matched(inputs, exemplars, exemplar_labels)
-        if inputs.is_dir() and output.resolve().is_relative_to(inputs.resolve()):
+        comparable = is_remote(inputs) == is_remote(output)
+        if inputs.is_dir() and comparable and output.resolve().is_relative_to(inputs.resolve()):
             raise InputError(
                 f"output {output} lies in the input folder {inputs}, whose files are all labels: choose another"
             )
@@ -113,7 +132,7 @@ def match_files(
         for relative, label, exemplar, exemplar_label in triples:
             # one input with several exemplars: each result carries the exemplar's name too
             stem = f"{relative.name}_{exemplar.stem}" if repeated[label] > 1 else relative.name
-            jobs.append(Job(label, exemplar, exemplar_label, output / relative.parent / f"{stem}{suffix}"))
+            jobs.append(Job(label, exemplar, exemplar_label, output / relative.with_name(f"{stem}{suffix}")))
     _check_outputs(jobs, extras, pairs)
     return jobs
 
@@ -140,7 +159,7 @@ def _matched(inputs: Path, exemplars: Path, exemplar_labels: Path | None) -> lis
         raise InputError(f"{inputs}: no label files in this folder (looked for {', '.join(LABEL_SUFFIXES)})")
     triples = []
     for label in labels:
-        relative = Path(label.stem) if inputs.is_file() else label.relative_to(inputs).with_suffix("")
+        relative = Path(label.name if inputs.is_file() else str(label.relative_to(inputs))).with_suffix("")
         exemplar = exemplars if exemplars.is_file() else _find(exemplars / relative, PICTURE_SUFFIXES)
         triples.append((relative, label, exemplar, _label_of(exemplar, exemplars, exemplar_labels)))
     return triples
@@ -185,7 +204,7 @@ def _label_of(exemplar: Path, exemplars: Path, labels: Path | None) -> Path | No
     if labels is None or labels.is_file():
         return labels
     inside = exemplars.is_dir() and exemplar.is_relative_to(exemplars)
-    name = exemplar.relative_to(exemplars) if inside else Path(exemplar.name)
+    name = PurePath(str(exemplar.relative_to(exemplars)) if inside else exemplar.name)
     return _find(labels / name.with_suffix(""), LABEL_SUFFIXES)
 
 
@@ -211,9 +230,7 @@ def _find(path: Path, suffixes: Iterable[str], missing: Path | None = None) -> P
 def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     # hidden files are others' bookkeeping: macOS leaves ._copies beside files
     return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith(".")
+        path for path in list_files(folder) if path.suffix.lower() in suffixes and not path.name.startswith(".")
     )
 
 

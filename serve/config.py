@@ -54,8 +54,8 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         mpixel: largest picture or label that is decoded, in 2**20 pixels.
         max_side: largest side of a result and of an encoded exemplar.
         label_mib, exemplar_mib: memory for labels and for encoded exemplars; the least recently used make room.
-        exemplar_folder: folder that keeps exemplars over restarts, and may be shared; empty for none.
-        exemplar_folder_mib: its size.
+        exemplar_folder: folder that keeps exemplars and labels over restarts, and may be shared; empty for none.
+        exemplar_folder_mib: of its exemplars; `label_mib` bounds its labels too.
         connections: open connections.
     """
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -17,7 +18,7 @@ from ..runtime.lru import LruBytes
 from .errors import ApiError
 
 _ID = re.compile(r"[0-9a-f]{32}")
-_SUFFIX = ".exemplar"
+T = TypeVar("T")
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -47,31 +48,33 @@ def source_bytes(source: Source) -> int:
     return len(source.image) + len(source.label or b"")
 
 
-class Folder:
-    """Sources as files, of bounded size together; the oldest make room. Several processes may share the folder."""
+class Folder(Generic[T]):
+    """Values of `kind` as files, of bounded size together; the oldest make room. Processes may share the folder."""
 
-    def __init__(self, path: str, limit: int) -> None:
-        self._path, self._limit = Path(path), limit
+    def __init__(self, path: str, limit: int, kind: type[T], suffix: str) -> None:
+        self._path, self._limit, self._kind, self._suffix = Path(path), limit, kind, suffix
         self._path.mkdir(parents=True, exist_ok=True)
 
-    def read(self, key: str) -> Source | None:
-        """The source; None where there is none that can be read."""
+    def read(self, key: str) -> T | None:
+        """The value; None where there is none that can be read."""
+        if not _ID.fullmatch(key):
+            return None
         path = self._file(key)
         try:
             with path.open("rb") as file:
-                source = msgspec.msgpack.decode(file.read(self._limit), type=Source)
+                value = msgspec.msgpack.decode(file.read(self._limit), type=self._kind)
             os.utime(path)
         except (OSError, msgspec.DecodeError):
             return None
-        return source
+        return value
 
-    def write(self, key: str, source: Source) -> None:
-        """Keep a source."""
+    def write(self, key: str, value: T) -> None:
+        """Keep a value."""
         with atomic_path(self._file(key)) as temporary:
-            temporary.write_bytes(msgspec.msgpack.encode(source))
+            temporary.write_bytes(msgspec.msgpack.encode(value))
         files = []
         for entry in os.scandir(self._path):
-            if entry.name.endswith(_SUFFIX):
+            if entry.name.endswith(self._suffix):
                 status = entry.stat()
                 files.append((status.st_mtime, status.st_size, entry.path))
         total = sum(size for _, size, _ in files)
@@ -81,14 +84,16 @@ class Folder:
                 total -= size
 
     def remove(self, key: str) -> bool:
-        """Remove a source; whether it was there."""
+        """Remove a value; whether it was there."""
+        if not _ID.fullmatch(key):
+            return False
         path = self._file(key)
         there = path.is_file()
         path.unlink(missing_ok=True)
         return there
 
     def _file(self, key: str) -> Path:
-        return self._path / f"{int(key, 16):032x}{_SUFFIX}"  # of a number, so that no name reaches the disk
+        return self._path / f"{int(key, 16):032x}{self._suffix}"  # of a number, so that no name reaches the disk
 
 
 class ExemplarStore:
@@ -108,7 +113,7 @@ class ExemplarStore:
         encode: Callable[[Source], Awaitable[Exemplar]],
         disk: Callable[..., Awaitable[Source | bool | None]],
         limit: int,
-        folder: Folder | None,
+        folder: Folder[Source] | None,
         builtin: dict[str, Source],
         on_lookup: Callable[[str], None] = lambda result: None,
     ) -> None:
@@ -127,7 +132,7 @@ class ExemplarStore:
         if entry := self.entries.get(key):
             return entry.source
         source = self._builtin.get(key)
-        if source is None and self._folder and _ID.fullmatch(key):
+        if source is None and self._folder:
             source = await self._disk(self._folder.read, key)  # type: ignore[assignment]
         if source is None:
             self._on_lookup("unknown")
@@ -158,7 +163,7 @@ class ExemplarStore:
     async def delete(self, key: str) -> None:
         """Forget an exemplar; `ApiError` 404."""
         there = self.entries.pop(key)
-        if self._folder and _ID.fullmatch(key):
+        if self._folder:
             there = bool(await self._disk(self._folder.remove, key)) or there
         if not there:
             raise ApiError(404, "exemplar_unknown", "no exemplar of this id, or one that always stays")

@@ -16,7 +16,7 @@ from .app import Service, build_app
 from .config import ServeConfig
 from .engine import LocalEngine
 
-_EXIT_STUCK = 70  # of sysexits: an internal error; a supervisor starts the service anew
+EXIT_STUCK = 70  # of sysexits: an internal error; a supervisor starts the service anew
 _LAST_BYTES_S = 5  # for answers that are on their way when the queue is empty
 
 
@@ -66,7 +66,7 @@ def run(config: ServeConfig, announce: Callable[[str], None]) -> int:
         FlashcocosError: the model or a setting cannot be used, or the address is taken.
     """
     engine = LocalEngine(config)
-    app = build_app(config, engine, on_stuck=lambda: os._exit(_EXIT_STUCK))
+    app = build_app(config, engine, on_stuck=lambda: os._exit(EXIT_STUCK))
     settings = uvicorn.Config(
         app,
         ws="none",

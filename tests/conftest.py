@@ -75,6 +75,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path in places:
             item.add_marker("slow")
+        if hasattr(item.config, "workerinput") and item.get_closest_marker("cluster"):
+            item.add_marker(pytest.mark.skip("runs in a process of its own: make test-cluster"))
     items.sort(key=lambda item: places.get(item.path, len(SLOW)))
 
 

@@ -95,7 +95,7 @@ def test_one_who_leaves_harms_no_other() -> None:
 
 def test_memory_is_bounded_and_a_folder_remembers(tmp_path: Path) -> None:
     async def run() -> None:
-        store = Store(Folder(str(tmp_path / "new"), 1 << 20), limit=2 * SIZE + 600)
+        store = Store(Folder(str(tmp_path / "new"), 1 << 20, Source, ".exemplar"), limit=2 * SIZE + 600)
         for number in range(1, 5):
             await store.put(KEYS[number], source(number))
         assert len(store.entries) == 2
@@ -103,12 +103,12 @@ def test_memory_is_bounded_and_a_folder_remembers(tmp_path: Path) -> None:
         assert (await store.source(KEYS[1])).image == source(1).image
         await store.get(KEYS[1])  # no longer encoded, and so again
         assert store.encoded == [1, 2, 3, 4, 1]
-        restarted = Store(Folder(str(tmp_path / "new"), 1 << 20))
+        restarted = Store(Folder(str(tmp_path / "new"), 1 << 20, Source, ".exemplar"))
         await restarted.get(KEYS[4])
         assert restarted.encoded == [4]
         await restarted.delete(KEYS[4])
         assert restarted.size(KEYS[4]) == 0
-        for store_now in (restarted, Store(Folder(str(tmp_path / "new"), 1 << 20))):
+        for store_now in (restarted, Store(Folder(str(tmp_path / "new"), 1 << 20, Source, ".exemplar"))):
             with pytest.raises(ApiError, match="no exemplar of this id"):
                 await store_now.get(KEYS[4])
 
@@ -116,7 +116,7 @@ def test_memory_is_bounded_and_a_folder_remembers(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_bounded_and_the_oldest_make_room(tmp_path: Path) -> None:
-    folder = Folder(str(tmp_path), 1000)  # a file takes 234
+    folder = Folder(str(tmp_path), 1000, Source, ".exemplar")  # a file takes 234
     for number in range(4):
         folder.write(KEYS[number], source(number))
         os.utime(tmp_path / f"{KEYS[number]}.exemplar", (number, number))
@@ -127,7 +127,7 @@ def test_a_folder_is_bounded_and_the_oldest_make_room(tmp_path: Path) -> None:
 
 
 def test_damage_in_the_folder_is_as_if_it_were_not_there(tmp_path: Path) -> None:
-    folder = Folder(str(tmp_path), 1000)
+    folder = Folder(str(tmp_path), 1000, Source, ".exemplar")
     (tmp_path / f"{KEYS[1]}.exemplar").write_bytes(b"\xc1 no source")
     (tmp_path / f"{KEYS[2]}.exemplar").mkdir()
     assert folder.read(KEYS[1]) is None
@@ -137,7 +137,7 @@ def test_damage_in_the_folder_is_as_if_it_were_not_there(tmp_path: Path) -> None
 @pytest.mark.parametrize("key", ["", "x", "../secret", "0" * 31, "0" * 33, "0x" + "0" * 30, "A" * 32, "٣" * 32])
 def test_only_ids_reach_the_folder(tmp_path: Path, key: str) -> None:
     async def run() -> None:
-        store = Store(Folder(str(tmp_path), 1000))
+        store = Store(Folder(str(tmp_path), 1000, Source, ".exemplar"))
         with pytest.raises(ApiError, match="no exemplar of this id"):
             await store.get(key)
         with pytest.raises(ApiError, match="no exemplar of this id"):
