@@ -151,6 +151,19 @@ def test_the_model_is_described(client: httpx.Client) -> None:
     assert answer.status_code == 200
 
 
+def test_services_with_one_folder_know_each_others_labels_and_exemplars(tmp_path: Path) -> None:
+    config = read_config({"exemplar_folder": str(tmp_path)})
+    with live(FakeEngine(), config) as one, live(FakeEngine(), config) as two, httpx.Client() as client:
+        key = client.put(f"{one.url}/v1/labels", content=label(1)).json()["id"]
+        assert pixels(client.get(f"{two.url}/v1/labels/{key}").content).tolist() == pixels(label(1)).tolist()
+        put = client.put(f"{two.url}/v1/exemplars", params={"label": key}, content=PICTURE).json()["id"]
+        answer = client.post(f"{one.url}/v1/exemplars/{put}/translate", content=label(2))
+        assert np.array_equal(pixels(answer.content), painted(pixels(label(2)), COLOR))
+        for other in ("../" + key, key.upper() + "x", "0" * 32):
+            assert client.get(f"{two.url}/v1/labels/{other}").status_code == 404
+    assert {path.suffix for path in tmp_path.iterdir()} == {".label", ".exemplar"}
+
+
 def test_labels_of_planes_come_as_npz() -> None:
     planes = np.random.default_rng(0).integers(0, 255, (5, 64, 64), np.uint8)
     with live(FakeEngine(CHANNELS)) as running, httpx.Client(base_url=running.url) as client:
