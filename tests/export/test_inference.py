@@ -53,12 +53,12 @@ def test_stages_share_the_weights_and_leave_the_model_as_it_was() -> None:
 
 
 def test_planes_are_taken_as_they_are() -> None:
-    model = seeded_model(CHANNELS)
+    model = seeded_model(CHANNELS).double()
     stage = stage_module(model, "query")
     assert not any(type(module).__name__ == "_PresentConv2d" for module in stage.modules())
-    label = torch.rand(1, 5, 64, 64)
+    label = torch.rand(1, 5, 64, 64).double()
     with torch.inference_mode():
-        assert torch.equal(stage(label), model.encode_query(label))
+        torch.testing.assert_close(stage(label), model.encode_query(label), rtol=1e-9, atol=1e-9)
 
 
 def attention_model(*operators: str) -> ModelProto:

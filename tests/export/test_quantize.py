@@ -49,8 +49,8 @@ def test_the_generator_is_int8_and_keeps_its_picture(quantized, pairs):
     # measured: 57 dB
     assert min(quantized.psnr) >= 52 > MIN_PSNR
     kinds = list(weights(quantized.path).values())
-    assert kinds.count(onnx.TensorProto.INT8) == quantized.quantized == 36
-    assert len(kinds) == quantized.convolutions == 56
+    assert kinds.count(onnx.TensorProto.INT8) == quantized.quantized == 54
+    assert len(kinds) == quantized.convolutions == 74
     with Translator(quantized.path, device="cpu") as small, Translator(device="cpu") as large:
         job = pairs[0]
         pictures = [
@@ -110,7 +110,7 @@ def test_the_command(tmp_path, capsys):
         cli.main(["quantize", str(default_model_path()), "--pairs", str(PAIRS), "--count", "2", "-o", str(output)]) == 0
     )
     printed = capsys.readouterr().out
-    assert printed.startswith("36 of 56 convolutions in int8; ")
+    assert printed.startswith("54 of 74 convolutions in int8; ")
     assert printed.splitlines()[-1] == str(output)
     assert cli.main(["quantize", str(default_model_path()), "-o", str(output)]) == 1
     assert "nothing to translate" in capsys.readouterr().err
