@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import BackendError, InputError
 from .tables import table
 
+RESERVE = 0.1  # of all devices: some fail, and at full load a queue grows for as long as it is watched
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.2)  # shares of what one device can do
 MOST_DEVICES = 2_000
 
@@ -87,12 +88,12 @@ def simulate(
 def devices_for(seconds: Sequence[float], rate: float, p99: float) -> int:
     """The fewest devices, to a hundredth, that refuse none of `rate` requests a second and answer 99 of 100 in `p99` s.
 
-    Arguments as for `simulate`. Raises `InputError` where one request alone takes longer, or where more than
-    `MOST_DEVICES` are needed.
+    A tenth of them is kept in reserve. Arguments as for `simulate`. Raises `InputError` where one request alone takes
+    longer, or where more than `MOST_DEVICES` are needed.
     """
     if max(seconds) > p99:
         raise InputError(f"p99: {p99:g} s is less than the {max(seconds):g} s that one request takes")
-    few = max(1, math.floor(rate * float(np.mean(seconds))))
+    few = max(1, math.ceil(rate * float(np.mean(seconds)) / (1 - RESERVE)))
     for devices in range(few, MOST_DEVICES + 1, max(1, few // 100)):
         found = simulate(seconds, rate, devices=devices, requests=max(20_000, 50 * devices))
         if not found["refused"] and found["p99_ms"] <= 1e3 * p99:
