@@ -11,8 +11,9 @@ from ..config import ModelConfig
 from ..errors import BundleError
 from . import Manifest, TensorSpec
 
-# begins the names of the nodes and initializers that export/winograd.py puts in place of a convolution
+# begin the names of the values that export/winograd.py and export/windows.py put in place of a convolution
 WINOGRAD = "winograd_"
+WINDOWS = "windows_"
 
 
 def stage_tensors(config: ModelConfig) -> dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]:

@@ -128,10 +128,9 @@ def _add_export(command: AddCommand) -> None:
     parser.add_argument("--license", default="", metavar="TEXT", help="license of the weights, kept in the manifest")
     parser.add_argument("--aot", nargs="+", metavar="SM", help="also the warp, compiled for GPUs: --aot sm_86 sm_89")
     parser.add_argument(
-        "--no-winograd",
-        dest="winograd",
-        action="store_false",
-        help="keep wide convolutions plain, for ONNX Runtime on a GPU; a CPU is faster without this",
+        "--plain",
+        action="store_true",
+        help="leave convolutions as they are, for ONNX Runtime on a GPU; a CPU is faster without this",
     )
 
 
@@ -158,7 +157,7 @@ def _export(options: argparse.Namespace) -> int:
             precision=options.precision,
             license=options.license,
             targets=targets,
-            winograd=options.winograd,
+            plain=options.plain,
         )
     )
     return 0

@@ -21,7 +21,8 @@ from ..files import require_distinct, sha256
 from ..preprocess.palette import legend
 from ..train.checkpoint import load_model, read_metadata
 from .graphs import OPSET, check_graph, export_stage, replace, store_float16
-from .winograd import winograd as winograd_form
+from .windows import share_windows
+from .winograd import winograd
 
 
 def export_bundle(
@@ -31,7 +32,7 @@ def export_bundle(
     precision: str = "float32",
     license: str = "",
     targets: Sequence[int] = (),
-    winograd: bool = True,
+    plain: bool = False,
 ) -> Path:
     """Export a model file to a bundle.
 
@@ -44,8 +45,8 @@ def export_bundle(
         license: License of the weights, free text for the manifest.
         targets: Compute capabilities, 89 for 8.9, for which the warp's kernels are compiled into the bundle; this
             needs triton.
-        winograd: Whether wide convolutions of the query and exemplar stages get the form of `winograd.winograd`, faster
-            in ONNX Runtime on a CPU. TensorRT and OpenVINO get plain convolutions all the same.
+        plain: Whether to leave out the forms that `winograd` and `windows` give convolutions of the query and exemplar
+            stages, faster in ONNX Runtime on a CPU. TensorRT and OpenVINO get plain convolutions all the same.
 
     Returns:
         Path of the bundle, `output`.
@@ -62,9 +63,10 @@ def export_bundle(
     with tqdm(desc="export", total=len(STAGES), unit="graph", disable=None) as progress:
         for stage in STAGES:
             graph = export_stage(model, stage)
-            if winograd and stage in ("query", "exemplar"):
-                replace(graph.graph, *winograd_form(graph.graph))
-                check_graph(graph, stage, *stage_tensors(model.config)[stage])
+            if not plain and stage in ("query", "exemplar"):
+                replace(graph.graph, *winograd(graph.graph))
+                replace(graph.graph, *share_windows(graph.graph))
+            check_graph(graph, stage, *stage_tensors(model.config)[stage])
             if precision == "float16":
                 store_float16(graph)
             files[f"{stage}.onnx"] = graph.SerializeToString(deterministic=True)

@@ -31,6 +31,7 @@ from ..registry import Assets, Benchmark, Case
 MIB = 2**20
 STAGES = ("query", "warp", "synthesis")
 _STARTS_WITHIN = 60.0  # seconds
+_IDLE = 2.0  # seconds; the service ends a connection that was idle for 5
 
 
 class Server:
@@ -126,7 +127,7 @@ class Connection:
     """One HTTP/1.1 connection, kept open, with as little between the clock and the socket as can be."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+        self._reader, self._writer, self._used = reader, writer, time.perf_counter()
 
     @classmethod
     async def open(cls, port: int) -> Connection:
@@ -142,7 +143,13 @@ class Connection:
         """Status, headers and body of the answer."""
         lines = (await self._reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-        return int(lines[0].split()[1]), headers, await self._reader.readexactly(int(headers["content-length"]))
+        body = await self._reader.readexactly(int(headers["content-length"]))
+        self._used = time.perf_counter()
+        return int(lines[0].split()[1]), headers, body
+
+    def is_fresh(self) -> bool:
+        """Whether it was used so lately that the service still holds it."""
+        return time.perf_counter() - self._used < _IDLE
 
     def close(self) -> None:
         """Drop the connection, whatever is under way."""
@@ -162,7 +169,8 @@ class Load:
         question = self._random.choice(self._questions)
         start = time.perf_counter()
         try:
-            connection = self._free.pop() if self._free else await Connection.open(self._port)
+            reusable = self._free and self._free[-1].is_fresh()  # the last is the one that was used last
+            connection = self._free.pop() if reusable else await Connection.open(self._port)
             connection.send(question.path, question.body)
             if abort_within is not None:
                 await asyncio.sleep(self._random.uniform(0, abort_within))
@@ -183,7 +191,6 @@ class Load:
 
     async def loop(self, clients: int, *, seconds: float = 1e9, count: int = sys.maxsize, **options: Any) -> float:
         """`clients` that each ask again as soon as they are answered; requests a second."""
-        self.close()  # the service ends connections that were idle
         start, left, before = time.perf_counter(), iter(range(count)), self.tally.counts["200"]
 
         async def client() -> None:

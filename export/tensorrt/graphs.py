@@ -6,6 +6,7 @@ What the graphs of a bundle do to save work on a CPU is put back, for TensorRT w
     self-attention in rows  Loop -> MatMul, Softmax, MatMul over one head of equal sizes, the form of its fused kernel:
                             query and key are padded with zeros to the values' width, which adds nothing to a product
     wide convolutions       Winograd's form -> Conv, for which TensorRT has kernels of its own
+    SPADE over a label      product over the windows that differ -> Conv, for their number is the label's
     sums over channels      product with a row of one number -> ReduceSum, which it joins with what is around
     pictures                image and warped_image leave as uint8 (batch, height, width, 3), rounded as `to_uint8` does,
                             with `invalid`, 1 where the network gave NaN: nothing else has to cross the bus
@@ -34,6 +35,7 @@ from ...bundle import Bundle
 from ...bundle.graph_check import refuse_external_data
 from ...errors import BundleError
 from ..graphs import fold_constants, replace
+from ..windows import restore as restore_windows
 from ..winograd import restore
 from .int8 import is_quantized, prepare_int8
 
@@ -67,6 +69,7 @@ def tensorrt_graph(graph: bytes, stage: str, *, classes: int, half: bool, pack: 
     try:
         exported = onnx.load_model_from_string(graph)
         replace(exported.graph, *restore(exported.graph))
+        replace(exported.graph, *restore_windows(exported.graph))
         model = ir.from_proto(exported)
         if classes:
             _let_every_class_occur(model.graph, classes)

@@ -2,7 +2,7 @@
 
 Its convolutions take no weights whose number only a run tells, which a bundle's graphs have: the columns of the label
 classes that occur (export/inference.py). Here every class counts as occurring, to the same result by planes of zeros.
-And convolutions that export/winograd.py has written in another form become convolutions again.
+And what export/winograd.py and export/windows.py have written in another form becomes convolutions again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ...bundle import Bundle, TensorSpec
 from ...bundle.graph_check import refuse_external_data
-from ...bundle.stages import WINOGRAD
+from ...bundle.stages import WINDOWS, WINOGRAD
 from ...errors import BackendError, BundleError
 from ..engine import EngineInfo, check_inputs, check_tensors, one_line
 
@@ -56,6 +56,7 @@ class OpenVinoEngine:
         )
         graph = self._read(bundle.read_stage(stage))
         _restore_convolutions(graph, self._name)
+        _restore_label_convolutions(graph, self._name)
         if bundle.manifest.config.label_kind == "classes":
             _let_every_class_occur(graph, bundle.manifest.config.label_channels)
         check_tensors(self._name, "inputs", self._spec.inputs, _tensors(graph.inputs, self._spec.inputs))
@@ -142,6 +143,25 @@ def _restore_convolutions(graph: Any, name: str) -> None:
             ) from error
         convolution = operators.convolution(x, weight, [1, 1], pads, pads, [1, 1])
         values[whole].replace(convolution.output(0))
+
+
+def _restore_label_convolutions(graph: Any, name: str) -> None:
+    """Undo the form of export/windows.py, by the names of its tensors: OpenVINO cuts its int64 numbers to 32 bits."""
+    operators = importlib.import_module("openvino.opset13")
+    values = {name: value for node in graph.get_ops() for value in node.outputs() for name in value.get_names()}
+    for each in [name for name in values if name.startswith(f"{WINDOWS}each_")]:
+        result = each.removeprefix(f"{WINDOWS}each_")
+        try:
+            scaled, bias = values[f"{WINDOWS}table_{result}"].get_node().input_values()  # (inputs weight^T) 1 + bias
+            product = scaled.get_node().input_value(0)
+            (inputs,) = product.get_node().input_value(0).get_names()
+            features = values[inputs.removeprefix(f"{WINDOWS}inputs_")]
+            weight = values[f"{WINDOWS}weight_{result}"].get_node().input_value(0)
+        except (KeyError, ValueError) as error:
+            raise BundleError(f"{name}: {result}: a form that flashcocos does not write; export it again") from error
+        convolution = operators.convolution(features, weight, [1, 1], [0, 0], [0, 0], [1, 1])
+        column = operators.reshape(bias, [1, -1, 1, 1], special_zero=False)
+        values[result].replace(operators.add(convolution, column).output(0))
 
 
 def _tensors(ports: list[Any], stated: tuple[TensorSpec, ...]) -> list[TensorSpec]:

@@ -114,7 +114,7 @@ def test_bundles_have_it_and_it_is_verified(make_bundle: MakeBundle, precision: 
 
 @pytest.mark.usefixtures("narrow")
 def test_an_option_leaves_it_out(make_bundle: MakeBundle) -> None:
-    bundle = Bundle(make_bundle(CLASSES, winograd=False))
+    bundle = Bundle(make_bundle(CLASSES, plain=True))
     for stage in ENCODERS:
         assert onnx.load_from_string(bundle.read_stage(stage)) == exported_stage(CLASSES, stage)
 
@@ -125,7 +125,7 @@ def test_tensorrt_and_openvino_get_plain_convolutions(
     make_bundle: MakeBundle, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = Bundle(make_bundle(CLASSES, "written"))
-    plain = Bundle(make_bundle(CLASSES, "plain", winograd=False))
+    plain = Bundle(make_bundle(CLASSES, "plain", plain=True))
     graphs = [bundle_graph(bundle, stage, "float32") for bundle in (written, plain)]
     assert sorted(kinds(graphs[0])) == sorted(kinds(graphs[1]))
     pytest.importorskip("openvino", reason="needs the extra openvino")
