@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -70,11 +71,16 @@ def _open_where_it_runs(bundle: Bundle, options: EngineOptions) -> Pipeline:
 def _open_cpu_pipeline(bundle: Bundle, options: EngineOptions) -> CpuPipeline:
     for name in ("exemplar_cache_mib", "engines"):
         _refuse(options, name, "on a GPU, and here all runs on the CPU")
-    # a warp of one position: what cannot run fails here, before a graph is loaded, and "auto" becomes a name
+    with ThreadPoolExecutor(1) as thread:  # numba takes as long to start as the graphs
+        warp = thread.submit(_warp_backend, bundle.manifest.config.patch, options.warp)
+        engines = open_engines(bundle, options)
+        return CpuPipeline(bundle, engines, warp.result(), options.tile)
+
+
+def _warp_backend(patch: int, backend: str) -> str:
+    """Warp one position, so that what cannot run fails here and "auto" becomes a name."""
     position = np.ones((1, 1, 1, 1), np.float32)
-    config = bundle.manifest.config
-    warp = warp_arrays(position, position, position, patch=config.patch, match=True, backend=options.warp).backend
-    return CpuPipeline(bundle, open_engines(bundle, options), warp, options.tile)
+    return warp_arrays(position, position, position, patch=patch, match=True, backend=backend).backend
 
 
 def open_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
