@@ -10,6 +10,7 @@ from .registry import CHANNELS, Case, Gate
 
 # bounds in dB: float32 reaches more than 70; bfloat16; any bundle of the same model
 EXACT, ROUNDED, SIMILAR = 40.0, 30.0, 20.0
+_BOUNDS = {"float32": EXACT, "float16": ROUNDED, "bfloat16": SIMILAR}  # of what is not ours
 TRANSLATION = ".speed.translation:prepare"
 TILE = 288  # pixels; two a side at 512 px, four at 1024
 
@@ -23,9 +24,15 @@ def ablation_cases(device: str, extra_bundles: Sequence[str], config: ModelConfi
     if device == "cuda":
         for method in ("eager", "eager-tiled", "compiled"):
             yield _eager(f"ablation/{method}-float16-256", method, size, config, device, dtype="float16")
+    else:
+        for method in ("eager", "compiled"):
+            yield _eager(f"ablation/{method}-bfloat16-256", method, size, config, device, dtype="bfloat16", repeats=2)
     yield _naive("ablation/naive-256", "naive", size, config, repeats=3)
     if device == "cpu":
         yield _naive("ablation/naive-openvino-256", "naive-openvino", size, config, repeats=3)
+        yield _naive(
+            "ablation/naive-openvino-bfloat16-256", "naive-openvino", size, config, precision="bfloat16", repeats=3
+        )
     yield _runtime("ablation/runtime-256", size, cached=False, published=True)
     yield _runtime("ablation/runtime-cached-256", size, published=True)
     yield _runtime("ablation/runtime-label-256", size, label_cached=True, published=True)
@@ -79,19 +86,19 @@ def _eager(
     published: bool = True,
     **options: Any,
 ) -> Case:
-    width = 2 if dtype == "float16" else 4
+    width = 4 if dtype == "float32" else 2
     matrix = 0 if method == "eager-tiled" else _largest_matrix(size, config)
     is_reference = reference == name
     return Case(
         name,
         TRANSLATION,
-        f"{method} PyTorch, {size} px, batch {batch}, {dtype}",
+        f"{method} PyTorch, {size} px, batch {batch}, {dtype}{' autocast' if dtype == 'bfloat16' else ''}",
         {"method": method, "size": size, "dtype": dtype, "batch": batch},
-        None if is_reference else Gate("psnr_db", EXACT if dtype == "float32" else ROUNDED),
+        None if is_reference else Gate("psnr_db", _BOUNDS[dtype]),
         "" if is_reference else reference,
         seconds=40.0,
         memory=2 * matrix * width * batch,  # logits and weights
-        requires=("torch", "model", *(["c++"] if method == "compiled" else [])),
+        requires=("torch", "model", *(["c++"] if method == "compiled" else []), *_needs(dtype)),
         published=published,
         **options,
     )
@@ -103,6 +110,7 @@ def _naive(
     size: int,
     config: ModelConfig,
     *,
+    precision: str = "float32",
     reference: str = "ablation/eager-256",
     published: bool = True,
     **options: Any,
@@ -111,16 +119,20 @@ def _naive(
     return Case(
         name,
         TRANSLATION,
-        f"the published form as one ONNX graph in {engine}, {size} px",
-        {"method": method, "size": size},
-        Gate("psnr_db", EXACT),
+        f"the published form as one ONNX graph in {engine} in {precision}, {size} px",
+        {"method": method, "size": size, "precision": precision},
+        Gate("psnr_db", _BOUNDS[precision]),
         reference,
         seconds=40.0,
         memory=4 * _largest_matrix(size, config),
-        requires=(engine, "naive"),
+        requires=(engine, "naive", *_needs(precision)),
         published=published,
         **options,
     )
+
+
+def _needs(precision: str) -> list[str]:
+    return ["bfloat16"] if precision == "bfloat16" else []
 
 
 def _largest_matrix(size: int, config: ModelConfig) -> int:
@@ -163,7 +175,7 @@ def _runtime(
         Gate("psnr_db", bound),
         reference,
         seconds=25.0,
-        requires=(backend, "bundle", *(["bfloat16"] if precision == "bfloat16" else [])),
+        requires=(backend, "bundle", *_needs(precision)),
         **options,
     )
 

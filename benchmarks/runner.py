@@ -235,7 +235,7 @@ def _lacks(need: str, assets: Assets) -> str:
     compilers = map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))
     checks: dict[str, tuple[Callable[[], Any], str]] = {
         "cuda": (lambda: assets.device == "cuda", "for an NVIDIA GPU"),
-        "bfloat16": (_has_bfloat16, "OpenVINO computes in float32 alone on this CPU"),
+        "bfloat16": (_has_bfloat16, "this CPU has neither AVX-512 BF16 nor AMX"),
         "c++": (lambda: any(compilers), "torch.compile finds no C++ compiler"),
         "onnxruntime-gpu": (_has_cuda_provider, "the package onnxruntime-gpu is not installed"),
         "compute-sanitizer": (lambda: shutil.which(need), "there is no compute-sanitizer on the PATH"),
@@ -247,9 +247,8 @@ def _lacks(need: str, assets: Assets) -> str:
 
 
 def _has_bfloat16() -> bool:
-    from ..runtime.cpu.openvino import cpu_precisions
-
-    return "bfloat16" in cpu_precisions()
+    path = Path("/proc/cpuinfo")
+    return path.is_file() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(path.read_text().split())
 
 
 def _has_cuda_provider() -> bool:

@@ -33,7 +33,7 @@ def prepare(case: Case, assets: Assets) -> Benchmark:
     """A translation; its results are uint8 pictures (H, W, 3).
 
     parameters: method and size; of the runtime also bundle, backend, precision, cached, label_cached, batch and tile;
-    of PyTorch also dtype and batch.
+    of PyTorch also dtype, where bfloat16 means autocast, and batch; of the naive graph also precision.
     """
     methods: dict[str, Callable[[Mapping[str, Any], Assets], tuple[Callable[[], Sample], dict[str, Any]]]] = {
         **dict.fromkeys(("eager", "eager-tiled", "compiled"), _eager),
@@ -65,7 +65,8 @@ def _eager(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], 
     from ...train.checkpoint import load_model
     from .naive import Published
 
-    method, dtype, batch = parameters["method"], getattr(torch, parameters["dtype"]), parameters["batch"]
+    method, batch, rounded = parameters["method"], parameters["batch"], parameters["dtype"] == "bfloat16"
+    dtype = torch.float32 if rounded else getattr(torch, parameters["dtype"])
     model = load_model(assets.model).to(assets.device, dtype).eval()
     tensors = [torch.from_numpy(array).to(assets.device) for array in network_inputs(model.config, parameters["size"])]
     tensors = [x.repeat(batch, *[1] * (x.ndim - 1)).to(dtype if x.is_floating_point() else x.dtype) for x in tensors]
@@ -76,7 +77,8 @@ def _eager(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], 
 
     @torch.inference_mode()
     def run() -> Sample:
-        picture = model(*tensors).image if method == "eager-tiled" else network(*tensors)
+        with torch.autocast(assets.device, torch.bfloat16, enabled=rounded):
+            picture = model(*tensors).image if method == "eager-tiled" else network(*tensors)
         return Sample(to_uint8(picture[0].float().cpu().numpy()))
 
     return run, {}
@@ -103,7 +105,8 @@ def _naive_openvino(parameters: Mapping[str, Any], assets: Assets) -> tuple[Call
 
     from ...preprocess import to_uint8
 
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    precision = {"float32": "f32", "bfloat16": "bf16"}[parameters["precision"]]
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if assets.threads:
         options["INFERENCE_NUM_THREADS"] = assets.threads
     core = openvino.Core()

@@ -106,7 +106,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_every_case_runs(case: Case, assets: Assets, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "bfloat16" in case.requires:
+    if {"bfloat16", "openvino"} <= set(case.requires):
         pytest.skip("few CPUs have bfloat16; the runtime's tests refuse it elsewhere")
     for package in set(case.requires) & {"openvino", "numba", "packaging"}:
         pytest.importorskip(package, reason=f"needs {package}")
@@ -123,8 +123,9 @@ def test_every_case_runs(case: Case, assets: Assets, monkeypatch: pytest.MonkeyP
     assert row["ms"]["median"] > 0
     assert (case.gate is None) == (row["quality"] == {})
     if case.reference:
-        assert row["quality"]["psnr_db"] > 60
-        assert row["quality"]["ssim"] > 0.999
+        rounded = "bfloat16" in case.requires
+        assert row["quality"]["psnr_db"] > (30 if rounded else 60)
+        assert row["quality"]["ssim"] > (0.99 if rounded else 0.999)
 
 
 def _here(case: Case, assets: Assets, *, timed: bool) -> dict[str, Any]:

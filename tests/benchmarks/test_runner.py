@@ -16,7 +16,7 @@ from flashcocos import __version__
 from flashcocos.benchmarks import provenance, worker
 from flashcocos.benchmarks.cases import all_cases
 from flashcocos.benchmarks.registry import Assets, Case, Gate, Task, select
-from flashcocos.benchmarks.runner import open_assets, read_rows, run_cases
+from flashcocos.benchmarks.runner import _lacks, open_assets, read_rows, run_cases
 from flashcocos.errors import BackendError, InputError
 
 NOTHING = Assets(threads=1)
@@ -221,6 +221,13 @@ def test_every_case_survives_the_trip_to_its_process(device: str) -> None:
         task = Task(one, Assets(bundles={"model": "a folder"}, threads=2), timed=False)
         assert msgspec.json.decode(msgspec.json.encode(task), type=Task) == task
         assert one.reference == "" or one.reference in {other.name for other in all_cases(device)}
+
+
+def test_what_is_not_there_is_said_and_no_error() -> None:
+    needs = {need for device in ("cpu", "cuda") for case in all_cases(device) for need in case.requires}
+    assert {"bfloat16", "openvino", "cuda"} <= needs
+    for need in needs:
+        assert isinstance(_lacks(need, NOTHING), str)
 
 
 def test_a_gpu_has_cases_of_its_own() -> None:
