@@ -173,7 +173,7 @@ def cubins(case: Case, assets: Assets) -> Benchmark:
     parameters: preset (of the model) and size (side of the maps). A result is the address of the warp, float32.
     """
     from ...kernels.gpu.aot import compile_kernels
-    from ...runtime.gpu.cubins import find_kernels, folder_kernels
+    from ...runtime.gpu.cubins import find_kernels
     from ...runtime.gpu.device import Buffer, Device, nbytes
     from ...runtime.gpu.warp import DeviceWarp, key_tensors, query_tensors
 
@@ -183,7 +183,7 @@ def cubins(case: Case, assets: Assets) -> Benchmark:
     folder, values = Path(assets.references) / "kernels", config.warped_channels
     described = list(compile_kernels(folder, [gpu.capability], values=[values], **options))
     about: dict[str, Any] = {"capability": gpu.capability, "driver": gpu.driver, "remedy": ""}
-    kernels = find_kernels([folder_kernels(folder)], config, ["float16"], **about)
+    kernels = find_kernels([folder], config, ["float16"], **about)
     grid = kernels["warp"].grid(dict.fromkeys(("height_q", "width_q", "height_k", "width_k"), size), 1)
     names = ("entry", "registers", "spilled_bytes", "shared_bytes", "cuda")
     facts = {"grid": grid, **{name: described[-1][name] for name in names}}

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...bundle import Bundle
-from .cubins import FOLDER, bundle_kernels, find_kernels, folder_kernels
+from .cubins import FOLDER, find_kernels
 from .device import Device
 from .warp import DeviceWarp, Tensors, key_tensors, query_tensors
 from .workspace import Workspace
@@ -30,7 +30,7 @@ class HostWarp:
         self._workspace: tuple[tuple[Any, ...], Workspace] | None = None  # of the latest shapes
         with device.active():
             cubins = find_kernels(
-                (folder_kernels(bundle.path / FOLDER), bundle_kernels(bundle)),
+                (bundle.path / FOLDER, bundle),
                 self._config,
                 ("float16", "float32"),
                 capability=device.capability,

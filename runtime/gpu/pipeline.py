@@ -26,7 +26,7 @@ from ...preprocess.images import FloatArray, UInt8Array, to_uint8
 from ..engine import EngineInfo
 from ..options import EXEMPLAR_CACHE_MIB, VARIANTS, EngineOptions
 from ..pipeline import Exemplar, PipelineOutput, require_finite
-from .cubins import FOLDER, bundle_kernels, find_kernels, folder_kernels
+from .cubins import FOLDER, find_kernels
 from .device import Buffer, Device, OutOfMemory, mebibytes
 from .engine import DeviceEngine, Shape
 from .store import default_folder
@@ -298,7 +298,7 @@ def open_gpu_pipeline(bundle: Bundle, options: EngineOptions) -> GpuPipeline:
             if backend in VARIANTS:
                 remedy += f" --variant {backend}"
             cubins = find_kernels(
-                (folder_kernels(folder / FOLDER), bundle_kernels(bundle)),
+                (folder / FOLDER, bundle),
                 config,
                 ("float32", "float16") if precision == "float32" else ("float16", "float32"),
                 capability=device.capability,

@@ -62,7 +62,7 @@ class DeviceWarp:
         self._scale = float(np.float32(math.log2(math.e) / config.temperature))
         self._kernels: dict[str, tuple[Cubin, Launch]] = {}
         for name, cubin in cubins.items():
-            launch = device.load(cubin.code(), cubin.entry, cubin.formats, cubin.threads, cubin.shared_bytes)
+            launch = device.load(cubin.code, cubin.entry, cubin.formats, cubin.threads, cubin.shared_bytes)
             self._kernels[name] = cubin, launch
         self.dtype, self.architecture = cubin.dtype, cubin.architecture
 
@@ -102,7 +102,7 @@ class DeviceWarp:
             raise InputError(f"maps of {max(sizes.values())} elements; the kernels count to {1 << 31}: lower size")
         cubin, launch = self._kernels[name]
         values: dict[str, int | float] = {**pointers, **sizes, "scale": self._scale}
-        arguments = [0 if kind == "null" else values[argument] for argument, kind in cubin.arguments]
+        arguments = [0 if one["type"] == "null" else values[one["name"]] for one in cubin.arguments]
         return functools.partial(launch, cubin.grid(sizes, batch), arguments)
 
 

@@ -21,7 +21,7 @@ from flashcocos.errors import BackendError
 from flashcocos.kernels.corr_warp import warp_arrays
 from flashcocos.runtime.gpu import cuda_graph
 from flashcocos.runtime.gpu import device as gpu_device
-from flashcocos.runtime.gpu.cubins import find_kernels, folder_kernels
+from flashcocos.runtime.gpu.cubins import find_kernels
 from flashcocos.runtime.gpu.device import Device, OutOfMemory, nbytes
 from flashcocos.runtime.gpu.warp import DeviceWarp, key_tensors, query_tensors
 from flashcocos.runtime.gpu.workspace import window
@@ -142,7 +142,7 @@ def test_kernels_equal_the_cpu(device: Device, tmp_path: Path, maps: Any) -> Non
     else:
         folder = compile_kernels(bundle, device.capability)
     about = {"capability": device.capability, "driver": device.driver, "remedy": ""}
-    kernels = find_kernels([folder_kernels(folder)], CLASSES, ["float32"], **about)
+    kernels = find_kernels([folder], CLASSES, ["float32"], **about)
     warp = DeviceWarp(device, kernels, CLASSES)
     hq, wq = maps[0]
     rng = np.random.default_rng(1)
