@@ -193,12 +193,16 @@ class Device:
         with self._errors("earlier work on the GPU failed"):
             self._stream.synchronize()
 
+    def settle(self) -> None:
+        """Wait for what an error has left on the stream: after one of the GPU itself, waiting raises it once more."""
+        with contextlib.suppress(BackendError):
+            self.synchronize()
+
     def close(self) -> None:
         """Unload the kernels and free the stream; buffers have to be freed before. Twice does no harm."""
         if not self._closed:
             with self.active():
-                with contextlib.suppress(BackendError):  # of work that failed and was reported
-                    self.synchronize()
+                self.settle()
                 self._functions.clear()
                 self._stream = None
             self._closed = True

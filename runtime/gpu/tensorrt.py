@@ -25,7 +25,7 @@ from ...errors import BackendError
 from ...files import atomic_path
 from ..engine import EngineInfo, one_line
 from .device import Device, OutOfMemory, mebibytes
-from .engine import Shape, axis_names, concrete, device_tensors
+from .engine import Shape, Tensors, concrete, device_tensors
 from .store import EngineRecord, find_engines, import_variant, read_engine
 
 _log = logging.getLogger("flashcocos.runtime")
@@ -184,7 +184,7 @@ class TensorRtEngine:
                 f"(sm_{device.capability}, CUDA {device.driver}): {self._tensorrt.complaint()}; it was built "
                 "for another GPU or driver: run flashcocos build on this machine, or update the driver"
             )
-        actual, expected = _tensors(self._tensorrt.module, engine), tuple(map(axis_names, self._tensors))
+        actual, expected = _tensors(self._tensorrt.module, engine), tuple(map(_kinds, self._tensors))
         if actual != expected:
             del engine  # which the error's frames would keep
             raise BackendError(
@@ -203,8 +203,8 @@ class TensorRtBinding:
         engine: Any,
         device: Device,
         name: str,
-        inputs: Mapping[str, tuple[tuple[int, ...], str]],
-        outputs: Mapping[str, tuple[tuple[int, ...], str]],
+        inputs: Tensors,
+        outputs: Tensors,
         addresses: Mapping[str, int],
     ) -> None:
         self._tensorrt, self._device, self._name = tensorrt, device, name
@@ -277,14 +277,19 @@ def open_tensorrt(
 
 
 def _tensors(module: Any, engine: Any) -> tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int]]]:
-    """Inputs and outputs of an engine, as `axis_names` gives them."""
+    """Inputs and outputs of an engine, as `_kinds` gives them."""
     sides: tuple[list[TensorSpec], list[TensorSpec]] = ([], [])
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
         side = sides[engine.get_tensor_mode(name) != module.TensorIOMode.INPUT]
         kind = _dtype(module, engine.get_tensor_dtype(name))
         side.append(TensorSpec(name, kind, tuple(engine.get_tensor_shape(name))))
-    return axis_names(sides[0]), axis_names(sides[1])
+    return _kinds(sides[0]), _kinds(sides[1])
+
+
+def _kinds(tensors: Iterable[TensorSpec]) -> dict[str, tuple[str, int]]:
+    """name -> (dtype, number of axes): what must be equal whether or not a tensor's sides are fixed."""
+    return {tensor.name: (tensor.dtype, len(tensor.shape)) for tensor in tensors}
 
 
 def _dtype(module: Any, kind: Any) -> str:

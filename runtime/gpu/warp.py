@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,11 @@ from ...errors import InputError
 from ...kernels import signatures
 from .cubins import Cubin
 from .device import Device, Launch, nbytes
+from .engine import Tensors
 
 ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
-Tensors = dict[str, tuple[tuple[int, ...], Any]]  # name -> (shape, dtype)
 Addresses = Mapping[str, int]
-Map = tuple[int, int]  # height and width of a feature map
+Map = tuple[int, ...]  # height and width of a feature map
 Work = Callable[[], object]  # something with all its arguments, put on the stream by calling it
 
 
@@ -106,9 +106,9 @@ class DeviceWarp:
         return functools.partial(launch, cubin.grid(sizes, batch), arguments)
 
 
-def total_bytes(groups: Iterable[Tensors]) -> int:
+def total_bytes(tensors: Tensors) -> int:
     """Device memory for all tensors, each in an allocation of its own, which the driver rounds up further."""
-    return sum(-(-nbytes(*tensor) // 512) * 512 for tensors in groups for tensor in tensors.values())
+    return sum(-(-nbytes(*tensor) // 512) * 512 for tensor in tensors.values())
 
 
 def _packed(dtype: str) -> Any:
