@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle import STAGES, Bundle
+from ...bundle import Bundle
 from ...errors import BackendError
 from ..cpu.onnxruntime import import_onnxruntime, onnxruntime_errors, open_session
 from ..engine import EngineInfo, one_line
@@ -101,8 +101,3 @@ class OnnxCudaBinding:
     def close(self) -> None:
         """Free the binding."""
         self._session = self._binding = None
-
-
-def open_onnx_cuda(bundle: Bundle, device: Device, *, exact: bool = False) -> dict[str, OnnxCudaEngine]:
-    """An engine for every stage, by name."""
-    return {stage: OnnxCudaEngine(bundle, stage, device, exact=exact) for stage in STAGES}

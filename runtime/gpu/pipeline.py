@@ -295,9 +295,10 @@ def open_gpu_pipeline(bundle: Bundle, options: EngineOptions) -> GpuPipeline:
 
                 engines = open_tensorrt(bundle, device, variant=backend, folder=folder, precision=precision)
             else:
-                from .onnxruntime import open_onnx_cuda
+                from .onnxruntime import OnnxCudaEngine
 
-                engines = open_onnx_cuda(bundle, device, exact=precision == "float32")
+                exact = precision == "float32"
+                engines = {stage: OnnxCudaEngine(bundle, stage, device, exact=exact) for stage in STAGES}
             return GpuPipeline(bundle.path, GpuModel(config, device, engines, warp, options.tile), cache_bytes)
     except BaseException:
         device.close()

@@ -60,7 +60,7 @@ def write_engines(
             tensors = device_tensors(manifest.config, stage, uint8_output=True)
             sides = [_fixed(manifest.config, one, side) for side in tensors] if one.static else tensors
             key = EngineKey(stage, manifest.files[file].sha256, variant, version, (architecture,), precision, one)
-            record = EngineRecord(key, tensors[0], tensors[1], WEIGHTS, scratch, 0, "")
+            record = EngineRecord(key, WEIGHTS, scratch, 0, "")
             says = {"architecture": architecture, "version": version, "stage": stage, "scratch": scratch}
             says["stride"] = manifest.config.warp_stride
             says["tensors"] = [[(t.name, t.dtype, t.shape) for t in side] for side in sides]

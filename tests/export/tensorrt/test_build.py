@@ -15,7 +15,6 @@ from flashcocos.bundle.default_model import default_model_path
 from flashcocos.errors import BackendError, InputError
 from flashcocos.export.tensorrt import build as build_module
 from flashcocos.export.tensorrt.build import build, parse_profile
-from flashcocos.runtime.gpu.engine import device_tensors
 from flashcocos.runtime.gpu.memory_estimate import estimate_memory
 from flashcocos.runtime.gpu.store import Profile, default_folder, find_engines, read_engine
 from flashcocos.train.networks.generator import Generator
@@ -45,9 +44,6 @@ def test_every_stage_and_profile_becomes_an_engine(rtx, built):
         record = one.record
         assert record.key.architectures == (86, 89, 120)
         assert record.key.version == rtx.__version__
-        assert (record.inputs, record.outputs) == device_tensors(
-            Bundle(default_model_path()).manifest.config, record.key.stage, uint8_output=True
-        )
         engine = read_engine(folder, record)
         assert len(engine) == record.bytes > record.weight_bytes > 0
         assert one.path.read_bytes() == engine

@@ -99,8 +99,8 @@ def test_a_folder_that_cannot_be_written(
 
 
 def test_an_earlier_message_is_no_reason(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    fake_gpu(monkeypatch, bundle)
-    tensorrt = TensorRt("tensorrt")
+    gpu = fake_gpu(monkeypatch, bundle)
+    tensorrt = TensorRt("tensorrt", gpu.folder, 86)
     tensorrt._messages.append("tolerated")
     assert tensorrt.call(lambda: None) is None
     assert tensorrt.complaint("nothing") == "nothing"
@@ -220,7 +220,7 @@ def test_a_runtime_that_does_not_start(monkeypatch: pytest.MonkeyPatch, bundle: 
     refused(gpu, "tensorrt 10.9.0 does not start: CUDA initialization failure with error: 35")
 
 
-def test_the_real_package_has_this_api() -> None:
+def test_the_real_package_has_this_api(tmp_path: Path) -> None:
     """As far as that goes without a GPU."""
     real = pytest.importorskip("tensorrt_rtx", reason="needs the extra rtx")
     used = {
@@ -246,7 +246,7 @@ def test_the_real_package_has_this_api() -> None:
     logger.log(real.ILogger.Severity.WARNING, "a warning")
     assert list(messages) == ["an error"]
     try:
-        tensorrt = TensorRt("tensorrt-rtx")
+        tensorrt = TensorRt("tensorrt-rtx", tmp_path, 86)
     except BackendError as error:
         pytest.skip(f"its runtime does not start here: {error}")
     assert tensorrt.runtime.deserialize_cuda_engine(b"not an engine" * 100) is None
