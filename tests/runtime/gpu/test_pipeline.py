@@ -438,19 +438,6 @@ def test_what_the_provider_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle:
     assert gpu.onnx.preloaded == 8  # the libraries of the wheels for CUDA and cuDNN, before each session
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"backend": "tensorrt", "warp": "numpy"}, "warp 'numpy' runs on the CPU, got backend 'tensorrt'"),
-        ({"backend": "tensorrt", "precision": "bfloat16"}, "backend 'tensorrt' computes in float32 or float16"),
-        ({"device": "cuda", "precision": "float16"}, "precision 'float16': backend 'auto' computes in float32"),
-    ],
-)
-def test_options_that_do_not_go_together(gpu: FakeGpu, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Translator(gpu.bundle, **options)
-
-
 def test_nothing_of_a_gpu_is_imported_without_need() -> None:
     """And a translator for a GPU that is not there says what is missing."""
     code = """

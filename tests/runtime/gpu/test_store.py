@@ -87,12 +87,13 @@ def test_every_part_of_the_key_makes_another_file(bundle, change):
         ({"variant": "tensorrt"}, "of variant tensorrt-rtx"),
         ({"version": "1.6"}, "of tensorrt-rtx 1.7, which is installed, in"),
         ({"architectures": (86, 120)}, "for architecture sm_89 in"),
+        ({"precision": "float32"}, "of precision float16 in"),
     ],
 )
 def test_what_does_not_fit_is_named_with_the_remedy(bundle, tmp_path, changes, message):
     store_all(bundle, tmp_path / "engines", **changes)
     with pytest.raises(BackendError) as caught:
-        find_engines(bundle, tmp_path / "engines", **HERE)
+        find_engines(bundle, tmp_path / "engines", **HERE, precision="float16")
     assert message in str(caught.value)
     assert f"flashcocos build {bundle.path} --variant tensorrt-rtx --target sm_89" in str(caught.value)
     assert "\n" not in str(caught.value)
