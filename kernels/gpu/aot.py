@@ -30,7 +30,6 @@ from .. import signatures
 from . import configs
 
 TARGETS = tuple(sorted((*configs.ARCHITECTURES, *configs.OTHER_TARGETS)))
-HIDDEN = ("global_scratch", "profile_scratch")  # pointers that Triton appends; these kernels use neither: pass null
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,7 @@ def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
     )
     parameters = re.search(r"\.entry\s+\w+\s*\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
     hidden = (parameters[1].count(".param") if parameters else 0) - len(arguments)
-    if not 0 <= hidden <= len(HIDDEN) or compiled.metadata.global_scratch_size:
+    if not 0 <= hidden <= len(signatures.HIDDEN) or compiled.metadata.global_scratch_size:
         raise BackendError(f"Triton {triton.__version__} passes {hidden} unknown arguments; use 3.6 to 3.9")
     limit = configs.architecture(sm).shared_kib * 1024
     if compiled.metadata.shared > limit:
@@ -158,7 +157,7 @@ def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "registers": registers,
         "spilled_bytes": spilled,
-        "arguments": arguments + [{"name": name, "type": "null"} for name in HIDDEN[:hidden]],
+        "arguments": arguments + [{"name": name, "type": "null"} for name in signatures.HIDDEN[:hidden]],
         "pointer_alignment": 16,
         "constants": {name: value for name, value in job.constants.items() if value is not None},
         "cuda": get_ptxas(sm).version,

@@ -29,7 +29,6 @@ MAX_GRID = (2**31 - 1, 65535, 65535)
 OWN_CHIP_ONLY = 90  # from here on Triton compiles for the features of one chip ("sm_90a"), which no other has
 _NAME = re.compile(r"([A-Za-z0-9_]{1,80})_sm(\d{2,3})\.json")
 _FORMATS = {"i32": "i", "fp32": "f"}
-_HIDDEN = ("global_scratch", "profile_scratch")  # pointers that Triton appends and these kernels leave alone
 
 Source = Path | Bundle  # where kernels lie: a folder, which may be missing, or a bundle's own
 
@@ -204,7 +203,7 @@ def _read(sources: Sequence[Source], name: str, architecture: int, dtype: str, c
 def _check_arguments(stated: Sequence[Mapping[str, str]], expected: Mapping[str, str]) -> None:
     """Those of the kernel in their order, and then any of the hidden ones."""
     wanted = [{"name": name, "type": kind} for name, kind in expected.items()]
-    hidden = [{"name": name, "type": "null"} for name in _HIDDEN]
+    hidden = [{"name": name, "type": "null"} for name in signatures.HIDDEN]
     if list(stated[: len(wanted)]) != wanted or not all(argument in hidden for argument in stated[len(wanted) :]):
         raise BundleError(f"arguments {list(stated)!r:.200}: expected those of this kernel, {dict(expected)}")
 

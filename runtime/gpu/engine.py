@@ -46,12 +46,8 @@ class DeviceEngine(Protocol):
 
     uint8_output: bool
 
-    def supports(self, shape: Shape) -> bool:
-        """Whether the stage runs at this shape."""
-        ...
-
-    def why_unsupported(self, height: int, width: int) -> str:
-        """Why the stage does not run at this size, in words: the shapes that it runs at, and how to get others."""
+    def why_unsupported(self, shape: Shape) -> str:
+        """Why the stage does not run at this shape, at which it does, and how to get others; empty where it runs."""
         ...
 
     def bind(self, shape: Shape, addresses: Mapping[str, int]) -> Binding:

@@ -77,11 +77,11 @@ def estimate_memory(
     dtype, feature_map = engines["query"].key.precision, (height // config.warp_stride, width // config.warp_stride)
     fine = device_tensors(config, "fine", uint8_output=True)
     results = query_tensors(config, dtype, batch, feature_map)
-    stages = translate_tensors(config, dtype, fine, (batch, height, width), tile)
+    whole, own = translate_tensors(config, dtype, fine, (batch, height, width), tile)
     inputs, outputs = device_tensors(config, "exemplar", uint8_output=True)
     parts = {f"{stage} weights": record.weight_bytes for stage, record in engines.items()}
     parts["working memory"] = max(record.activation_bytes for record in engines.values())
-    parts["stages"] = total_bytes(stages) - total_bytes(results)
+    parts["stages"] = total_bytes(whole) + total_bytes(own) - total_bytes(results)
     parts["warp"] = total_bytes(results) + total_bytes(key_tensors(config, dtype, batch, feature_map))
     parts["exemplar"] = total_bytes(key_tensors(config, dtype, 1, feature_map))
     parts["encoding"] = total_bytes(concrete(config, (*inputs, *outputs), (1, height, width)))

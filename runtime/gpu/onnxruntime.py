@@ -52,13 +52,9 @@ class OnnxCudaEngine:
         self._config = bundle.manifest.config
         self._tensors = device_tensors(self._config, stage, uint8_output=False)
 
-    def supports(self, shape: Shape) -> bool:
-        """Always: the graphs are dynamic."""
-        return True
-
-    def why_unsupported(self, height: int, width: int) -> str:
-        """The graphs are dynamic, so there is no reason."""
-        return f"{self._name} runs at every size"
+    def why_unsupported(self, shape: Shape) -> str:
+        """Empty: the graphs are dynamic."""
+        return ""
 
     def bind(self, shape: Shape, addresses: Mapping[str, int]) -> OnnxCudaBinding:
         """The session with its inputs and outputs at `addresses`."""

@@ -178,17 +178,17 @@ class GpuPipeline:
 
     def _batch(self, stages: Sequence[str], wanted: int, height: int, width: int) -> int:
         """How many items run together: `wanted` or the next fewer that all stages support, else the next more."""
-        engines, shape = self._model.engines, self._model.stage_shape
         batches: list[int] = [*range(wanted, 0, -1), *range(wanted + 1, MAX_BATCH + 1)]
 
-        def supports(stage: str, batch: int) -> bool:
-            return engines[stage].supports(shape(stage, (batch, height, width)))
+        def reason(stage: str, batch: int) -> str:
+            shape = self._model.stage_shape(stage, (batch, height, width))
+            return self._model.engines[stage].why_unsupported(shape)
 
         for batch in batches:
-            if all(supports(stage, batch) for stage in stages):
+            if not any(reason(stage, batch) for stage in stages):
                 return batch
-        lacking = [stage for stage in stages if not any(supports(stage, batch) for batch in batches)] or stages
-        reasons = "; ".join(engines[one].why_unsupported(*shape(one, (wanted, height, width))[1:]) for one in lacking)
+        lacking = [stage for stage in stages if all(reason(stage, batch) for batch in batches)] or stages
+        reasons = "; ".join(reason(stage, wanted) for stage in lacking)
         raise InputError(f"{height} x {width} pixels (height x width), batch {wanted}: {reasons}")
 
     def _workspace(self, kind: str, shape: Shape, make: Callable[[GpuModel, Shape], Workspace]) -> Workspace:

@@ -119,18 +119,16 @@ class TensorRtEngine:
         side = self._config.image_size
         self._load(self._record((1, side, side)) or records[0])
 
-    def supports(self, shape: Shape) -> bool:
-        """Whether an engine's profile has this shape."""
-        return self._record(shape) is not None
-
-    def why_unsupported(self, height: int, width: int) -> str:
-        """The profiles, the largest first, and how to build for this size."""
+    def why_unsupported(self, shape: Shape) -> str:
+        """The profiles, the largest first, and how to build for this size; empty where one has this shape."""
+        if self._record(shape) is not None:
+            return ""
         profiles = sorted(
             (record.key.profile for record in self._records), key=lambda one: one.height[2] * one.width[2], reverse=True
         )
         return (
             f"the engines of stage {self._stage} run {'; '.join(dict.fromkeys(map(str, profiles)))} (the largest "
-            f"first); flashcocos build {self._bundle.path} --size {height}x{width} makes others"
+            f"first); flashcocos build {self._bundle.path} --size {shape[1]}x{shape[2]} makes others"
         )
 
     def bind(self, shape: Shape, addresses: Mapping[str, int]) -> TensorRtBinding:

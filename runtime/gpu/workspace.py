@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -32,7 +33,6 @@ from .warp import DeviceWarp, Map, Work, key_tensors, query_tensors, total_bytes
 _log = logging.getLogger("flashcocos.runtime")
 Steps = Mapping[str, Sequence[Work]]  # name of a part that is timed -> what it puts on the stream
 MAX_KEY_MAPS = 4  # sizes of exemplars' maps whose work a workspace keeps
-_PART = "tile "  # begins the names of a tile's own tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,16 @@ class Buffers:
     def download(self, *names: str) -> list[Work]:
         """Copies to the host."""
         return [functools.partial(self.device.download, self.pinned[name], self.addresses[name]) for name in names]
+
+    def window(self, spec: TensorSpec, cut: tuple[slice, ...]) -> Window:
+        """Where `cut` of the tensor of `spec` lies in device memory."""
+        sides, dtype = self.tensors[spec.name]
+        axis = next(axis for axis, side in enumerate(spec.shape) if side in ("height", "half_height", "h"))
+        rows, columns = (range(sides[place])[cut[place]] for place in (axis, axis + 1))
+        item = nbytes(sides[axis + 2 :], dtype)
+        pitch = item * sides[axis + 1]
+        start = self.addresses[spec.name] + rows.start * pitch + columns.start * item
+        return Window(start, pitch, sides[axis], (item * len(columns), len(rows), math.prod(sides[:axis])))
 
     def free(self) -> None:
         """Give everything back; no work on the stream may still use it. Twice does no harm."""
@@ -199,10 +209,15 @@ class StreamWork:
 
 
 class Workspace(Buffers):
-    """The buffers and bound stages of one shape. work: by the size of the exemplars' maps, None where it has none."""
+    """The buffers and bound stages of one shape.
+
+    parts: what a tile has of its own, where there are tiles. work: by the size of the exemplars' maps, None where it
+    has none.
+    """
 
     def __init__(self, device: Device, tensors: Tensors, pinned: Iterable[str]) -> None:
         super().__init__(device, tensors, pinned)
+        self.parts = Buffers(device, {})
         self._scratch = 0  # the address that the bindings were given
         self.bindings: dict[str, Binding] = {}
         self.work: collections.OrderedDict[Map | None, StreamWork] = collections.OrderedDict()
@@ -235,6 +250,7 @@ class Workspace(Buffers):
         """As of `Buffers`."""
         self.keep_work(0)
         super().free()
+        self.parts.free()
 
 
 def encode_workspace(model: GpuModel, shape: Shape) -> Workspace:
@@ -253,13 +269,13 @@ def translate_workspace(model: GpuModel, shape: Shape) -> Workspace:
 
     `pinned` takes "label", and then holds the pictures, "index" and "probability".
     """
-    tensors = translate_tensors(model.config, model.warp.dtype, model.fine, shape, model.tile)
-    with freed_on_error(Workspace(model.device, tensors, ("label", *model.results))) as workspace:
-        addresses = workspace.addresses
-        own = {name.removeprefix(_PART): addresses[name] for name in addresses if name.startswith(_PART)}
-        for stage in ("query", "coarse", "fine"):
-            at = {**addresses, **own} if stage == "fine" else addresses
-            workspace.bind(stage, model.engines[stage], model.stage_shape(stage, shape), at)
+    whole, parts = translate_tensors(model.config, model.warp.dtype, model.fine, shape, model.tile)
+    with freed_on_error(Workspace(model.device, whole, ("label", *model.results))) as workspace:
+        workspace.parts = Buffers(model.device, parts)
+        for stage in ("query", "coarse"):
+            workspace.bind(stage, model.engines[stage], shape, workspace.addresses)
+        addresses = {**workspace.addresses, **workspace.parts.addresses}
+        workspace.bind("fine", model.engines["fine"], tile_shape(shape, model.tile), addresses)
     return workspace
 
 
@@ -287,22 +303,21 @@ def translate_tensors(
     fine: tuple[Sequence[TensorSpec], Sequence[TensorSpec]],
     shape: Shape,
     tile: int | None,
-) -> Tensors:
-    """The tensors of a `translate_workspace`: of the stages, of the warp, and of a tile, if it has tiles.
+) -> tuple[Tensors, Tensors]:
+    """The tensors of a `translate_workspace`: of the whole picture, and of a tile, if it has tiles.
 
     dtype: of the warp's kernels. fine: inputs and outputs of the fine stage as its engine has them.
     """
     inputs, outputs = fine
-    tensors: Tensors = {}
-    for specs in (*stage_tensors(config)["query"], *stage_tensors(config)["coarse"], outputs):
-        tensors |= concrete(config, specs, shape)
-    if (part := tile_shape(shape, tile)) != shape:
-        count = sum(1 for _ in tiles(*shape[1:], tile, config.warp_stride))
-        tensors |= {spec.name: ((count,), spec.dtype) for spec in outputs if not is_cut(spec)}
-        own = concrete(config, [*filter(is_cut, inputs), *outputs], part)
-        tensors |= {_PART + name: tensor for name, tensor in own.items()}
     query_map = shape[1] // config.warp_stride, shape[2] // config.warp_stride
-    return tensors | query_tensors(config, dtype, shape[0], query_map)
+    whole = query_tensors(config, dtype, shape[0], query_map)
+    for specs in (*stage_tensors(config)["query"], *stage_tensors(config)["coarse"], outputs):
+        whole |= concrete(config, specs, shape)
+    if (part := tile_shape(shape, tile)) == shape:
+        return whole, {}
+    count = sum(1 for _ in tiles(*shape[1:], tile, config.warp_stride))
+    whole |= {spec.name: ((count,), spec.dtype) for spec in outputs if not is_cut(spec)}
+    return whole, concrete(config, [*filter(is_cut, inputs), *outputs], part)
 
 
 def tile_shape(shape: Shape, tile: int | None) -> Shape:
@@ -312,40 +327,21 @@ def tile_shape(shape: Shape, tile: int | None) -> Shape:
 
 def _fine_steps(model: GpuModel, workspace: Workspace, shape: Shape) -> Iterator[Work]:
     """The fine stage; for every tile, where it has some, between copies of its inputs and of its results."""
-    device, addresses, tensors = model.device, workspace.addresses, workspace.tensors
-    enqueue = workspace.bindings["fine"].enqueue
-    if model.stage_shape("fine", shape) == shape:
+    device, parts, enqueue = model.device, workspace.parts, workspace.bindings["fine"].enqueue
+    if not parts.tensors:
         yield enqueue
         return
-
-    def copy(spec: TensorSpec, outer: tuple[slice, ...], inner: tuple[slice, ...], *, back: bool) -> Work:
-        picture, extent = window(spec, tensors[spec.name], outer, addresses[spec.name])
-        part, _ = window(spec, tensors[_PART + spec.name], inner, addresses[_PART + spec.name])
-        target, source = (picture, part) if back else (part, picture)
-        return functools.partial(device.copy_window, target, source, extent)
-
     inputs, outputs = model.fine
     for number, place in enumerate(tiles(*shape[1:], model.tile, model.config.warp_stride)):
         for spec in filter(is_cut, inputs):
-            yield copy(spec, place.window(spec), (slice(None),) * len(spec.shape), back=False)
+            own = parts.window(spec, (slice(None),) * len(spec.shape))
+            yield functools.partial(device.copy_window, own, workspace.window(spec, place.window(spec)))
         yield enqueue
         for spec in outputs:
             if is_cut(spec):
-                yield copy(spec, place.kept(spec), place.inner(spec), back=True)
+                kept = workspace.window(spec, place.kept(spec))
+                yield functools.partial(device.copy_window, kept, parts.window(spec, place.inner(spec)))
             else:  # one value a tile
-                size = nbytes(*tensors[_PART + spec.name])
-                target = addresses[spec.name] + number * size
-                yield functools.partial(device.copy, target, addresses[_PART + spec.name], size)
-
-
-def window(
-    spec: TensorSpec, tensor: tuple[tuple[int, ...], Any], cut: tuple[slice, ...], address: int
-) -> tuple[Window, tuple[int, int, int]]:
-    """Where `cut` of a tensor at `address` lies in memory, and its (bytes, rows, planes)."""
-    sides, dtype = tensor
-    axis = next(axis for axis, side in enumerate(spec.shape) if side in ("height", "half_height", "h"))
-    rows, columns = (range(sides[place])[cut[place]] for place in (axis, axis + 1))
-    item = nbytes(sides[axis + 2 :], dtype)
-    pitch = item * sides[axis + 1]
-    start = Window(address + rows.start * pitch + columns.start * item, pitch, sides[axis])
-    return start, (item * len(columns), len(rows), nbytes(sides[:axis], np.uint8))
+                size = nbytes(*parts.tensors[spec.name])
+                target = workspace.addresses[spec.name] + number * size
+                yield functools.partial(device.copy, target, parts.addresses[spec.name], size)

@@ -24,7 +24,7 @@ from flashcocos.runtime.gpu import device as gpu_device
 from flashcocos.runtime.gpu.cubins import find_kernels
 from flashcocos.runtime.gpu.device import Device, OutOfMemory, nbytes
 from flashcocos.runtime.gpu.warp import DeviceWarp, key_tensors, query_tensors
-from flashcocos.runtime.gpu.workspace import window
+from flashcocos.runtime.gpu.workspace import Buffers
 from flashcocos.runtime.tiles import tiles
 
 
@@ -248,13 +248,13 @@ def test_a_context_that_cannot_be_left(fake_driver: FakeCuda, monkeypatch: pytes
 def test_windows_are_copied(device: Device, axes: tuple[int | str, ...], sides: tuple[int, ...]) -> None:
     """Tile by tile, a picture is copied into another."""
     spec, array = TensorSpec("x", "int16", axes), np.arange(np.prod(sides), dtype=np.int16).reshape(sides)
-    source, target = fill(device, array), fill(device, np.zeros_like(array))
+    source, target = (Buffers(device, {"x": (sides, np.int16)}, ("x",)) for _ in range(2))
+    source.pinned["x"][...], target.pinned["x"][...] = array, 0
+    for step in (*source.upload("x"), *target.upload("x")):
+        step()
     for tile in tiles(96, 128, 64, 4):
-        cut, extent = window(spec, (sides, np.int16), tile.kept(spec), source.address)
-        place, same = window(spec, (sides, np.int16), tile.kept(spec), target.address)
-        assert extent == same
-        device.copy_window(place, cut, extent)
-    np.testing.assert_array_equal(content(device, target.address, sides, np.int16), array)
+        device.copy_window(target.window(spec, tile.kept(spec)), source.window(spec, tile.kept(spec)))
+    np.testing.assert_array_equal(content(device, target.addresses["x"], sides, np.int16), array)
     source.free()
     target.free()
 
