@@ -3,7 +3,8 @@
 Weights of all stages lie on the device together. The stages run one after another and share their working memory, the
 most that one of them asks for, by TensorRT's own figure at the engine's largest shape. Between the stages lie the
 buffers of labels, features and pictures, and those of the warp; N = H W / 16 positions, so all grow with the picture
-and nothing with its square. The context of the driver, some 300 to 500 MiB, comes on top and is not counted.
+and nothing with its square. What comes on top is not counted: the context of the driver, some 300 to 500 MiB, and the
+kernels that tensorrt-rtx compiles.
 
 Arithmetic alone: no estimate has been compared with a measurement.
 """

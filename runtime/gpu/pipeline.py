@@ -188,7 +188,7 @@ class GpuPipeline:
             if not any(reason(stage, batch) for stage in stages):
                 return batch
         lacking = [stage for stage in stages if all(reason(stage, batch) for batch in batches)] or stages
-        reasons = "; ".join(reason(stage, wanted) for stage in lacking)
+        reasons = "; ".join(filter(None, (reason(stage, wanted) for stage in lacking)))
         raise InputError(f"{height} x {width} pixels (height x width), batch {wanted}: {reasons}")
 
     def _workspace(self, kind: str, shape: Shape, make: Callable[[GpuModel, Shape], Workspace]) -> Workspace:

@@ -196,6 +196,17 @@ def test_a_request_above_the_profiles(gpu: FakeGpu) -> None:
     assert nothing_left(gpu)
 
 
+def test_stages_of_different_batches(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """That no batch suits all of them is the fault of those that lack the batch asked for."""
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[])
+    write_engines(gpu.folder, gpu.bundle, [profile()], stages=("query", "exemplar", "coarse"))
+    write_engines(gpu.folder, gpu.bundle, [profile(batch=2)], stages=("fine",))
+    message = r"batch 1: the engines of stage fine run 64 x 64, batch 2 \(the largest"
+    with gpu.translator() as translator, pytest.raises(InputError, match=message):
+        translator.translate(LABEL, exemplar_of(translator))
+    assert nothing_left(gpu)
+
+
 def test_a_request_above_the_memory(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 64, 512), (64, 64, 512), (1, 1, 8))], total=14 * MIB)
     with gpu.translator() as translator:
