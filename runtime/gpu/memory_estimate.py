@@ -21,7 +21,7 @@ from .device import mebibytes
 from .engine import concrete, device_tensors
 from .store import EngineRecord
 from .warp import key_tensors, query_tensors, total_bytes
-from .workspace import tile_shape, translate_tensors
+from .workspace import stage_shape, translate_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,8 @@ def estimate_memory(
     """
     engines: dict[str, EngineRecord] = {}
     for stage in STAGES:
-        shape = (1 if stage == "exemplar" else batch, height, width)  # an exemplar is encoded alone
-        if stage == "fine":
-            shape = tile_shape(shape, tile)
+        count = 1 if stage == "exemplar" else batch  # an exemplar is encoded alone
+        shape = stage_shape(stage, (count, height, width), tile)
         fitting = [record for record in records if record.key.stage == stage and record.key.profile.supports(*shape)]
         if not fitting:
             available = "; ".join(str(record.key.profile) for record in records if record.key.stage == stage) or "none"

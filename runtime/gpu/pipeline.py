@@ -36,6 +36,7 @@ from .workspace import (
     GpuModel,
     Workspace,
     encode_workspace,
+    stage_shape,
     translate_work,
     translate_workspace,
     upload_exemplar,
@@ -181,7 +182,7 @@ class GpuPipeline:
         batches: list[int] = [*range(wanted, 0, -1), *range(wanted + 1, MAX_BATCH + 1)]
 
         def reason(stage: str, batch: int) -> str:
-            shape = self._model.stage_shape(stage, (batch, height, width))
+            shape = stage_shape(stage, (batch, height, width), self._model.tile)
             return self._model.engines[stage].why_unsupported(shape)
 
         for batch in batches:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...bundle import STAGES, Bundle, TensorSpec
+from ...bundle import STAGES, Bundle
 from ...errors import BackendError
 from ...files import atomic_path
 from ..engine import EngineInfo, one_line
@@ -171,7 +171,8 @@ class TensorRtEngine:
                 f"(sm_{device.capability}, CUDA {device.driver}): {self._tensorrt.complaint()}; it was built "
                 "for another GPU or driver: run flashcocos build on this machine, or update the driver"
             )
-        actual, expected = _tensors(self._tensorrt.module, engine), tuple(map(_kinds, self._tensors))
+        actual, sides = _tensors(self._tensorrt.module, engine), zip(("input", "output"), self._tensors, strict=True)
+        expected = {spec.name: (side, spec.dtype, len(spec.shape)) for side, specs in sides for spec in specs}
         if actual != expected:
             del engine  # which the error's frames would keep
             raise BackendError(
@@ -261,20 +262,14 @@ def open_tensorrt(
     return engines
 
 
-def _tensors(module: Any, engine: Any) -> tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int]]]:
-    """Inputs and outputs of an engine, as `_kinds` gives them."""
-    sides: tuple[list[TensorSpec], list[TensorSpec]] = ([], [])
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        side = sides[engine.get_tensor_mode(name) != module.TensorIOMode.INPUT]
+def _tensors(module: Any, engine: Any) -> dict[str, tuple[str, str, int]]:
+    """name -> ("input" or "output", dtype, number of axes): what must be equal, whether or not the sides are fixed."""
+    tensors = {}
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+        side = "input" if engine.get_tensor_mode(name) == module.TensorIOMode.INPUT else "output"
         kind = _dtype(module, engine.get_tensor_dtype(name))
-        side.append(TensorSpec(name, kind, tuple(engine.get_tensor_shape(name))))
-    return _kinds(sides[0]), _kinds(sides[1])
-
-
-def _kinds(tensors: Iterable[TensorSpec]) -> dict[str, tuple[str, int]]:
-    """name -> (dtype, number of axes): what must be equal whether or not a tensor's sides are fixed."""
-    return {tensor.name: (tensor.dtype, len(tensor.shape)) for tensor in tensors}
+        tensors[name] = side, kind, len(engine.get_tensor_shape(name))
+    return tensors
 
 
 def _dtype(module: Any, kind: Any) -> str:

@@ -59,10 +59,6 @@ class GpuModel:
         """Size of the feature maps of pictures of `shape`."""
         return shape[1] // self.config.warp_stride, shape[2] // self.config.warp_stride
 
-    def stage_shape(self, stage: str, shape: Shape) -> Shape:
-        """The shape that a stage runs at for pictures of `shape`."""
-        return tile_shape(shape, self.tile) if stage == "fine" else shape
-
     def exemplar_tensors(self, batch: int, key_map: Map) -> Tensors:
         """Encoded exemplars with maps of `key_map`."""
         return key_tensors(self.config, self.warp.dtype, batch, key_map)
@@ -275,7 +271,7 @@ def translate_workspace(model: GpuModel, shape: Shape) -> Workspace:
         for stage in ("query", "coarse"):
             workspace.bind(stage, model.engines[stage], shape, workspace.addresses)
         addresses = {**workspace.addresses, **workspace.parts.addresses}
-        workspace.bind("fine", model.engines["fine"], tile_shape(shape, model.tile), addresses)
+        workspace.bind("fine", model.engines["fine"], stage_shape("fine", shape, model.tile), addresses)
     return workspace
 
 
@@ -313,16 +309,16 @@ def translate_tensors(
     whole = query_tensors(config, dtype, shape[0], query_map)
     for specs in (*stage_tensors(config)["query"], *stage_tensors(config)["coarse"], outputs):
         whole |= concrete(config, specs, shape)
-    if (part := tile_shape(shape, tile)) == shape:
+    if (part := stage_shape("fine", shape, tile)) == shape:
         return whole, {}
     count = sum(1 for _ in tiles(*shape[1:], tile, config.warp_stride))
     whole |= {spec.name: ((count,), spec.dtype) for spec in outputs if not is_cut(spec)}
     return whole, concrete(config, [*filter(is_cut, inputs), *outputs], part)
 
 
-def tile_shape(shape: Shape, tile: int | None) -> Shape:
-    """The shape that the fine stage runs at."""
-    return (shape[0], *tile_size(*shape[1:], tile))
+def stage_shape(stage: str, shape: Shape, tile: int | None) -> Shape:
+    """The shape that a stage runs at, for pictures of `shape`: of the fine stage that of a tile."""
+    return (shape[0], *tile_size(*shape[1:], tile)) if stage == "fine" else shape
 
 
 def _fine_steps(model: GpuModel, workspace: Workspace, shape: Shape) -> Iterator[Work]:
