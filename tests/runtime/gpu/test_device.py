@@ -22,7 +22,7 @@ from flashcocos.kernels.corr_warp import warp_arrays
 from flashcocos.runtime.gpu import cuda_graph
 from flashcocos.runtime.gpu import device as gpu_device
 from flashcocos.runtime.gpu.cubins import find_kernels
-from flashcocos.runtime.gpu.device import Device, OutOfMemory, nbytes
+from flashcocos.runtime.gpu.device import Device, OutOfMemory
 from flashcocos.runtime.gpu.warp import DeviceWarp, key_tensors, query_tensors
 from flashcocos.runtime.gpu.workspace import Buffers
 from flashcocos.runtime.tiles import tiles
@@ -150,32 +150,37 @@ def test_kernels_equal_the_cpu(device: Device, tmp_path: Path, maps: Any) -> Non
         rng.standard_normal((2, count, *side)).astype(np.float32)
         for count, side in ((16, maps[0]), (16, maps[1]), (3, maps[1]))
     )
-    inputs = [fill(device, array) for array in (theta, phi, values)]
-    groups = [key_tensors(CLASSES, "float32", 2, maps[1]), query_tensors(CLASSES, "float32", 2, maps[0])]
-    buffers = [{name: device.allocate(nbytes(*tensor)) for name, tensor in group.items()} for group in groups]
-    keys, results = ({name: buffer.address for name, buffer in group.items()} for group in buffers)
-    launches = warp.pack_keys(inputs[1].address, inputs[2].address, keys, 2, maps[1])
-    launches += warp.run(inputs[0].address, keys, results, 2, maps[0], maps[1])
+    planes = {"theta": theta, "phi": phi, "values": values}
+    inputs = Buffers(device, {name: (array.shape, np.float32) for name, array in planes.items()}, planes)
+    tensors = {**key_tensors(CLASSES, "float32", 2, maps[1]), **query_tensors(CLASSES, "float32", 2, maps[0])}
+    results = Buffers(device, tensors, ("warped", "index", "probability"))
+    at, keys = inputs.addresses, results.addresses
+    launches = warp.pack_keys(at["phi"], at["values"], keys, 2, maps[1])
+    launches += warp.run(at["theta"], keys, keys, 2, maps[0], maps[1])
     expected = warp_arrays(theta, phi, values, patch=3, temperature=CLASSES.temperature, match=True, backend="numpy")
 
     def everything() -> None:
         for launch in launches:
             launch()
 
+    for name, array in planes.items():
+        inputs.pinned[name][...] = array
+    for upload in inputs.upload(*planes):
+        upload()
     graph = device.capture(everything)
     for run in (everything, graph.replay):
-        for buffer in buffers[1].values():
-            device.copy(buffer.address, inputs[0].address, min(buffer.bytes, inputs[0].bytes))  # not the run's before
-        run()
-        warped = content(device, results["warped"], expected.out.shape)
-        np.testing.assert_allclose(warped, expected.out, atol=2e-4)
-        index = content(device, results["index"], (2, hq, wq), np.int64)
-        np.testing.assert_array_equal(index, expected.match.index)
-        probability = content(device, results["probability"], (2, hq, wq))
+        for name in results.pinned:
+            results.pinned[name][...] = 0  # not the run's before
+        for step in (*results.upload(*results.pinned), run, *results.download(*results.pinned)):
+            step()
+        device.synchronize()
+        np.testing.assert_allclose(results.pinned["warped"], expected.out, atol=2e-4)
+        np.testing.assert_array_equal(results.pinned["index"].reshape(2, hq, wq), expected.match.index)
+        probability = results.pinned["probability"].reshape(2, hq, wq)
         np.testing.assert_allclose(probability, expected.match.probability, atol=1e-4)
     graph.close()
-    for buffer in (*inputs, *buffers[0].values(), *buffers[1].values()):
-        buffer.free()
+    inputs.free()
+    results.free()
 
 
 def test_what_pycuda_is_asked_for(fake_driver: FakeCuda) -> None:
