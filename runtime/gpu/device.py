@@ -29,7 +29,7 @@ INSTALL = "pip install flashcocos[tensorrt], flashcocos[rtx] or pycuda"
 MIN_DRIVER = 12000  # CUDA 12.0: TensorRT 10 and ONNX Runtime since 1.19 need it, and it has all of graphs
 LARGE_SHARED = 48 << 10  # bytes of dynamic shared memory from which a kernel asks for them
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no waiting for the legacy default stream of other libraries
-_contexts: dict[int, _PrimaryContext] = {}
+_contexts: dict[int, Any] = {}
 _contexts_lock = threading.Lock()
 
 Launch = Callable[[tuple[int, int, int], Sequence[int | float]], None]  # (grid, arguments), pointers as addresses
@@ -223,20 +223,13 @@ class Device:
             raise kind(f"{what}: {error}") from error
 
 
-class _PrimaryContext:
-    """The retained primary context of one GPU, given back when the process ends."""
-
-    def __init__(self, context: Any) -> None:
-        self.context = context
-        # not in its destructor, in which pycuda treats it as a context that it has made itself
-        weakref.finalize(self, context.detach)
-
-
 def _primary_context(driver: Any, ordinal: int) -> Any:
     with _contexts_lock:
         if ordinal not in _contexts:
-            _contexts[ordinal] = _PrimaryContext(driver.Device(ordinal).retain_primary_context())
-        return _contexts[ordinal].context
+            _contexts[ordinal] = context = driver.Device(ordinal).retain_primary_context()
+            # when the process ends: in its destructor, pycuda treats it as a context that it has made itself
+            weakref.finalize(Device, context.detach)
+        return _contexts[ordinal]
 
 
 def import_driver(install: str) -> Any:

@@ -183,14 +183,17 @@ def test_kernels_equal_the_cpu(device: Device, tmp_path: Path, maps: Any) -> Non
     results.free()
 
 
-def test_what_pycuda_is_asked_for(fake_driver: FakeCuda) -> None:
-    device = Device()
-    assert (device.name, device.capability, device.driver, device.stream) == ("Fake RTX", 86, "12.4", STREAM)
-    device.close()
+def test_what_pycuda_is_asked_for(fake_driver: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_the_end: list[Any] = []
+    monkeypatch.setattr(gpu_device.weakref, "finalize", lambda _, call: at_the_end.append(call))
+    for _ in range(2):
+        device = Device()
+        assert (device.name, device.capability, device.driver, device.stream) == ("Fake RTX", 86, "12.4", STREAM)
+        device.close()
     assert fake_driver.closed
     assert fake_driver.detached == 0  # the context is kept for others in this process ...
-    gpu_device._contexts.clear()
-    gc.collect()
+    (detach,) = at_the_end
+    detach()
     assert fake_driver.detached == 1  # ... until it ends
 
 
