@@ -25,7 +25,6 @@ FOLDER = "kernels"  # in a folder of engines
 MAX_CUBIN_BYTES = 64 << 20
 MAX_DESCRIPTION_BYTES = 1 << 20
 MAX_SHARED_BYTES = 227 << 10  # of a block, on any chip so far
-MAX_GRID = (2**31 - 1, 65535, 65535)
 OWN_CHIP_ONLY = 90  # from here on Triton compiles for the features of one chip ("sm_90a"), which no other has
 _NAME = re.compile(r"([A-Za-z0-9_]{1,80})_sm(\d{2,3})\.json")
 _FORMATS = {"i32": "i", "fp32": "f"}
@@ -69,11 +68,8 @@ class Cubin(Description, frozen=True, kw_only=True):
         return "".join(_FORMATS.get(argument["type"], "P") for argument in self.arguments)
 
     def grid(self, sizes: Mapping[str, int], batch: int) -> tuple[int, int, int]:
-        """Blocks along the three axes, for arguments of these values; `BundleError` where they are out of range."""
-        blocks = signatures.grid(_base(self.kernel), self.constants, sizes, batch)
-        if not all(1 <= count <= most for count, most in zip(blocks, MAX_GRID, strict=True)):
-            raise BundleError(f"kernel {self.kernel}: a grid of {blocks} blocks; expected 1 to {MAX_GRID}")
-        return blocks
+        """Blocks along the three axes, for arguments of these values."""
+        return signatures.grid(_base(self.kernel), self.constants, sizes, batch)
 
 
 def kernel_names(config: ModelConfig, dtype: str) -> dict[str, str]:

@@ -63,10 +63,6 @@ def test_what_a_launch_takes(tmp_path: Path) -> None:
     assert warp.code == b"warp twin for sm_86"
     assert warp.grid({"height_q": 5, "width_q": 20}, 2) == (7, 2, 1)
     assert warp.formats == "PPPPPPPPPPiiiifP"
-    with pytest.raises(BundleError, match=r"a grid of .* blocks; expected 1 to"):
-        warp.grid({"height_q": 5, "width_q": 20}, 70000)
-    with pytest.raises(BundleError, match="a grid of"):
-        warp.grid({"height_q": 0, "width_q": 20}, 1)
 
 
 def test_kernels_that_the_driver_is_too_old_for(tmp_path: Path) -> None:
