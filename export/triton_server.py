@@ -22,7 +22,7 @@ from ..config import MIN_SIDE, ModelConfig
 from ..errors import InputError
 from ..files import atomic_path, require_distinct, require_target
 from ..preprocess.palette import legend
-from ..runtime.gpu.cubins import FOLDER, available_kernels, bundle_kernels, folder_kernels
+from ..runtime.gpu.cubins import FOLDER, available_kernels
 from ..runtime.gpu.store import default_folder
 
 PLATFORMS = ("onnxruntime", "tensorrt", "python")
@@ -158,7 +158,7 @@ def _python_model(bundle: Bundle, name: str, model: str, files: Mapping[str, byt
 def _kernels(bundle: Bundle) -> dict[str, bytes]:
     """The compiled kernels of the bundle and of the engines beside it, as a folder of kernels."""
     folder = default_folder(bundle.path) / FOLDER
-    if not available_kernels((folder_kernels(folder), bundle_kernels(bundle)), bundle.manifest.config):
+    if not available_kernels((folder, bundle), bundle.manifest.config):
         raise InputError(
             f"{bundle.path}: no compiled kernels for the warp on a GPU; flashcocos build, or flashcocos export --aot, "
             "makes them"

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 REVISION = 2  # 1: warp and match were two kernels, which gave entropy and lse as well
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+HIDDEN = ("global_scratch", "profile_scratch")  # pointers that Triton appends; these kernels use neither: pass null
 QUERY_BAND = "BAND"  # the constant that only `nine_tap_kernel` has
 
 _STRIDES = ("stride_b", "stride_c", "stride_y", "stride_x")

@@ -18,7 +18,7 @@ from ..errors import BackendError, BundleError, InputError, printable
 from ..preprocess.palette import hexadecimal, legend
 from .cpu.onnxruntime import available_providers
 from .cpu.openvino import cpu_precisions
-from .gpu.cubins import FOLDER, available_kernels, bundle_kernels, folder_kernels
+from .gpu.cubins import FOLDER, available_kernels
 from .gpu.device import Device, mebibytes
 from .gpu.memory_estimate import estimate_memory
 from .gpu.store import EngineRecord, default_folder, list_engines
@@ -149,7 +149,7 @@ def _engine_lines(bundle: Bundle, folder: Path) -> list[Line]:
             f"{mebibytes(record.weight_bytes)} weights, {mebibytes(record.activation_bytes)} working memory"
         )
         lines.append(("engine", text if key.graph_sha256 in graphs else f"{text}; of another bundle"))
-    kernels = available_kernels((folder_kernels(folder / FOLDER), bundle_kernels(bundle)), manifest.config)
+    kernels = available_kernels((folder / FOLDER, bundle), manifest.config)
     text = "; ".join(f"{dtype} for {', '.join(f'sm_{sm}' for sm in chips)}" for dtype, chips in kernels.items())
     return [*lines, ("kernels", text or "none; flashcocos export --aot makes them where triton is installed")]
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from ...config import ModelConfig
 from ...errors import BackendError
@@ -173,9 +172,10 @@ def cubins(case: Case, assets: Assets) -> Benchmark:
     parameters: preset (of the model) and size (side of the maps). A result is the address of the warp, float32.
     """
     from ...kernels.gpu.aot import compile_kernels
-    from ...runtime.gpu.cubins import find_kernels, folder_kernels
-    from ...runtime.gpu.device import Buffer, Device, nbytes
+    from ...runtime.gpu.cubins import find_kernels
+    from ...runtime.gpu.device import Device
     from ...runtime.gpu.warp import DeviceWarp, key_tensors, query_tensors
+    from ...runtime.gpu.workspace import Buffers
 
     config, size = ModelConfig.preset(case.parameters["preset"]), case.parameters["size"]
     maps, gpu = (size, size), Device()
@@ -183,52 +183,43 @@ def cubins(case: Case, assets: Assets) -> Benchmark:
     folder, values = Path(assets.references) / "kernels", config.warped_channels
     described = list(compile_kernels(folder, [gpu.capability], values=[values], **options))
     about: dict[str, Any] = {"capability": gpu.capability, "driver": gpu.driver, "remedy": ""}
-    kernels = find_kernels([folder_kernels(folder)], config, ["float16"], **about)
+    kernels = find_kernels([folder], config, ["float16"], **about)
     grid = kernels["warp"].grid(dict.fromkeys(("height_q", "width_q", "height_k", "width_k"), size), 1)
     names = ("entry", "registers", "spilled_bytes", "shared_bytes", "cuda")
     facts = {"grid": grid, **{name: described[-1][name] for name in names}}
     arrays = warp_inputs(size, config.warped_channels, "noise", config.feature_channels)
-    buffers: list[Buffer] = []
-
-    def allocate(size: int) -> int:
-        buffers.append(gpu.allocate(size))
-        return buffers[-1].address
-
+    planes = dict(zip(("theta", "phi", "values"), arrays, strict=True))
+    packed = {**key_tensors(config, "float16", 1, maps), **query_tensors(config, "float16", 1, maps)}
     with gpu.active():
         launched = DeviceWarp(gpu, kernels, config)
-        theta, phi, values = (allocate(array.nbytes) for array in arrays)
-        for address, array in zip((theta, phi, values), arrays, strict=True):
-            pinned = gpu.pinned_array(array.shape, array.dtype)
-            pinned[...] = array
-            gpu.upload(address, pinned)
-            gpu.synchronize()
-            gpu.free_pinned(pinned)
-        groups = key_tensors(config, "float16", 1, maps), query_tensors(config, "float16", 1, maps)
-        keys, results = ({name: allocate(nbytes(*one)) for name, one in group.items()} for group in groups)
-        for launch in launched.pack_keys(phi, values, keys, 1, maps):
-            launch()
-        work = launched.run(theta, keys, results, 1, maps, maps)
+        inputs = Buffers(gpu, {name: (array.shape, array.dtype) for name, array in planes.items()}, planes)
+        buffers = Buffers(gpu, packed, ("warped",))
+        for name, array in planes.items():
+            inputs.pinned[name][...] = array
+        at, keys = inputs.addresses, buffers.addresses
+        for step in (*inputs.upload(*planes), *launched.pack_keys(at["phi"], at["values"], keys, 1, maps)):
+            step()
+        gpu.synchronize()
+        work = launched.run(at["theta"], keys, keys, 1, maps, maps)
 
     def run() -> Sample:
         with gpu.active():
             for launch in work:
                 launch()
             gpu.synchronize()
-        return Sample(results["warped"])
+        return Sample(keys["warped"])
 
-    def check(warped: int) -> dict[str, float]:
+    def check(_: int) -> dict[str, float]:
         with gpu.active():
-            pinned = gpu.pinned_array((1, config.warped_channels, *maps), np.float32)
-            gpu.download(pinned, warped)
+            for step in buffers.download("warped"):
+                step()
             gpu.synchronize()
-            out = pinned.copy()
-            gpu.free_pinned(pinned)
-        return {"max_error": warp.largest_error(arrays, out, config.patch)}
+        return {"max_error": warp.largest_error(arrays, buffers.pinned["warped"], config.patch)}
 
     def close(_: int) -> dict[str, float]:
         with gpu.active():
-            for buffer in buffers:
-                buffer.free()
+            inputs.free()
+            buffers.free()
         gpu.close()
         return {}
 

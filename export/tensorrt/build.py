@@ -200,7 +200,7 @@ def _build_one(
             f"{what}: TensorRT did not log its {missing[0]}, by which memory is planned; use another version"
         )
     activation, weights = (logger.figures[figure] for figure in _FIGURES)
-    record = EngineRecord(key, inputs, outputs, weights, activation, 0, "", int8_convolutions(graph))
+    record = EngineRecord(key, weights, activation, 0, "", int8_convolutions(graph))
     return record, bytes(engine)
 
 

@@ -30,7 +30,6 @@ from .. import signatures
 from . import configs
 
 TARGETS = tuple(sorted((*configs.ARCHITECTURES, *configs.OTHER_TARGETS)))
-HIDDEN = ("global_scratch", "profile_scratch")  # pointers that Triton appends; these kernels use neither: pass null
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,27 +92,21 @@ def _jobs(sm: int, dtype: str, values: Sequence[int], patch: int, channels: int)
 
     if not isinstance(forward_kernel, triton.JITFunction):
         raise BackendError("TRITON_INTERPRET is set, so Triton interprets and cannot compile; unset it")
-    pack, statistics = configs.PACK, configs.STATISTICS
-    kernels: list[tuple[str, Any, configs.BlockSizes, dict[str, int | None]]] = [
-        (f"pack_{dtype}", pack_kernel, pack, {"BN": pack.queries, "BC": pack.channels}),
-        (
-            f"statistics_p{patch}_c{channels}_{dtype}",
-            statistics_kernel,
-            statistics,
-            {"C": channels, "PATCH": patch, "BN": statistics.queries, "BC": statistics.channels},
-        ),
-    ]
+    types = {name: signatures.arguments(name, dtype) for name in signatures.KERNELS}
+    blocks, feature = configs.PACK, f"p{patch}_c{channels}"
+    constants: dict[str, int | None] = {"BN": blocks.queries, "BC": blocks.channels}
+    yield _Job(f"pack_{dtype}", pack_kernel, blocks, types["pack"], constants)
+    blocks = configs.STATISTICS
+    constants = {"C": channels, "PATCH": patch, "BN": blocks.queries, "BC": blocks.channels}
+    yield _Job(f"statistics_{feature}_{dtype}", statistics_kernel, blocks, types["statistics"], constants)
     itemsize = 4 if dtype == "float32" else 2
     # of unknown size, and taken to have less than 2^31 elements
     nine_tap = configs.nine_tap_blocks(sm, itemsize, patch, channels, 0, split=False)
     for count in values:
         blocks = nine_tap or configs.forward_blocks(sm, itemsize, count, match=True)
         kernel, band = (nine_tap_kernel, configs.WHOLE_BAND) if nine_tap else (forward_kernel, None)
-        constants: dict[str, int | None] = {"lse": None, "entropy": None}
-        constants |= configs.warp_constants(patch, channels, count, blocks, band)
-        kernels.append((f"warp_p{patch}_c{channels}_v{count}_{dtype}", kernel, blocks, constants))
-    for name, kernel, blocks, constants in kernels:
-        yield _Job(name, kernel, blocks, signatures.arguments(name.partition("_")[0], dtype), constants)
+        constants = {"lse": None, "entropy": None, **configs.warp_constants(patch, channels, count, blocks, band)}
+        yield _Job(f"warp_{feature}_v{count}_{dtype}", kernel, blocks, types["warp"], constants)
 
 
 def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
@@ -134,7 +127,7 @@ def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
     )
     parameters = re.search(r"\.entry\s+\w+\s*\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
     hidden = (parameters[1].count(".param") if parameters else 0) - len(arguments)
-    if not 0 <= hidden <= len(HIDDEN) or compiled.metadata.global_scratch_size:
+    if not 0 <= hidden <= len(signatures.HIDDEN) or compiled.metadata.global_scratch_size:
         raise BackendError(f"Triton {triton.__version__} passes {hidden} unknown arguments; use 3.6 to 3.9")
     limit = configs.architecture(sm).shared_kib * 1024
     if compiled.metadata.shared > limit:
@@ -158,7 +151,7 @@ def _compile(output: Path, sm: int, dtype: str, job: _Job) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "registers": registers,
         "spilled_bytes": spilled,
-        "arguments": arguments + [{"name": name, "type": "null"} for name in HIDDEN[:hidden]],
+        "arguments": arguments + [{"name": name, "type": "null"} for name in signatures.HIDDEN[:hidden]],
         "pointer_alignment": 16,
         "constants": {name: value for name, value in job.constants.items() if value is not None},
         "cuda": get_ptxas(sm).version,

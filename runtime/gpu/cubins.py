@@ -8,11 +8,9 @@ to take. What a cubin then does on the GPU cannot be checked: like an engine, it
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,20 +25,19 @@ FOLDER = "kernels"  # in a folder of engines
 MAX_CUBIN_BYTES = 64 << 20
 MAX_DESCRIPTION_BYTES = 1 << 20
 MAX_SHARED_BYTES = 227 << 10  # of a block, on any chip so far
-MAX_GRID = (2**31 - 1, 65535, 65535)
 OWN_CHIP_ONLY = 90  # from here on Triton compiles for the features of one chip ("sm_90a"), which no other has
 _NAME = re.compile(r"([A-Za-z0-9_]{1,80})_sm(\d{2,3})\.json")
-_FORMATS = {"i32": "i", "fp32": "f", "null": "P"}
-_HIDDEN = ("global_scratch", "profile_scratch")  # pointers that Triton appends and these kernels leave alone
+_FORMATS = {"i32": "i", "fp32": "f"}
+
+Source = Path | Bundle  # where kernels lie: a folder, which may be missing, or a bundle's own
 
 
-class _Argument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    name: str
-    type: str
+class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A JSON file of `kernels/gpu/aot.py`; the fields with defaults are for people.
 
-
-class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A JSON file of `kernels/gpu/aot.py`; the fields with defaults are for people."""
+    arguments: name and type of each in order; type is "*..." for a pointer, "i32", "fp32", or "null". cuda: the version
+    that its compiler came with.
+    """
 
     revision: int
     kernel: str
@@ -51,7 +48,7 @@ class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     entry: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}\Z")]
     threads: Annotated[int, msgspec.Meta(ge=32, le=1024, multiple_of=32)]
     shared_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_SHARED_BYTES)]
-    arguments: tuple[_Argument, ...]
+    arguments: tuple[dict[str, str], ...]
     pointer_alignment: Annotated[int, msgspec.Meta(ge=1, le=256)]
     constants: dict[str, Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]]
     cuda: Annotated[str, msgspec.Meta(pattern=r"^\d{1,2}\.\d{1,2}\Z")]
@@ -60,75 +57,19 @@ class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     triton: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Cubin:
-    """A validated kernel: launched with `grid(sizes, batch)` blocks of `threads` threads.
+class Cubin(Description, frozen=True, kw_only=True):
+    """A kernel that was checked: launched with `grid(sizes, batch)` blocks of `threads` threads."""
 
-    arguments: (name, type) in order; type is "*..." for a pointer, "i32", "fp32", or "null". cuda: the version that its
-    compiler came with. code: reads the cubin and checks its hash.
-    """
-
-    name: str
-    architecture: int
-    dtype: str
-    entry: str
-    threads: int
-    shared_bytes: int
-    arguments: tuple[tuple[str, str], ...]
-    constants: Mapping[str, int]
-    cuda: str
-    code: Callable[[], bytes]
+    code: bytes
 
     @property
     def formats(self) -> str:
         """The arguments' types, a character each, as `Device.load` takes them."""
-        return "".join(_FORMATS.get(kind, "P") for _, kind in self.arguments)
+        return "".join(_FORMATS.get(argument["type"], "P") for argument in self.arguments)
 
     def grid(self, sizes: Mapping[str, int], batch: int) -> tuple[int, int, int]:
-        """Blocks along the three axes, for arguments of these values; `BundleError` where they are out of range."""
-        blocks = signatures.grid(self.name.partition("_")[0], self.constants, sizes, batch)
-        if not all(1 <= count <= most for count, most in zip(blocks, MAX_GRID, strict=True)):
-            raise BundleError(f"kernel {self.name}: a grid of {blocks} blocks; expected 1 to {MAX_GRID}")
-        return blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Files of kernels, and of other things: where they lie, their names, and the content of one, of at most so many
-    bytes."""
-
-    where: str
-    names: frozenset[str]
-    read: Callable[[str, int], bytes]
-
-
-def folder_kernels(path: str | os.PathLike[str]) -> Source:
-    """The files in a folder, which may be missing. Reading raises `BackendError`."""
-    folder = Path(path)
-
-    def read(name: str, limit: int) -> bytes:
-        try:
-            with (folder / name).open("rb") as file:
-                content = file.read(limit + 1)
-        except OSError as error:
-            raise BackendError(f"{folder / name} cannot be read: {error.strerror}; build it again") from error
-        if len(content) > limit:
-            raise BackendError(f"{folder / name}: over {limit} bytes; expected a kernel of flashcocos build")
-        return content
-
-    return Source(str(path), frozenset(file.name for file in folder.glob("*_sm*.json")), read)
-
-
-def bundle_kernels(bundle: Bundle) -> Source:
-    """The files that a bundle lists. Reading raises `BundleError`, also where one is not what the manifest states."""
-
-    def read(name: str, limit: int) -> bytes:
-        spec = bundle.manifest.files.get(name)
-        if spec is not None and spec.bytes > limit:
-            raise BundleError(f"{bundle.path}: {name} has {spec.bytes} bytes; expected at most {limit}")
-        return bundle.read(name)
-
-    return Source(str(bundle.path), frozenset(bundle.manifest.files), read)
+        """Blocks along the three axes, for arguments of these values."""
+        return signatures.grid(_base(self.kernel), self.constants, sizes, batch)
 
 
 def kernel_names(config: ModelConfig, dtype: str) -> dict[str, str]:
@@ -143,15 +84,12 @@ def kernel_names(config: ModelConfig, dtype: str) -> dict[str, str]:
 
 def available_kernels(sources: Sequence[Source], config: ModelConfig) -> dict[str, list[int]]:
     """dtype -> architectures for which all of a model's kernels are available, by their names alone."""
-    files = [
-        (found[1], int(found[2])) for source in sources for name in source.names if (found := _NAME.fullmatch(name))
-    ]
+    found = [_NAME.fullmatch(name) for source in sources for name in _names(source)]
+    files = {(match[1], int(match[2])) for match in found if match}
     complete = {}
     for dtype in signatures.ELEMENTS:
-        architectures = [
-            {sm for kernel, sm in files if kernel == name} for name in kernel_names(config, dtype).values()
-        ]
-        if common := sorted(set.intersection(*architectures)):
+        names = kernel_names(config, dtype).values()
+        if common := [sm for sm in sorted({sm for _, sm in files}) if files.issuperset((name, sm) for name in names)]:
             complete[dtype] = common
     return complete
 
@@ -180,7 +118,7 @@ def find_kernels(
             for cubin in cubins.values():
                 if _major(cubin.cuda) > _major(driver):
                     raise BackendError(
-                        f"kernel {cubin.name} for sm_{cubin.architecture} was compiled by CUDA {cubin.cuda}, the "
+                        f"kernel {cubin.kernel} for sm_{cubin.architecture} was compiled by CUDA {cubin.cuda}, the "
                         f"NVIDIA driver supports CUDA {driver}; update the driver"
                     )
             return cubins
@@ -188,8 +126,13 @@ def find_kernels(
     wanted = f"{' or '.join(dtypes)}, sm_{capability}, patch {config.patch}, C = {config.feature_channels}"
     raise BackendError(
         f"no compiled warp kernels for {wanted}, V = {config.warped_channels} in "
-        f"{' or '.join(source.where for source in sources)} (there are: {known or 'none'}); {remedy}"
+        f"{' or '.join(map(_where, sources))} (there are: {known or 'none'}); {remedy}"
     )
+
+
+def _base(name: str) -> str:
+    """ "warp" of "warp_p3_c64_v48_float16"."""
+    return name.partition("_")[0]
 
 
 def _major(version: str) -> int:
@@ -202,54 +145,67 @@ def _runs(architecture: int, capability: int) -> bool:
     return architecture // 10 == capability // 10 and architecture <= capability
 
 
+def _where(source: Source) -> str:
+    return str(source.path if isinstance(source, Bundle) else source)
+
+
+def _names(source: Source) -> Iterable[str]:
+    return source.manifest.files if isinstance(source, Bundle) else [path.name for path in source.glob("*_sm*.json")]
+
+
+def _content(source: Source, name: str, limit: int) -> bytes:
+    """A file of at most `limit` bytes, which in a bundle is what the manifest states."""
+    if isinstance(source, Bundle):
+        spec = source.manifest.files.get(name)
+        if spec is not None and spec.bytes > limit:
+            raise BundleError(f"{source.path}: {name} has {spec.bytes} bytes; expected at most {limit}")
+        return source.read(name)
+    try:
+        with (source / name).open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise BackendError(f"{source / name} cannot be read: {error.strerror}; build it again") from error
+    if len(content) > limit:
+        raise BackendError(f"{source / name}: over {limit} bytes; expected a kernel of flashcocos build")
+    return content
+
+
 def _read(sources: Sequence[Source], name: str, architecture: int, dtype: str, config: ModelConfig) -> Cubin:
     stem = f"{name}_sm{architecture}"
-    source = next(source for source in sources if f"{stem}.json" in source.names)
+    source = next(source for source in sources if f"{stem}.json" in _names(source))
     try:
-        fields = msgspec.json.decode(source.read(f"{stem}.json", MAX_DESCRIPTION_BYTES))
+        fields = msgspec.json.decode(_content(source, f"{stem}.json", MAX_DESCRIPTION_BYTES))
         revision = fields.get("revision", 1) if isinstance(fields, dict) else None
         if revision != signatures.REVISION:
             raise BundleError(f"it is of revision {revision!r:.20}, expected {signatures.REVISION}")
-        return _validated(from_fields(_Description, fields), name, architecture, dtype, config, source)
+        description = from_fields(Description, fields)
+        stated = (description.kernel, description.cubin, description.architecture, description.dtype)
+        if stated != (name, f"{stem}.cubin", architecture, dtype):
+            raise BundleError(f"it describes {stated}")
+        _check_constants(description.constants, name, config)
+        _check_arguments(description.arguments, signatures.arguments(_base(name), dtype))
     except (ValueError, RecursionError, msgspec.DecodeError) as error:  # InputError and BundleError are ValueErrors
-        raise BundleError(f"{source.where}: {stem}.json cannot be used: {error}; compile the kernels again") from error
+        raise BundleError(
+            f"{_where(source)}: {stem}.json cannot be used: {error}; compile the kernels again"
+        ) from error
+    code = _content(source, f"{stem}.cubin", MAX_CUBIN_BYTES)
+    if hashlib.sha256(code).hexdigest() != description.sha256:
+        raise BundleError(
+            f"{_where(source)}: {stem}.cubin is not the cubin that its description states; compile it again"
+        )
+    return Cubin(**msgspec.structs.asdict(description), code=code)
 
 
-def _validated(
-    description: _Description, name: str, architecture: int, dtype: str, config: ModelConfig, source: Source
-) -> Cubin:
-    stated = (description.kernel, description.cubin, description.architecture, description.dtype)
-    if stated != (name, f"{name}_sm{architecture}.cubin", architecture, dtype):
-        raise BundleError(f"it describes {stated}")
-    _check_constants(description.constants, name, config)
-    return Cubin(
-        name,
-        architecture,
-        dtype,
-        description.entry,
-        description.threads,
-        description.shared_bytes,
-        tuple(_arguments(description.arguments, signatures.arguments(name.partition("_")[0], dtype))),
-        description.constants,
-        description.cuda,
-        lambda: _code(source, description.cubin, description.sha256),
-    )
-
-
-def _arguments(stated: Sequence[_Argument], expected: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    seen = set()
-    for argument in stated:
-        hidden = argument.name in _HIDDEN and argument.type == "null"
-        if argument.name in seen or not (hidden or expected.get(argument.name) == argument.type):
-            raise BundleError(f"argument {argument!r:.80}: expected those of this kernel, {expected}")
-        seen.add(argument.name)
-        yield argument.name, argument.type
-    if missing := set(expected) - seen:
-        raise BundleError(f"it takes no argument {sorted(missing)[0]}")
+def _check_arguments(stated: Sequence[Mapping[str, str]], expected: Mapping[str, str]) -> None:
+    """Those of the kernel in their order, and then any of the hidden ones."""
+    wanted = [{"name": name, "type": kind} for name, kind in expected.items()]
+    hidden = [{"name": name, "type": "null"} for name in signatures.HIDDEN]
+    if list(stated[: len(wanted)]) != wanted or not all(argument in hidden for argument in stated[len(wanted) :]):
+        raise BundleError(f"arguments {list(stated)!r:.200}: expected those of this kernel, {dict(expected)}")
 
 
 def _check_constants(constants: Mapping[str, int], name: str, config: ModelConfig) -> None:
-    kernel, values = name.partition("_")[0], config.warped_channels
+    kernel, values = _base(name), config.warped_channels
     needed = {} if kernel == "pack" else {"C": config.feature_channels, "PATCH": config.patch}
     if kernel == "warp":
         needed |= {"V": values, "VP": signatures.padded_values(values)}
@@ -259,10 +215,3 @@ def _check_constants(constants: Mapping[str, int], name: str, config: ModelConfi
     for key, least in (("BN", 3), ("BC", 1)):  # the two outermost lanes of a tile of nine taps are no queries
         if constants.get(key, 0) < least:
             raise BundleError(f"constants: expected {key} of {least} or more, got {constants.get(key)!r}")
-
-
-def _code(source: Source, name: str, sha256: str) -> bytes:
-    code = source.read(name, MAX_CUBIN_BYTES)
-    if hashlib.sha256(code).hexdigest() != sha256:
-        raise BundleError(f"{source.where}: {name} is not the cubin that its description states; compile it again")
-    return code

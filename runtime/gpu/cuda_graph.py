@@ -36,8 +36,8 @@ class CudaGraph:
     through what `work` raises; the stream then captures no more.
     """
 
-    def __init__(self, stream: int, work: Callable[[], None], library: Any = None) -> None:
-        self._library = load_driver() if library is None else library
+    def __init__(self, stream: int, work: Callable[[], None]) -> None:
+        self._library = load_driver()
         self._stream = stream
         self._executable = ctypes.c_void_p()
         graph = ctypes.c_void_p()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import math
 import threading
@@ -30,7 +29,7 @@ INSTALL = "pip install flashcocos[tensorrt], flashcocos[rtx] or pycuda"
 MIN_DRIVER = 12000  # CUDA 12.0: TensorRT 10 and ONNX Runtime since 1.19 need it, and it has all of graphs
 LARGE_SHARED = 48 << 10  # bytes of dynamic shared memory from which a kernel asks for them
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no waiting for the legacy default stream of other libraries
-_contexts: dict[int, _PrimaryContext] = {}
+_contexts: dict[int, Any] = {}
 _contexts_lock = threading.Lock()
 
 Launch = Callable[[tuple[int, int, int], Sequence[int | float]], None]  # (grid, arguments), pointers as addresses
@@ -51,11 +50,13 @@ class Buffer:
 
 
 class Window(NamedTuple):
-    """Part of an array in device memory: its first byte, bytes from row to row, and rows from plane to plane."""
+    """Part of an array in device memory: its first byte, bytes from row to row, rows from plane to plane; and its own
+    bytes a row, rows and planes."""
 
     address: int
     pitch: int
     rows: int
+    extent: tuple[int, int, int]
 
 
 class Device:
@@ -142,15 +143,15 @@ class Device:
         with self._errors("a copy on the GPU failed"):
             self._driver.memcpy_dtod_async(target, source, size, self._stream)
 
-    def copy_window(self, target: Window, source: Window, extent: tuple[int, int, int]) -> None:
-        """Put a copy of (bytes, rows, planes) from window to window on the stream."""
+    def copy_window(self, target: Window, source: Window) -> None:
+        """Put a copy from window to window, of one extent, on the stream."""
         with self._errors("a copy of a tile on the GPU failed"):
             copy = self._driver.Memcpy3D()
             copy.set_src_device(source.address)
             copy.src_pitch, copy.src_height = source.pitch, source.rows
             copy.set_dst_device(target.address)
             copy.dst_pitch, copy.dst_height = target.pitch, target.rows
-            copy.width_in_bytes, copy.height, copy.depth = extent
+            copy.width_in_bytes, copy.height, copy.depth = source.extent
             copy(self._stream)
 
     def load(self, cubin: bytes, entry: str, formats: str, threads: int, shared_bytes: int) -> Launch:
@@ -166,8 +167,15 @@ class Device:
                 limit = self._driver.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
                 function.set_attribute(limit, shared_bytes)
             function.prepare(list(formats))
-        self._functions.append(function)
-        return functools.partial(self._launch, len(self._functions) - 1, entry, (threads, 1, 1), shared_bytes)
+        number = len(self._functions)
+        self._functions.append(function)  # a launch must not keep it beyond `close`
+
+        def launch(grid: tuple[int, int, int], arguments: Sequence[int | float]) -> None:
+            with self._errors(f"kernel {entry} cannot be launched"):
+                call = self._functions[number].prepared_async_call
+                call(grid, (threads, 1, 1), self._stream, *arguments, shared_size=shared_bytes)
+
+        return launch
 
     def event(self) -> Event:
         """A new point in time on the stream, once it is passed to `record`."""
@@ -193,28 +201,19 @@ class Device:
         with self._errors("earlier work on the GPU failed"):
             self._stream.synchronize()
 
+    def settle(self) -> None:
+        """Wait for what an error has left on the stream: after one of the GPU itself, waiting raises it once more."""
+        with contextlib.suppress(BackendError):
+            self.synchronize()
+
     def close(self) -> None:
         """Unload the kernels and free the stream; buffers have to be freed before. Twice does no harm."""
         if not self._closed:
             with self.active():
-                with contextlib.suppress(BackendError):  # of work that failed and was reported
-                    self.synchronize()
+                self.settle()
                 self._functions.clear()
                 self._stream = None
             self._closed = True
-
-    def _launch(
-        self,
-        function: int,
-        entry: str,
-        block: tuple[int, int, int],
-        shared_bytes: int,
-        grid: tuple[int, int, int],
-        arguments: Sequence[int | float],
-    ) -> None:
-        with self._errors(f"kernel {entry} cannot be launched"):
-            call = self._functions[function].prepared_async_call
-            call(grid, block, self._stream, *arguments, shared_size=shared_bytes)
 
     @contextlib.contextmanager
     def _errors(self, what: str, kind: type[BackendError] = BackendError) -> Iterator[None]:
@@ -224,20 +223,13 @@ class Device:
             raise kind(f"{what}: {error}") from error
 
 
-class _PrimaryContext:
-    """The retained primary context of one GPU, given back when the process ends."""
-
-    def __init__(self, context: Any) -> None:
-        self.context = context
-        # not in its destructor, in which pycuda treats it as a context that it has made itself
-        weakref.finalize(self, context.detach)
-
-
 def _primary_context(driver: Any, ordinal: int) -> Any:
     with _contexts_lock:
         if ordinal not in _contexts:
-            _contexts[ordinal] = _PrimaryContext(driver.Device(ordinal).retain_primary_context())
-        return _contexts[ordinal].context
+            _contexts[ordinal] = context = driver.Device(ordinal).retain_primary_context()
+            # when the process ends: in its destructor, pycuda treats it as a context that it has made itself
+            weakref.finalize(Device, context.detach)
+        return _contexts[ordinal]
 
 
 def import_driver(install: str) -> Any:

@@ -15,6 +15,7 @@ from ...config import ModelConfig
 from ..engine import EngineInfo
 
 Shape = tuple[int, int, int]  # images a batch, height and width in pixels
+Tensors = dict[str, tuple[tuple[int, ...], Any]]  # name -> (shape, dtype)
 
 
 class Binding(Protocol):
@@ -45,12 +46,8 @@ class DeviceEngine(Protocol):
 
     uint8_output: bool
 
-    def supports(self, shape: Shape) -> bool:
-        """Whether the stage runs at this shape."""
-        ...
-
-    def why_unsupported(self, height: int, width: int) -> str:
-        """Why the stage does not run at this size, in words: the shapes that it runs at, and how to get others."""
+    def why_unsupported(self, shape: Shape) -> str:
+        """Why the stage does not run at this shape, at which it does, and how to get others; empty where it runs."""
         ...
 
     def bind(self, shape: Shape, addresses: Mapping[str, int]) -> Binding:
@@ -81,14 +78,7 @@ def device_tensors(
     return inputs, outputs
 
 
-def concrete(
-    config: ModelConfig, tensors: Iterable[TensorSpec], shape: Shape
-) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """name -> (shape, dtype) with every dynamic axis in numbers."""
+def concrete(config: ModelConfig, tensors: Iterable[TensorSpec], shape: Shape) -> Tensors:
+    """`tensors` with every dynamic axis in numbers."""
     sizes = axis_sizes(config, *shape)
     return {tensor.name: (concrete_shape(tensor, sizes), tensor.dtype) for tensor in tensors}
-
-
-def axis_names(tensors: Iterable[TensorSpec]) -> dict[str, tuple[str, int]]:
-    """name -> (dtype, number of axes): what must be equal whether or not a tensor's sides are fixed."""
-    return {tensor.name: (tensor.dtype, len(tensor.shape)) for tensor in tensors}

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...bundle import Bundle
-from .cubins import FOLDER, bundle_kernels, find_kernels, folder_kernels
+from .cubins import FOLDER, find_kernels
 from .device import Device
-from .warp import DeviceWarp, Tensors, key_tensors, query_tensors
-from .workspace import Workspace
+from .engine import Tensors
+from .warp import DeviceWarp, key_tensors, query_tensors
+from .workspace import Buffers
 
 _INPUTS = {"theta": "theta", "phi": "phi_planes", "values": "values_planes"}  # -> the name of its buffer
 _OUTPUTS = ("warped", "index", "probability")
@@ -27,10 +28,10 @@ class HostWarp:
     def __init__(self, bundle: Bundle, ordinal: int) -> None:
         self._config = bundle.manifest.config
         self._device = device = Device(ordinal)
-        self._workspace: tuple[tuple[Any, ...], Workspace] | None = None  # of the latest shapes
+        self._buffers: Buffers | None = None  # of the latest shapes
         with device.active():
             cubins = find_kernels(
-                (folder_kernels(bundle.path / FOLDER), bundle_kernels(bundle)),
+                (bundle.path / FOLDER, bundle),
                 self._config,
                 ("float16", "float32"),
                 capability=device.capability,
@@ -42,44 +43,36 @@ class HostWarp:
     def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """warped, index and probability of theta, phi and values, as `warp_arrays` has them; one call at a time."""
         theta, phi = (arrays[name].shape for name in ("theta", "phi"))
-        batch, query_map, key_map = theta[0], (theta[2], theta[3]), (phi[2], phi[3])
+        batch, query_map, key_map = theta[0], theta[2:], phi[2:]
         with self._device.active():
-            workspace = self._buffers(batch, query_map, key_map)
-            addresses = workspace.addresses
+            buffers = self._room(
+                {
+                    **{buffer: (arrays[name].shape, np.float32) for name, buffer in _INPUTS.items()},
+                    **key_tensors(self._config, self._warp.dtype, batch, key_map),
+                    **query_tensors(self._config, self._warp.dtype, batch, query_map),
+                }
+            )
+            addresses = buffers.addresses
             for name, buffer in _INPUTS.items():
-                workspace.pinned[buffer][...] = arrays[name]
+                buffers.pinned[buffer][...] = arrays[name]
             for step in (
-                *workspace.upload(*_INPUTS.values()),
+                *buffers.upload(*_INPUTS.values()),
                 *self._warp.pack_keys(addresses["phi_planes"], addresses["values_planes"], addresses, batch, key_map),
                 *self._warp.run(addresses["theta"], addresses, addresses, batch, query_map, key_map),
-                *workspace.download(*_OUTPUTS),
+                *buffers.download(*_OUTPUTS),
             ):
                 step()
             self._device.synchronize()
-            results = {name: workspace.pinned[name].copy() for name in _OUTPUTS}
+            results = {name: buffers.pinned[name].copy() for name in _OUTPUTS}
         return {
             name: array if name == "warped" else array.reshape(batch, *query_map) for name, array in results.items()
         }
 
-    def _buffers(self, batch: int, query_map: tuple[int, int], key_map: tuple[int, int]) -> Workspace:
-        """Memory for these shapes; that of the shapes before is freed."""
-        key = (batch, query_map, key_map)
-        if self._workspace is None or self._workspace[0] != key:
-            if self._workspace is not None:
-                self._workspace[1].free()
-                self._workspace = None  # where the next lines fail, nothing of it may be left
-            workspace, config, dtype = Workspace(self._device), self._config, self._warp.dtype
-            tensors: Tensors = {
-                "theta": ((batch, config.feature_channels, *query_map), np.float32),
-                "phi_planes": ((batch, config.feature_channels, *key_map), np.float32),
-                "values_planes": ((batch, config.warped_channels, *key_map), np.float32),
-                **key_tensors(config, dtype, batch, key_map),
-                **query_tensors(config, dtype, batch, query_map),
-            }
-            try:
-                workspace.allocate(tensors, pinned=(*_INPUTS.values(), *_OUTPUTS))
-            except BaseException:
-                workspace.free()
-                raise
-            self._workspace = key, workspace
-        return self._workspace[1]
+    def _room(self, tensors: Tensors) -> Buffers:
+        """Memory for these tensors; that of others before is freed."""
+        if self._buffers is None or self._buffers.tensors != tensors:
+            if self._buffers is not None:
+                self._buffers.free()
+                self._buffers = None  # where the next line fails, nothing of it may be left
+            self._buffers = Buffers(self._device, tensors, (*_INPUTS.values(), *_OUTPUTS))
+        return self._buffers

@@ -3,7 +3,8 @@
 Weights of all stages lie on the device together. The stages run one after another and share their working memory, the
 most that one of them asks for, by TensorRT's own figure at the engine's largest shape. Between the stages lie the
 buffers of labels, features and pictures, and those of the warp; N = H W / 16 positions, so all grow with the picture
-and nothing with its square. The context of the driver, some 300 to 500 MiB, comes on top and is not counted.
+and nothing with its square. What comes on top is not counted: the context of the driver, some 300 to 500 MiB, and the
+kernels that tensorrt-rtx compiles.
 
 Arithmetic alone: no estimate has been compared with a measurement.
 """
@@ -19,39 +20,31 @@ from ...errors import BackendError
 from .device import mebibytes
 from .engine import concrete, device_tensors
 from .store import EngineRecord
-from .warp import key_tensors, total_bytes
-from .workspace import tile_shape, translate_tensors
+from .warp import key_tensors, query_tensors, total_bytes
+from .workspace import stage_shape, translate_tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of device memory for a batch of pictures of height x width, with an exemplar of the same size.
 
-    weights, working: of each stage. stages, warp: of the buffers between them. exemplar: of one encoded exemplar in the
-    cache; encoding: of the buffers that encoding one takes, which stay allocated.
+    parts: "STAGE weights" and "working memory"; "stages" and "warp", the buffers between them; "exemplar", one encoded
+    exemplar in the cache; "encoding", the buffers that encoding one takes, which stay allocated.
     """
 
     batch: int
     height: int
     width: int
-    weights: Mapping[str, int]
-    working: Mapping[str, int]
-    stages: int
-    warp: int
-    exemplar: int
-    encoding: int
+    parts: Mapping[str, int]
 
     @property
     def total(self) -> int:
         """All of it at once."""
-        shared = max(self.working.values())
-        return sum(self.weights.values()) + shared + self.stages + self.warp + self.exemplar + self.encoding
+        return sum(self.parts.values())
 
     def __str__(self) -> str:
-        rows = [f"{stage} weights {mebibytes(self.weights[stage])}" for stage in STAGES]
-        rows += [f"working memory {mebibytes(max(self.working.values()))}"]
-        rows += [f"{name} {mebibytes(getattr(self, name))}" for name in ("stages", "warp", "exemplar", "encoding")]
-        return f"{self.height} x {self.width}, batch {self.batch}: {mebibytes(self.total)} ({', '.join(rows)})"
+        parts = ", ".join(f"{name} {mebibytes(size)}" for name, size in self.parts.items())
+        return f"{self.height} x {self.width}, batch {self.batch}: {mebibytes(self.total)} ({parts})"
 
 
 def estimate_memory(
@@ -70,9 +63,8 @@ def estimate_memory(
     """
     engines: dict[str, EngineRecord] = {}
     for stage in STAGES:
-        shape = (1 if stage == "exemplar" else batch, height, width)  # an exemplar is encoded alone
-        if stage == "fine":
-            shape = tile_shape(shape, tile)
+        count = 1 if stage == "exemplar" else batch  # an exemplar is encoded alone
+        shape = stage_shape(stage, (count, height, width), tile)
         fitting = [record for record in records if record.key.stage == stage and record.key.profile.supports(*shape)]
         if not fitting:
             available = "; ".join(str(record.key.profile) for record in records if record.key.stage == stage) or "none"
@@ -84,19 +76,13 @@ def estimate_memory(
         engines[stage] = fitting[0]
     dtype, feature_map = engines["query"].key.precision, (height // config.warp_stride, width // config.warp_stride)
     fine = device_tensors(config, "fine", uint8_output=True)
-    stages, results, parts = translate_tensors(config, dtype, fine, (batch, height, width), tile)
-    keys = key_tensors(config, dtype, batch, feature_map)
-    encoding = [
-        concrete(config, side, (1, height, width)) for side in device_tensors(config, "exemplar", uint8_output=True)
-    ]
-    return MemoryEstimate(
-        batch,
-        height,
-        width,
-        {stage: record.weight_bytes for stage, record in engines.items()},
-        {stage: record.activation_bytes for stage, record in engines.items()},
-        total_bytes([stages, parts]),
-        total_bytes([keys, results]),
-        total_bytes([key_tensors(config, dtype, 1, feature_map)]),
-        total_bytes(encoding),
-    )
+    results = query_tensors(config, dtype, batch, feature_map)
+    whole, own = translate_tensors(config, dtype, fine, (batch, height, width), tile)
+    inputs, outputs = device_tensors(config, "exemplar", uint8_output=True)
+    parts = {f"{stage} weights": record.weight_bytes for stage, record in engines.items()}
+    parts["working memory"] = max(record.activation_bytes for record in engines.values())
+    parts["stages"] = total_bytes(whole) + total_bytes(own) - total_bytes(results)
+    parts["warp"] = total_bytes(results) + total_bytes(key_tensors(config, dtype, batch, feature_map))
+    parts["exemplar"] = total_bytes(key_tensors(config, dtype, 1, feature_map))
+    parts["encoding"] = total_bytes(concrete(config, (*inputs, *outputs), (1, height, width)))
+    return MemoryEstimate(batch, height, width, parts)

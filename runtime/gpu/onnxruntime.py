@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle import STAGES, Bundle
+from ...bundle import Bundle
 from ...errors import BackendError
 from ..cpu.onnxruntime import import_onnxruntime, onnxruntime_errors, open_session
 from ..engine import EngineInfo, one_line
@@ -52,13 +52,9 @@ class OnnxCudaEngine:
         self._config = bundle.manifest.config
         self._tensors = device_tensors(self._config, stage, uint8_output=False)
 
-    def supports(self, shape: Shape) -> bool:
-        """Always: the graphs are dynamic."""
-        return True
-
-    def why_unsupported(self, height: int, width: int) -> str:
-        """The graphs are dynamic, so there is no reason."""
-        return f"{self._name} runs at every size"
+    def why_unsupported(self, shape: Shape) -> str:
+        """Empty: the graphs are dynamic."""
+        return ""
 
     def bind(self, shape: Shape, addresses: Mapping[str, int]) -> OnnxCudaBinding:
         """The session with its inputs and outputs at `addresses`."""
@@ -101,8 +97,3 @@ class OnnxCudaBinding:
     def close(self) -> None:
         """Free the binding."""
         self._session = self._binding = None
-
-
-def open_onnx_cuda(bundle: Bundle, device: Device, *, exact: bool = False) -> dict[str, OnnxCudaEngine]:
-    """An engine for every stage, by name."""
-    return {stage: OnnxCudaEngine(bundle, stage, device, exact=exact) for stage in STAGES}

@@ -13,7 +13,7 @@ import collections
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,18 +26,17 @@ from ...preprocess.images import FloatArray, UInt8Array, to_uint8
 from ..engine import EngineInfo
 from ..options import EXEMPLAR_CACHE_MIB, VARIANTS, EngineOptions
 from ..pipeline import Exemplar, PipelineOutput, require_finite
-from .cubins import FOLDER, bundle_kernels, find_kernels, folder_kernels
-from .device import Buffer, Device, OutOfMemory, mebibytes
+from .cubins import FOLDER, find_kernels
+from .device import Buffer, Device, OutOfMemory, mebibytes, nbytes
 from .engine import DeviceEngine, Shape
 from .store import default_folder
-from .warp import DeviceWarp, Map, key_tensors, total_bytes
+from .warp import DeviceWarp, Map, total_bytes
 from .workspace import (
-    DeviceExemplar,
+    Buffers,
     GpuModel,
     Workspace,
     encode_workspace,
-    load_exemplar,
-    tile_shape,
+    stage_shape,
     translate_work,
     translate_workspace,
     upload_exemplar,
@@ -45,31 +44,21 @@ from .workspace import (
 
 MAX_WORKSPACES = 16  # shapes whose buffers are kept
 MAX_BATCH = 256
-_TRANSLATE = ("query", "coarse", "fine")
 Made = TypeVar("Made")
 
 
 class GpuPipeline:
-    """The stages of `bundle` on `device`, which it owns and closes; so it does the engines.
+    """The stages of `model`, whose engines and device it closes. name: of the bundle, for messages.
 
-    budget: bytes of device memory for encoded exemplars. tile: side of the fine stage's tiles, None for whole pictures.
+    budget: bytes of device memory for encoded exemplars.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        device: Device,
-        engines: Mapping[str, DeviceEngine],
-        warp: DeviceWarp,
-        budget: int,
-        tile: int | None = None,
-    ) -> None:
-        self._name, self._device, self._engines, self._budget, self._tile = bundle.path, device, engines, budget, tile
-        self._model = GpuModel(bundle.manifest.config, device, engines, warp, tile)
+    def __init__(self, name: Path, model: GpuModel, budget: int) -> None:
+        self._name, self._model, self._device, self._budget = name, model, model.device, budget
         self._lock = threading.RLock()
         self._closed = False
         self._workspaces: collections.OrderedDict[tuple[str, Shape], Workspace] = collections.OrderedDict()
-        self._exemplars: collections.OrderedDict[weakref.ref[Exemplar], DeviceExemplar] = collections.OrderedDict()
+        self._exemplars: collections.OrderedDict[weakref.ref[Exemplar], Buffers] = collections.OrderedDict()
         self._forgotten: collections.deque[weakref.ref[Exemplar]] = collections.deque()
         self._scratch: Buffer | None = None
         self._busy: Workspace | None = None  # not to be evicted
@@ -100,13 +89,12 @@ class GpuPipeline:
         height, width = label.shape[-2:]
         by_size: dict[Map, list[int]] = {}
         for index, exemplar in enumerate(exemplars):
-            key_height, key_width = exemplar.phi.shape[2:]
-            by_size.setdefault((key_height, key_width), []).append(index)
+            by_size.setdefault(exemplar.phi.shape[2:], []).append(index)
         results: dict[int, PipelineOutput] = {}
         with self._running():
             for key_map, indices in by_size.items():
                 while indices:
-                    batch = self._batch(_TRANSLATE, len(indices), height, width)
+                    batch = self._batch(("query", "coarse", "fine"), len(indices), height, width)
                     part, indices = indices[:batch], indices[batch:]
                     rendered = self._render(label[part], [exemplars[i] for i in part], (batch, height, width), key_map)
                     results.update(zip(part, rendered, strict=True))
@@ -114,7 +102,7 @@ class GpuPipeline:
 
     def describe(self) -> dict[str, EngineInfo]:
         """What runs each stage, and the warp."""
-        stages = {stage: self._engines[stage].describe() for stage in STAGES}
+        stages = {stage: self._model.engines[stage].describe() for stage in STAGES}
         dtype = self._model.warp.dtype
         backend = f"cubins for sm_{self._model.warp.architecture}"
         return {**stages, "warp": EngineInfo(backend, "flashcocos", "cuda", dtype, dtype)}
@@ -128,7 +116,7 @@ class GpuPipeline:
             with contextlib.ExitStack() as stack:
                 stack.callback(self._device.close)
                 stack.enter_context(self._device.active())
-                for engine in self._engines.values():
+                for engine in self._model.engines.values():
                     stack.callback(engine.close)
                 self._busy = None
                 stack.callback(self._evict_all)
@@ -145,7 +133,7 @@ class GpuPipeline:
                 try:
                     yield
                 except BaseException:
-                    self._settle()
+                    self._device.settle()
                     raise
                 finally:
                     self._busy = None
@@ -158,7 +146,10 @@ class GpuPipeline:
         work = self._with_room(_words(shape), lambda: translate_work(self._model, workspace, shape, key_map))
         last = len(label) - 1
         for slot in range(shape[0]):
-            load_exemplar(self._device, work, slot, self._uploaded(exemplars[min(slot, last)]))
+            uploaded = self._uploaded(exemplars[min(slot, last)])
+            for name, address in uploaded.addresses.items():
+                size = nbytes(*uploaded.tensors[name])
+                self._device.copy(work.keys.addresses[name] + slot * size, address, size)
             workspace.pinned["label"][slot] = label[min(slot, last)]
         timings = {name: value / len(label) for name, value in work.run().items()}
         pinned = workspace.pinned
@@ -183,23 +174,22 @@ class GpuPipeline:
         return to_uint8(pinned)
 
     def _require_finite(self, stage: str, what: str, finite: Any) -> None:
-        remedy = "build it again" if self._engines["fine"].uint8_output else "export it again"
+        remedy = "build it again" if self._model.engines["fine"].uint8_output else "export it again"
         require_finite(f"{self._name}: stage {stage} gave", what, finite, remedy)
 
     def _batch(self, stages: Sequence[str], wanted: int, height: int, width: int) -> int:
         """How many items run together: `wanted` or the next fewer that all stages support, else the next more."""
+        batches: list[int] = [*range(wanted, 0, -1), *range(wanted + 1, MAX_BATCH + 1)]
 
-        def stage_shape(stage: str, batch: int) -> Shape:
-            return tile_shape((batch, height, width), self._tile if stage == "fine" else None)
+        def reason(stage: str, batch: int) -> str:
+            shape = stage_shape(stage, (batch, height, width), self._model.tile)
+            return self._model.engines[stage].why_unsupported(shape)
 
-        def supported(batches: Iterable[int], stages: Sequence[str] = stages) -> int | None:
-            fitting = (b for b in batches if all(self._engines[s].supports(stage_shape(s, b)) for s in stages))
-            return next(fitting, None)
-
-        if batch := supported(range(wanted, 0, -1)) or supported(range(wanted + 1, MAX_BATCH + 1)):
-            return batch
-        lacking = [stage for stage in stages if supported(range(1, MAX_BATCH + 1), [stage]) is None] or stages
-        reasons = "; ".join(self._engines[s].why_unsupported(*stage_shape(s, wanted)[1:]) for s in lacking)
+        for batch in batches:
+            if not any(reason(stage, batch) for stage in stages):
+                return batch
+        lacking = [stage for stage in stages if all(reason(stage, batch) for batch in batches)] or stages
+        reasons = "; ".join(filter(None, (reason(stage, wanted) for stage in lacking)))
         raise InputError(f"{height} x {width} pixels (height x width), batch {wanted}: {reasons}")
 
     def _workspace(self, kind: str, shape: Shape, make: Callable[[GpuModel, Shape], Workspace]) -> Workspace:
@@ -225,18 +215,17 @@ class GpuPipeline:
             self._scratch = self._device.allocate(size)
         return self._scratch
 
-    def _uploaded(self, exemplar: Exemplar) -> DeviceExemplar:
-        """The exemplar's state on the device, uploaded where it is missing."""
+    def _uploaded(self, exemplar: Exemplar) -> Buffers:
+        """The exemplar on the device, uploaded where it is missing."""
         key = weakref.ref(exemplar)
         if key not in self._exemplars:
-            height, width = exemplar.phi.shape[2:]
-            size = total_bytes([key_tensors(self._model.config, self._model.warp.dtype, 1, (height, width))])
+            size = total_bytes(self._model.exemplar_tensors(1, exemplar.phi.shape[2:]))
             if size > self._budget:
                 raise InputError(
                     f"exemplar of {exemplar.size[0]} x {exemplar.size[1]} pixels takes {mebibytes(size)} on the GPU, "
                     f"more than exemplar_cache_mib, {mebibytes(self._budget)}; raise it"
                 )
-            while sum(sum(kept.sizes.values()) for kept in self._exemplars.values()) + size > self._budget:
+            while sum(kept.bytes for kept in self._exemplars.values()) + size > self._budget:
                 self._device.synchronize()
                 self._exemplars.popitem(last=False)[1].free()
             uploaded = self._with_room("an exemplar", lambda: upload_exemplar(self._model, exemplar))
@@ -253,7 +242,7 @@ class GpuPipeline:
             return make()
         except OutOfMemory as error:
             free, total = self._device.memory()
-            tiles = "" if self._tile else ", or tile= makes pictures in parts"
+            tiles = "" if self._model.tile else ", or tile= makes pictures in parts"
             raise BackendError(
                 f"{what} does not fit on {self._device.name}: {error}; {mebibytes(free)} of {mebibytes(total)} are "
                 f"free; lower size, batch_size or exemplar_cache_mib{tiles}, or close what else uses the GPU"
@@ -261,7 +250,7 @@ class GpuPipeline:
 
     def _evict_all(self) -> None:
         """Free every workspace but the busy one with its last work, every exemplar, and working memory not in use."""
-        self._settle()
+        self._device.settle()
         if self._busy is not None:
             self._busy.keep_work(1)
         for key in [key for key, workspace in self._workspaces.items() if workspace is not self._busy]:
@@ -271,11 +260,6 @@ class GpuPipeline:
         if self._scratch is not None and self._busy is None:
             self._scratch.free()
             self._scratch = None
-
-    def _settle(self) -> None:
-        """Wait for what an error has left on the stream: after one of the GPU itself, waiting raises it once more."""
-        with contextlib.suppress(BackendError):
-            self._device.synchronize()
 
 
 def _words(shape: Shape) -> str:
@@ -298,7 +282,7 @@ def open_gpu_pipeline(bundle: Bundle, options: EngineOptions) -> GpuPipeline:
             if backend in VARIANTS:
                 remedy += f" --variant {backend}"
             cubins = find_kernels(
-                (folder_kernels(folder / FOLDER), bundle_kernels(bundle)),
+                (folder / FOLDER, bundle),
                 config,
                 ("float32", "float16") if precision == "float32" else ("float16", "float32"),
                 capability=device.capability,
@@ -312,10 +296,11 @@ def open_gpu_pipeline(bundle: Bundle, options: EngineOptions) -> GpuPipeline:
 
                 engines = open_tensorrt(bundle, device, variant=backend, folder=folder, precision=precision)
             else:
-                from .onnxruntime import open_onnx_cuda
+                from .onnxruntime import OnnxCudaEngine
 
-                engines = open_onnx_cuda(bundle, device, exact=precision == "float32")
-            return GpuPipeline(bundle, device, engines, warp, cache_bytes, options.tile)
+                exact = precision == "float32"
+                engines = {stage: OnnxCudaEngine(bundle, stage, device, exact=exact) for stage in STAGES}
+            return GpuPipeline(bundle.path, GpuModel(config, device, engines, warp, options.tile), cache_bytes)
     except BaseException:
         device.close()
         raise

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ...bundle import STAGES, Bundle, TensorSpec
+from ...bundle import STAGES, Bundle
 from ...config import SIZE_MULTIPLE, from_fields
 from ...errors import BackendError, InputError
 from ...files import atomic_path
@@ -98,14 +98,12 @@ class EngineKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the store knows of one engine.
 
-    inputs, outputs: tensors with named dynamic axes. weight_bytes, activation_bytes: of device memory, by TensorRT's
-    own figures at the profile's largest shape; activation_bytes includes scratch. sha256, bytes: of the engine's file.
-    int8_convolutions: how many TensorRT was given in int8; the rest is of the key's precision.
+    weight_bytes, activation_bytes: of device memory, by TensorRT's own figures at the profile's largest shape;
+    activation_bytes includes scratch. sha256, bytes: of the engine's file. int8_convolutions: how many TensorRT was
+    given in int8; the rest is of the key's precision.
     """
 
     key: EngineKey
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
     weight_bytes: _Bytes
     activation_bytes: _Bytes
     bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_ENGINE_BYTES)]
@@ -187,24 +185,20 @@ def find_engines(
     records = list_engines(folder)
     if not records:
         raise BackendError(f"no TensorRT engines in {folder}; {build}")
-    steps: list[tuple[str, Callable[[EngineKey], Any], Callable[[Any], bool]]] = [
-        (
-            "of this bundle (it was changed since they were built)",
-            lambda key: key.graph_sha256,
-            lambda graph: graph in graphs,
-        ),
-        ("of these graphs by this flashcocos", lambda key: key.revision, lambda revision: revision == GRAPH_REVISION),
-        (f"of variant {variant}", lambda key: key.variant, lambda name: name == variant),
-        (f"of {variant} {version}, which is installed,", lambda key: key.version, lambda built: built == version),
-        (f"for architecture sm_{architecture}", lambda key: key.architectures, lambda built: architecture in built),
+    steps: list[tuple[str, str, Callable[[Any], bool]]] = [  # field of the key, what it says, whether it fits
+        ("graph_sha256", "of this bundle (it was changed since they were built)", lambda graph: graph in graphs),
+        ("revision", "of these graphs by this flashcocos", lambda revision: revision == GRAPH_REVISION),
+        ("variant", f"of variant {variant}", lambda name: name == variant),
+        ("version", f"of {variant} {version}, which is installed,", lambda built: built == version),
+        ("architectures", f"for architecture sm_{architecture}", lambda built: architecture in built),
     ]
     if precision is not None:
-        steps.append((f"of precision {precision}", lambda key: key.precision, lambda built: built == precision))
+        steps.append(("precision", f"of precision {precision}", lambda built: built == precision))
         build += f" --precision {precision}"
-    for what, value, fits in steps:
-        fitting = [record for record in records if fits(value(record.key))]
+    for field, what, fits in steps:
+        fitting = [record for record in records if fits(getattr(record.key, field))]
         if not fitting:
-            available = ", ".join(sorted({_shown(value(record.key)) for record in records}))
+            available = ", ".join(sorted({_shown(getattr(record.key, field)) for record in records}))
             raise BackendError(f"no TensorRT engine {what} in {folder}, only {available}; {build}")
         records = fitting
     for name in reversed(PRECISIONS):
@@ -218,7 +212,7 @@ def find_engines(
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " + ".join(f"sm_{architecture}" for architecture in value)
-    return value[:12] if isinstance(value, str) else str(value)
+    return str(value)[:12]
 
 
 def _read_record(path: Path) -> EngineRecord:

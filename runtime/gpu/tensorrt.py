@@ -13,19 +13,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...bundle import STAGES, Bundle, TensorSpec
+from ...bundle import STAGES, Bundle
 from ...errors import BackendError
 from ...files import atomic_path
 from ..engine import EngineInfo, one_line
 from .device import Device, OutOfMemory, mebibytes
-from .engine import Shape, axis_names, concrete, device_tensors
+from .engine import Shape, Tensors, concrete, device_tensors
 from .store import EngineRecord, find_engines, import_variant, read_engine
 
 _log = logging.getLogger("flashcocos.runtime")
@@ -35,15 +34,14 @@ _MAX_CACHE_BYTES = 1 << 30
 class TensorRt:
     """The installed package of a variant, its runtime, its last error messages, and the kernels that it has compiled.
 
-    cache: the file of these kernels, which are code, to be trusted as the engines beside it. Raises `BackendError`
-    where the package is missing or does not start.
+    folder: of the engines; the kernels, which are code and trusted as these are, lie there in a file for GPUs of
+    `capability`. Raises `BackendError` where the package is missing or does not start.
     """
 
-    cache: Path | None = None
-
-    def __init__(self, variant: str) -> None:
+    def __init__(self, variant: str, folder: Path, capability: int) -> None:
         self.module: Any = import_variant(variant)
         self.variant, self.version = variant, str(self.module.__version__)
+        self._cache = folder / f"runtime-{self.version}-sm{capability}.cache"
         self._messages: collections.deque[str] = collections.deque(maxlen=3)
         self._logger = _logger(self.module, self._messages)
         self._compiled: Any = None
@@ -51,7 +49,10 @@ class TensorRt:
         try:
             self.runtime: Any = self.module.Runtime(self._logger)
         except (RuntimeError, TypeError) as error:  # TypeError where its factory gives nothing
-            raise BackendError(f"{variant} {self.version} does not start: {self.complaint(error)}") from error
+            raise BackendError(f"{self} does not start: {self.complaint(error)}") from error
+
+    def __str__(self) -> str:
+        return f"{self.variant} {self.version}"
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What `function` gives; `complaint` then tells of this call and of no earlier one."""
@@ -78,24 +79,24 @@ class TensorRt:
         if self._compiled is None:
             self._compiled, self._first_config = config.create_runtime_cache(), config
             with contextlib.suppress(OSError):  # there is none yet
-                if self.cache is not None and self.cache.stat().st_size <= _MAX_CACHE_BYTES:
-                    self._compiled.deserialize(self.cache.read_bytes())  # False for another driver or GPU, and empty
+                if self._cache.stat().st_size <= _MAX_CACHE_BYTES:
+                    self._compiled.deserialize(self._cache.read_bytes())  # False for another driver or GPU, and empty
         config.set_runtime_cache(self._compiled)
         return self.call(engine.create_execution_context, config), config
 
     def save_cache(self) -> None:
         """Write the compiled kernels for the next process, once; a folder that is read-only is no error."""
         compiled, self._compiled = self._compiled, None
-        if compiled is not None and self.cache is not None:
+        if compiled is not None:
             try:
-                with atomic_path(self.cache) as temporary:
+                with atomic_path(self._cache) as temporary:
                     temporary.write_bytes(bytes(compiled.serialize()))
             except OSError as error:
-                _log.warning("%s cannot be written: %s; the next start compiles again", self.cache, error.strerror)
+                _log.warning("%s cannot be written: %s; the next start compiles again", self._cache, error.strerror)
 
 
 class TensorRtEngine:
-    """A stage of `bundle`, run by the engines of `records` that are for this stage.
+    """A stage of `bundle`, run by the engines of `records`; the first, or that of the model's own size, is loaded here.
 
     folder: where the engines lie.
     """
@@ -108,89 +109,77 @@ class TensorRtEngine:
         stage: str,
         device: Device,
         tensorrt: TensorRt,
-        folder: str | os.PathLike[str],
-        records: Iterable[EngineRecord],
+        folder: Path,
+        records: Sequence[EngineRecord],
     ) -> None:
-        self._name, self._stage, self._device, self._tensorrt, self._folder = (
-            bundle.path,
-            stage,
-            device,
-            tensorrt,
-            folder,
-        )
-        self._config, self._stored = bundle.manifest.config, bundle.manifest.precision
+        self._bundle, self._stage, self._config = bundle, stage, bundle.manifest.config
+        self._device, self._tensorrt, self._folder, self._records = device, tensorrt, folder, records
         self._tensors = device_tensors(self._config, stage, uint8_output=True)
-        self._records = [record for record in records if record.key.stage == stage]
         self._engines: dict[str, Any] = {}
+        side = self._config.image_size
+        self._load(self._record((1, side, side)) or records[0])
 
-    def supports(self, shape: Shape) -> bool:
-        """Whether an engine's profile has this shape."""
-        return any(record.key.profile.supports(*shape) for record in self._records)
-
-    def why_unsupported(self, height: int, width: int) -> str:
-        """The profiles, the largest first, and how to build for this size."""
-
-        def pixels(record: EngineRecord) -> int:
-            return record.key.profile.height[2] * record.key.profile.width[2]
-
-        profiles = dict.fromkeys(str(record.key.profile) for record in sorted(self._records, key=pixels, reverse=True))
+    def why_unsupported(self, shape: Shape) -> str:
+        """The profiles, the largest first, and how to build for this size; empty where one has this shape."""
+        if self._record(shape) is not None:
+            return ""
+        profiles = sorted(
+            (record.key.profile for record in self._records), key=lambda one: one.height[2] * one.width[2], reverse=True
+        )
         return (
-            f"the engines of stage {self._stage} run {'; '.join(profiles)} (the largest first); "
-            f"flashcocos build {self._name} --size {height}x{width} makes others"
+            f"the engines of stage {self._stage} run {'; '.join(dict.fromkeys(map(str, profiles)))} (the largest "
+            f"first); flashcocos build {self._bundle.path} --size {shape[1]}x{shape[2]} makes others"
         )
 
     def bind(self, shape: Shape, addresses: Mapping[str, int]) -> TensorRtBinding:
         """An execution context for `shape`."""
         record = self._record(shape)
-        engine = self._engines.get(record.key.stem)
-        if engine is None:
-            engine = self._engines[record.key.stem] = self._load(record)
+        assert record is not None  # it was asked for
+        engine, name = self._load(record), f"{self._folder}: engine {record.key.stem}"
         inputs, outputs = (concrete(self._config, tensors, shape) for tensors in self._tensors)
-        name = f"{self._folder}: engine {record.key.stem}"
         return TensorRtBinding(self._tensorrt, engine, self._device, name, inputs, outputs, addresses)
-
-    def load(self) -> None:
-        """Load the engine for one picture of the model's own size, or else the first, so that it can fail early."""
-        side = self._config.image_size
-        record = self._record((1, side, side)) if self.supports((1, side, side)) else self._records[0]
-        self._engines[record.key.stem] = self._load(record)
 
     def describe(self) -> EngineInfo:
         """Variant with version, device, precision of the bundle's weights, and the engines' arithmetic."""
-        backend, arithmetic = f"{self._tensorrt.variant} {self._tensorrt.version}", self._records[0].arithmetic
-        return EngineInfo(backend, "TensorRT", "cuda", self._stored, arithmetic)
+        stored, arithmetic = self._bundle.manifest.precision, self._records[0].arithmetic
+        return EngineInfo(str(self._tensorrt), "TensorRT", "cuda", stored, arithmetic)
 
     def close(self) -> None:
         """Free the engines, whose contexts are gone by now, and keep what they have compiled."""
         self._tensorrt.save_cache()
         self._engines.clear()
 
-    def _record(self, shape: Shape) -> EngineRecord:
-        return next(record for record in self._records if record.key.profile.supports(*shape))
+    def _record(self, shape: Shape) -> EngineRecord | None:
+        return next((record for record in self._records if record.key.profile.supports(*shape)), None)
 
     def _load(self, record: EngineRecord) -> Any:
-        free, _ = self._device.memory()
+        """The engine of `record`, deserialized where it is not yet."""
+        stem, device = record.key.stem, self._device
+        if stem in self._engines:
+            return self._engines[stem]
+        free, _ = device.memory()
         if record.weight_bytes > free:
             raise OutOfMemory(
-                f"the weights of engine {record.key.stem} take {mebibytes(record.weight_bytes)}, {mebibytes(free)} are "
-                f"free on {self._device.name}; close what else uses the GPU"
+                f"the weights of engine {stem} take {mebibytes(record.weight_bytes)}, {mebibytes(free)} are free on "
+                f"{device.name}; close what else uses the GPU"
             )
         deserialize = self._tensorrt.runtime.deserialize_cuda_engine
         engine = self._tensorrt.call(deserialize, read_engine(self._folder, record))
         if engine is None:
-            device, variant = self._device, f"{self._tensorrt.variant} {self._tensorrt.version}"
             raise BackendError(
-                f"{self._folder}: {variant} cannot load engine {record.key.stem} on {device.name} "
+                f"{self._folder}: {self._tensorrt} cannot load engine {stem} on {device.name} "
                 f"(sm_{device.capability}, CUDA {device.driver}): {self._tensorrt.complaint()}; it was built "
                 "for another GPU or driver: run flashcocos build on this machine, or update the driver"
             )
-        actual, expected = _tensors(self._tensorrt.module, engine), tuple(map(axis_names, self._tensors))
+        actual, sides = _tensors(self._tensorrt.module, engine), zip(("input", "output"), self._tensors, strict=True)
+        expected = {spec.name: (side, spec.dtype, len(spec.shape)) for side, specs in sides for spec in specs}
         if actual != expected:
             del engine  # which the error's frames would keep
             raise BackendError(
-                f"{self._folder}: engine {record.key.stem} has the tensors {actual}, stage {self._stage} has "
+                f"{self._folder}: engine {stem} has the tensors {actual}, stage {self._stage} has "
                 f"{expected}; remove it and run flashcocos build again"
             )
+        self._engines[stem] = engine
         return engine
 
 
@@ -203,8 +192,8 @@ class TensorRtBinding:
         engine: Any,
         device: Device,
         name: str,
-        inputs: Mapping[str, tuple[tuple[int, ...], str]],
-        outputs: Mapping[str, tuple[tuple[int, ...], str]],
+        inputs: Tensors,
+        outputs: Tensors,
         addresses: Mapping[str, int],
     ) -> None:
         self._tensorrt, self._device, self._name = tensorrt, device, name
@@ -248,27 +237,24 @@ class TensorRtBinding:
 
 
 def open_tensorrt(
-    bundle: Bundle, device: Device, *, variant: str, folder: str | os.PathLike[str], precision: str | None
+    bundle: Bundle, device: Device, *, variant: str, folder: Path, precision: str | None
 ) -> dict[str, TensorRtEngine]:
     """A stage's engines by its name, for every stage.
 
     precision: as `store.find_engines` takes it. Raises `BackendError` where TensorRT or a fitting engine is
     missing, or does not load: of each stage one is loaded here.
     """
-    tensorrt = TensorRt(variant)
-    tensorrt.cache = Path(folder) / f"runtime-{tensorrt.version}-sm{device.capability}.cache"
+    architecture = device.capability
+    tensorrt = TensorRt(variant, folder, architecture)
+    version = tensorrt.version
     records = find_engines(
-        bundle,
-        folder,
-        variant=variant,
-        version=tensorrt.version,
-        architecture=device.capability,
-        precision=precision,
+        bundle, folder, variant=variant, version=version, architecture=architecture, precision=precision
     )
-    engines = {stage: TensorRtEngine(bundle, stage, device, tensorrt, folder, records) for stage in STAGES}
+    engines: dict[str, TensorRtEngine] = {}
     try:
-        for engine in engines.values():
-            engine.load()
+        for stage in STAGES:
+            own = [record for record in records if record.key.stage == stage]
+            engines[stage] = TensorRtEngine(bundle, stage, device, tensorrt, folder, own)
     except BaseException:
         for engine in engines.values():
             engine.close()
@@ -276,15 +262,14 @@ def open_tensorrt(
     return engines
 
 
-def _tensors(module: Any, engine: Any) -> tuple[dict[str, tuple[str, int]], dict[str, tuple[str, int]]]:
-    """Inputs and outputs of an engine, as `axis_names` gives them."""
-    sides: tuple[list[TensorSpec], list[TensorSpec]] = ([], [])
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        side = sides[engine.get_tensor_mode(name) != module.TensorIOMode.INPUT]
+def _tensors(module: Any, engine: Any) -> dict[str, tuple[str, str, int]]:
+    """name -> ("input" or "output", dtype, number of axes): what must be equal, whether or not the sides are fixed."""
+    tensors = {}
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+        side = "input" if engine.get_tensor_mode(name) == module.TensorIOMode.INPUT else "output"
         kind = _dtype(module, engine.get_tensor_dtype(name))
-        side.append(TensorSpec(name, kind, tuple(engine.get_tensor_shape(name))))
-    return axis_names(sides[0]), axis_names(sides[1])
+        tensors[name] = side, kind, len(engine.get_tensor_shape(name))
+    return tensors
 
 
 def _dtype(module: Any, kind: Any) -> str:

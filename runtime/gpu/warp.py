@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,11 @@ from ...errors import InputError
 from ...kernels import signatures
 from .cubins import Cubin
 from .device import Device, Launch, nbytes
+from .engine import Tensors
 
 ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
-Tensors = dict[str, tuple[tuple[int, ...], Any]]  # name -> (shape, dtype)
 Addresses = Mapping[str, int]
-Map = tuple[int, int]  # height and width of a feature map
+Map = tuple[int, ...]  # height and width of a feature map
 Work = Callable[[], object]  # something with all its arguments, put on the stream by calling it
 
 
@@ -62,7 +62,7 @@ class DeviceWarp:
         self._scale = float(np.float32(math.log2(math.e) / config.temperature))
         self._kernels: dict[str, tuple[Cubin, Launch]] = {}
         for name, cubin in cubins.items():
-            launch = device.load(cubin.code(), cubin.entry, cubin.formats, cubin.threads, cubin.shared_bytes)
+            launch = device.load(cubin.code, cubin.entry, cubin.formats, cubin.threads, cubin.shared_bytes)
             self._kernels[name] = cubin, launch
         self.dtype, self.architecture = cubin.dtype, cubin.architecture
 
@@ -102,13 +102,13 @@ class DeviceWarp:
             raise InputError(f"maps of {max(sizes.values())} elements; the kernels count to {1 << 31}: lower size")
         cubin, launch = self._kernels[name]
         values: dict[str, int | float] = {**pointers, **sizes, "scale": self._scale}
-        arguments = [0 if kind == "null" else values[argument] for argument, kind in cubin.arguments]
+        arguments = [0 if one["type"] == "null" else values[one["name"]] for one in cubin.arguments]
         return functools.partial(launch, cubin.grid(sizes, batch), arguments)
 
 
-def total_bytes(groups: Iterable[Tensors]) -> int:
+def total_bytes(tensors: Tensors) -> int:
     """Device memory for all tensors, each in an allocation of its own, which the driver rounds up further."""
-    return sum(-(-nbytes(*tensor) // 512) * 512 for tensors in groups for tensor in tensors.values())
+    return sum(-(-nbytes(*tensor) // 512) * 512 for tensor in tensors.values())
 
 
 def _packed(dtype: str) -> Any:

@@ -15,7 +15,7 @@ from flashcocos.bundle import Bundle
 from flashcocos.config import ModelConfig
 from flashcocos.errors import BackendError
 from flashcocos.export import bundle as export_module
-from flashcocos.runtime.gpu.cubins import bundle_kernels, find_kernels
+from flashcocos.runtime.gpu.cubins import find_kernels
 
 TINY = ModelConfig.preset("tiny")
 # this process's Triton interprets and cannot compile
@@ -50,7 +50,7 @@ def test_the_kernels_become_files_of_the_bundle(kernels, make_bundle, monkeypatc
     bundle.verify()
 
     def find(capability, driver="13.0"):
-        sources = [bundle_kernels(bundle)]
+        sources = [bundle]
         return find_kernels(sources, TINY, ["float16"], capability=capability, driver=driver, remedy="build them")
 
     for capability in (86, 89, 120):  # 8.9 runs the cubins of 8.6

@@ -15,7 +15,7 @@ from flashcocos.bundle.default_model import default_model_path
 from flashcocos.cli import main
 from flashcocos.errors import InputError
 from flashcocos.export.triton_server import MODELS, export_triton
-from flashcocos.runtime.gpu.cubins import FOLDER, available_kernels, folder_kernels
+from flashcocos.runtime.gpu.cubins import FOLDER, available_kernels
 from flashcocos.runtime.gpu.store import default_folder
 
 GOLDEN = Path(__file__).parent / "triton_server"
@@ -103,7 +103,7 @@ def test_the_warp_on_a_gpu_has_the_kernels_of_bundle_and_engines(tmp_path: Path,
     both = write_bundle(tmp_path / "both.zip", opened.manifest, files | kernel_files(CLASSES, "float16", 89))
     write_kernels(default_folder(both) / FOLDER, CLASSES, "float32", 86)
     folder = export_triton(both, tmp_path / "models", gpu=True)
-    found = available_kernels([folder_kernels(folder / "warp" / "1" / FOLDER)], CLASSES)
+    found = available_kernels([folder / "warp" / "1" / FOLDER], CLASSES)
     assert found == {"float16": [89], "float32": [86]}
 
 

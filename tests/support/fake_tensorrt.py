@@ -12,7 +12,6 @@ import json
 import math
 import weakref
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +27,9 @@ from flashcocos.preprocess import to_uint8
 from flashcocos.runtime.gpu.engine import device_tensors
 from flashcocos.runtime.gpu.store import EngineKey, EngineRecord, Profile, write_engine
 
-MAGIC = b"FAKE"
 VERSION = "10.9.0"
 WEIGHTS, SCRATCH = MIB, 2 * MIB
+SEVERITY = SimpleNamespace(INTERNAL_ERROR="internal error", ERROR="error", WARNING="warning")
 
 
 def profile(height: Any = 64, width: Any = 64, batch: Any = 1) -> Profile:
@@ -44,31 +43,24 @@ def write_engines(
     profiles: Sequence[Profile],
     *,
     variant: str = "tensorrt",
-    version: str = VERSION,
-    architecture: int = 86,
     precision: str = "float16",
     scratch: int = SCRATCH,
     header: dict[str, Any] | None = None,
     stages: Sequence[str] = STAGES,
-) -> list[EngineRecord]:
-    """Engines of `stages` of `bundle`; `header` changes what the engine itself says."""
-    records = []
+) -> None:
+    """Engines of `stages` of `bundle`; `header` changes what the engine itself says, "refuse" being why none loads."""
     manifest = bundle.manifest
     for one in profiles:
         for stage in stages:
-            file = manifest.stages[stage].file
             tensors = device_tensors(manifest.config, stage, uint8_output=True)
             sides = [_fixed(manifest.config, one, side) for side in tensors] if one.static else tensors
-            key = EngineKey(stage, manifest.files[file].sha256, variant, version, (architecture,), precision, one)
-            record = EngineRecord(key, tensors[0], tensors[1], WEIGHTS, scratch, 0, "")
-            says = {"architecture": architecture, "version": version, "stage": stage, "scratch": scratch}
-            says["stride"] = manifest.config.warp_stride
+            sha256 = manifest.files[manifest.stages[stage].file].sha256
+            key = EngineKey(stage, sha256, variant, VERSION, (86,), precision, one)
+            says = {"stage": stage, "scratch": scratch, "stride": manifest.config.warp_stride, "refuse": ""}
             says["tensors"] = [[(t.name, t.dtype, t.shape) for t in side] for side in sides]
             text = json.dumps({**says, **(header or {})}).encode()
-            engine = MAGIC + len(text).to_bytes(4, "little") + text + bundle.read_stage(stage)
-            write_engine(folder, record, engine)
-            records.append(record)
-    return records
+            engine = len(text).to_bytes(4, "little") + text + bundle.read_stage(stage)
+            write_engine(folder, EngineRecord(key, WEIGHTS, scratch, 0, ""), engine)
 
 
 def _fixed(config: ModelConfig, one: Profile, tensors: Any) -> Any:
@@ -77,34 +69,23 @@ def _fixed(config: ModelConfig, one: Profile, tensors: Any) -> Any:
     return [type(t)(t.name, t.dtype, concrete_shape(t, sizes)) for t in tensors]
 
 
-class Severity(Enum):
-    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
-
-
 class ILogger:
-    Severity = Severity
+    Severity = SEVERITY
 
     def __init__(self) -> None:
         self.initialized = True
 
 
-class TensorIOMode(Enum):
-    NONE, INPUT, OUTPUT = range(3)
-
-
-class ExecutionContextAllocationStrategy(Enum):
-    STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
-
-
 class FakeTensorRt:
     """The module; `can_capture` is what contexts answer, None for the variant that has no such question."""
 
-    ILogger, TensorIOMode = ILogger, TensorIOMode
-    ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+    ILogger, __version__ = ILogger, VERSION
+    TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
-    def __init__(self, device: FakeCuda, version: str = VERSION, can_capture: bool | None = None) -> None:
-        self.device, self.__version__, self.can_capture = device, version, can_capture
+    def __init__(self, device: FakeCuda, can_capture: bool | None = None) -> None:
+        self.device, self.can_capture = device, can_capture
         self.fails: str | None = None  # the stage whose next run fails
         self.syncs = False  # whether runs wait for the device, which cannot be captured
         self.nan = False  # whether the fine stage says that it gave NaN
@@ -115,34 +96,21 @@ class FakeTensorRt:
 
     def Runtime(self, logger: Any) -> Any:
         assert logger.initialized
-        return Runtime(self, logger)
+        return SimpleNamespace(deserialize_cuda_engine=lambda serialized: self._engine(serialized, logger))
 
     @staticmethod
     def nptype(dtype: str) -> Any:
         return np.dtype(dtype).type
 
-
-class Runtime:
-    def __init__(self, trt: FakeTensorRt, logger: Any) -> None:
-        self.trt, self.logger = trt, logger
-
-    def deserialize_cuda_engine(self, serialized: bytes) -> Any:
-        size = int.from_bytes(serialized[4:8], "little")
-        reason = None
-        if serialized[:4] != MAGIC:
-            reason = "magic tag does not match"
-        else:
-            header = json.loads(serialized[8 : 8 + size])
-            if header["architecture"] != self.trt.device.capability:
-                reason = f"engine was built for sm_{header['architecture']}"
-            elif header["version"] != self.trt.__version__:
-                reason = f"engine was built with {header['version']}"
-        if reason:
-            self.logger.log(Severity.ERROR, f"IRuntime::deserializeCudaEngine: Error Code 1: {reason}\n")
-            self.logger.log(Severity.WARNING, "not an error")
+    def _engine(self, serialized: bytes, logger: Any) -> Engine | None:
+        size = int.from_bytes(serialized[:4], "little")
+        header = json.loads(serialized[4 : 4 + size])
+        if header["refuse"]:
+            logger.log(SEVERITY.ERROR, f"IRuntime::deserializeCudaEngine: Error Code 1: {header['refuse']}\n")
+            logger.log(SEVERITY.WARNING, "not an error")
             return None
-        self.trt.loaded.append(header["stage"])
-        return Engine(self, header, serialized[8 + size :])
+        self.loaded.append(header["stage"])
+        return Engine(self, logger, header, serialized[4 + size :])
 
 
 @functools.lru_cache(16)
@@ -155,17 +123,15 @@ def _session(model: bytes) -> onnxruntime.InferenceSession:
 class Engine:
     """Its weights are device memory until its last reference goes."""
 
-    def __init__(self, runtime: Runtime, header: dict[str, Any], model: bytes) -> None:
-        self.runtime, self.header, self.trt = runtime, header, runtime.trt
-        self.session = _session(model)
+    def __init__(self, trt: FakeTensorRt, logger: Any, header: dict[str, Any], model: bytes) -> None:
+        self.trt, self.logger, self.header, self.session = trt, logger, header, _session(model)
         self.device_memory_size_v2 = header["scratch"]
-        inputs, outputs = header["tensors"]
-        self.tensors = {n: (t, tuple(s), TensorIOMode.INPUT) for n, t, s in inputs}
-        self.tensors |= {n: (t, tuple(s), TensorIOMode.OUTPUT) for n, t, s in outputs}
+        sides = zip(("input", "output"), header["tensors"], strict=True)
+        self.tensors = {name: (kind, shape, mode) for mode, side in sides for name, kind, shape in side}
         self.num_io_tensors = len(self.tensors)
-        weights = self.trt.device.mem_alloc(WEIGHTS)
-        self.trt.engines += 1
-        weakref.finalize(self, _unload, self.trt, weights)
+        weights = trt.device.mem_alloc(WEIGHTS)
+        trt.engines += 1
+        weakref.finalize(self, _unload, trt, weights)
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.tensors)[index]
@@ -173,7 +139,7 @@ class Engine:
     def get_tensor_dtype(self, name: str) -> str:
         return self.tensors[name][0]
 
-    def get_tensor_mode(self, name: str) -> TensorIOMode:
+    def get_tensor_mode(self, name: str) -> str:
         return self.tensors[name][2]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -182,7 +148,7 @@ class Engine:
     def create_execution_context(self, how: Any) -> Any:
         self.trt.contexts += 1
         if self.trt.can_capture is None:
-            assert how is ExecutionContextAllocationStrategy.USER_MANAGED
+            assert how == "user managed"
             return Context(self)
         return how.context(self)
 
@@ -199,7 +165,7 @@ class RuntimeConfig:
         self.trt = trt
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
-        assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
+        assert strategy == "user managed"
 
     def create_runtime_cache(self) -> Any:
         cache = SimpleNamespace(kernels=set())
@@ -237,12 +203,12 @@ class Context:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         _, sides, mode = self.engine.tensors[name]
         fits = all(isinstance(side, str) or side == size for side, size in zip(sides, shape, strict=True))
-        if mode is TensorIOMode.INPUT and fits:
+        if mode == "input" and fits:
             self.shapes[name] = tuple(shape)
         return fits
 
     def infer_shapes(self) -> list[str]:
-        inputs = [name for name, (_, _, mode) in self.engine.tensors.items() if mode is TensorIOMode.INPUT]
+        inputs = [name for name, (_, _, mode) in self.engine.tensors.items() if mode == "input"]
         return [name for name in inputs if name not in self.shapes]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -272,16 +238,16 @@ class Context:
         stage = self.engine.header["stage"]
         if self.trt.fails == stage:
             self.trt.fails = None
-            self.engine.runtime.logger.log(Severity.ERROR, "IExecutionContext::enqueueV3: Error Code 7: no")
+            self.engine.logger.log(SEVERITY.ERROR, "IExecutionContext::enqueueV3: Error Code 7: no")
             return False
         if self.trt.syncs and self.device.capturing:
-            self.engine.runtime.logger.log(Severity.ERROR, "waits while work is captured")
+            self.engine.logger.log(SEVERITY.ERROR, "waits while work is captured")
             return False
         addresses, scratch = dict(self.addresses), self.scratch
         try:
             self.device.put(lambda: self._run(stage, addresses, scratch))
         except Error as error:
-            self.engine.runtime.logger.log(Severity.ERROR, str(error))
+            self.engine.logger.log(SEVERITY.ERROR, str(error))
             return False
         return True
 

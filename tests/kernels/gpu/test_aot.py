@@ -157,7 +157,7 @@ def test_a_description_is_all_that_a_launch_needs(compiled):
         warp = next(d for d in descriptions if d["kernel"] == "warp_p3_c256_v48_float16" and d["architecture"] == sm)
         table, types = signatures.arguments("warp", "float16"), {a["name"]: a["type"] for a in warp["arguments"]}
         assert list(types)[: len(table)] == list(table)
-        assert list(types)[len(table) :] == list(aot.HIDDEN)[: len(types) - len(table)]
+        assert list(types)[len(table) :] == list(signatures.HIDDEN)[: len(types) - len(table)]
         assert {name: types[name] for name in table} == table
         assert warp["entry"] == entry
         assert warp["revision"] == signatures.REVISION

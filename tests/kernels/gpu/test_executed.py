@@ -30,7 +30,7 @@ from tolerances import EXECUTED, assert_close
 
 from flashcocos.config import PRESETS
 from flashcocos.kernels import reference
-from flashcocos.runtime.gpu.cubins import find_kernels, folder_kernels
+from flashcocos.runtime.gpu.cubins import find_kernels
 from flashcocos.runtime.gpu.device import nbytes
 from flashcocos.runtime.gpu.warp import DeviceWarp, key_tensors, query_tensors
 
@@ -197,7 +197,7 @@ def test_ahead_of_time(case, compiler, tmp_path):
     config = msgspec.structs.replace(PRESETS["tiny"], feature_channels=case.channels)
     assert (config.warped_channels, config.temperature) == (case.values, 0.01)
     compiler.compile_ahead(tmp_path, case.sm, values=[case.values], channels=case.channels, dtypes=[dtype])
-    cubins = find_kernels([folder_kernels(tmp_path)], config, [dtype], capability=case.sm, driver="99.0", remedy="")
+    cubins = find_kernels([tmp_path], config, [dtype], capability=case.sm, driver="99.0", remedy="")
     launcher = Launcher(compiler, case.sm)
     warp = DeviceWarp(launcher, cubins, config)
     theta, phi, values = (tensor.float() for tensor in make(case)[:3])

@@ -21,10 +21,10 @@ from flashcocos.errors import BackendError
 from flashcocos.kernels.corr_warp import warp_arrays
 from flashcocos.runtime.gpu import cuda_graph
 from flashcocos.runtime.gpu import device as gpu_device
-from flashcocos.runtime.gpu.cubins import find_kernels, folder_kernels
-from flashcocos.runtime.gpu.device import Device, OutOfMemory, nbytes
+from flashcocos.runtime.gpu.cubins import find_kernels
+from flashcocos.runtime.gpu.device import Device, OutOfMemory
 from flashcocos.runtime.gpu.warp import DeviceWarp, key_tensors, query_tensors
-from flashcocos.runtime.gpu.workspace import window
+from flashcocos.runtime.gpu.workspace import Buffers
 from flashcocos.runtime.tiles import tiles
 
 
@@ -142,7 +142,7 @@ def test_kernels_equal_the_cpu(device: Device, tmp_path: Path, maps: Any) -> Non
     else:
         folder = compile_kernels(bundle, device.capability)
     about = {"capability": device.capability, "driver": device.driver, "remedy": ""}
-    kernels = find_kernels([folder_kernels(folder)], CLASSES, ["float32"], **about)
+    kernels = find_kernels([folder], CLASSES, ["float32"], **about)
     warp = DeviceWarp(device, kernels, CLASSES)
     hq, wq = maps[0]
     rng = np.random.default_rng(1)
@@ -150,42 +150,50 @@ def test_kernels_equal_the_cpu(device: Device, tmp_path: Path, maps: Any) -> Non
         rng.standard_normal((2, count, *side)).astype(np.float32)
         for count, side in ((16, maps[0]), (16, maps[1]), (3, maps[1]))
     )
-    inputs = [fill(device, array) for array in (theta, phi, values)]
-    groups = [key_tensors(CLASSES, "float32", 2, maps[1]), query_tensors(CLASSES, "float32", 2, maps[0])]
-    buffers = [{name: device.allocate(nbytes(*tensor)) for name, tensor in group.items()} for group in groups]
-    keys, results = ({name: buffer.address for name, buffer in group.items()} for group in buffers)
-    launches = warp.pack_keys(inputs[1].address, inputs[2].address, keys, 2, maps[1])
-    launches += warp.run(inputs[0].address, keys, results, 2, maps[0], maps[1])
+    planes = {"theta": theta, "phi": phi, "values": values}
+    inputs = Buffers(device, {name: (array.shape, np.float32) for name, array in planes.items()}, planes)
+    tensors = {**key_tensors(CLASSES, "float32", 2, maps[1]), **query_tensors(CLASSES, "float32", 2, maps[0])}
+    results = Buffers(device, tensors, ("warped", "index", "probability"))
+    at, keys = inputs.addresses, results.addresses
+    launches = warp.pack_keys(at["phi"], at["values"], keys, 2, maps[1])
+    launches += warp.run(at["theta"], keys, keys, 2, maps[0], maps[1])
     expected = warp_arrays(theta, phi, values, patch=3, temperature=CLASSES.temperature, match=True, backend="numpy")
 
     def everything() -> None:
         for launch in launches:
             launch()
 
+    for name, array in planes.items():
+        inputs.pinned[name][...] = array
+    for upload in inputs.upload(*planes):
+        upload()
     graph = device.capture(everything)
     for run in (everything, graph.replay):
-        for buffer in buffers[1].values():
-            device.copy(buffer.address, inputs[0].address, min(buffer.bytes, inputs[0].bytes))  # not the run's before
-        run()
-        warped = content(device, results["warped"], expected.out.shape)
-        np.testing.assert_allclose(warped, expected.out, atol=2e-4)
-        index = content(device, results["index"], (2, hq, wq), np.int64)
-        np.testing.assert_array_equal(index, expected.match.index)
-        probability = content(device, results["probability"], (2, hq, wq))
+        for name in results.pinned:
+            results.pinned[name][...] = 0  # not the run's before
+        for step in (*results.upload(*results.pinned), run, *results.download(*results.pinned)):
+            step()
+        device.synchronize()
+        np.testing.assert_allclose(results.pinned["warped"], expected.out, atol=2e-4)
+        np.testing.assert_array_equal(results.pinned["index"].reshape(2, hq, wq), expected.match.index)
+        probability = results.pinned["probability"].reshape(2, hq, wq)
         np.testing.assert_allclose(probability, expected.match.probability, atol=1e-4)
     graph.close()
-    for buffer in (*inputs, *buffers[0].values(), *buffers[1].values()):
-        buffer.free()
+    inputs.free()
+    results.free()
 
 
-def test_what_pycuda_is_asked_for(fake_driver: FakeCuda) -> None:
-    device = Device()
-    assert (device.name, device.capability, device.driver, device.stream) == ("Fake RTX", 86, "12.4", STREAM)
-    device.close()
+def test_what_pycuda_is_asked_for(fake_driver: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_the_end: list[Any] = []
+    monkeypatch.setattr(gpu_device.weakref, "finalize", lambda _, call: at_the_end.append(call))
+    for _ in range(2):
+        device = Device()
+        assert (device.name, device.capability, device.driver, device.stream) == ("Fake RTX", 86, "12.4", STREAM)
+        device.close()
     assert fake_driver.closed
     assert fake_driver.detached == 0  # the context is kept for others in this process ...
-    gpu_device._contexts.clear()
-    gc.collect()
+    (detach,) = at_the_end
+    detach()
     assert fake_driver.detached == 1  # ... until it ends
 
 
@@ -248,13 +256,13 @@ def test_a_context_that_cannot_be_left(fake_driver: FakeCuda, monkeypatch: pytes
 def test_windows_are_copied(device: Device, axes: tuple[int | str, ...], sides: tuple[int, ...]) -> None:
     """Tile by tile, a picture is copied into another."""
     spec, array = TensorSpec("x", "int16", axes), np.arange(np.prod(sides), dtype=np.int16).reshape(sides)
-    source, target = fill(device, array), fill(device, np.zeros_like(array))
+    source, target = (Buffers(device, {"x": (sides, np.int16)}, ("x",)) for _ in range(2))
+    source.pinned["x"][...], target.pinned["x"][...] = array, 0
+    for step in (*source.upload("x"), *target.upload("x")):
+        step()
     for tile in tiles(96, 128, 64, 4):
-        cut, extent = window(spec, (sides, np.int16), tile.kept(spec), source.address)
-        place, same = window(spec, (sides, np.int16), tile.kept(spec), target.address)
-        assert extent == same
-        device.copy_window(place, cut, extent)
-    np.testing.assert_array_equal(content(device, target.address, sides, np.int16), array)
+        device.copy_window(target.window(spec, tile.kept(spec)), source.window(spec, tile.kept(spec)))
+    np.testing.assert_array_equal(content(device, target.addresses["x"], sides, np.int16), array)
     source.free()
     target.free()
 

@@ -196,6 +196,17 @@ def test_a_request_above_the_profiles(gpu: FakeGpu) -> None:
     assert nothing_left(gpu)
 
 
+def test_stages_of_different_batches(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """That no batch suits all of them is the fault of those that lack the batch asked for."""
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[])
+    write_engines(gpu.folder, gpu.bundle, [profile()], stages=("query", "exemplar", "coarse"))
+    write_engines(gpu.folder, gpu.bundle, [profile(batch=2)], stages=("fine",))
+    message = r"batch 1: the engines of stage fine run 64 x 64, batch 2 \(the largest"
+    with gpu.translator() as translator, pytest.raises(InputError, match=message):
+        translator.translate(LABEL, exemplar_of(translator))
+    assert nothing_left(gpu)
+
+
 def test_a_request_above_the_memory(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 64, 512), (64, 64, 512), (1, 1, 8))], total=14 * MIB)
     with gpu.translator() as translator:
@@ -436,19 +447,6 @@ def test_what_the_provider_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle:
     common = {"device_id": "0", "user_compute_stream": str(STREAM), "arena_extend_strategy": "kSameAsRequested"}
     assert gpu.onnx.options == [common] * 4 + [{**common, "use_tf32": "0"}] * 4
     assert gpu.onnx.preloaded == 8  # the libraries of the wheels for CUDA and cuDNN, before each session
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"backend": "tensorrt", "warp": "numpy"}, "warp 'numpy' runs on the CPU, got backend 'tensorrt'"),
-        ({"backend": "tensorrt", "precision": "bfloat16"}, "backend 'tensorrt' computes in float32 or float16"),
-        ({"device": "cuda", "precision": "float16"}, "precision 'float16': backend 'auto' computes in float32"),
-    ],
-)
-def test_options_that_do_not_go_together(gpu: FakeGpu, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Translator(gpu.bundle, **options)
 
 
 def test_nothing_of_a_gpu_is_imported_without_need() -> None:

@@ -27,8 +27,7 @@ def bundle(tmp_path):
 def record(bundle, stage="query", **changes):
     sha256 = bundle.manifest.files[bundle.manifest.stages[stage].file].sha256
     key = EngineKey(stage, sha256, "tensorrt-rtx", "1.7", (86, 89), "float16", SQUARE)
-    spec = bundle.manifest.stages[stage]
-    return EngineRecord(msgspec.structs.replace(key, **changes), spec.inputs, spec.outputs, 10, 20, 0, "")
+    return EngineRecord(msgspec.structs.replace(key, **changes), 10, 20, 0, "")
 
 
 def store_all(bundle, folder, **changes):
@@ -44,7 +43,6 @@ def test_what_was_written_is_found_and_read(bundle, tmp_path):
         assert read_engine(tmp_path, one) == one.key.stage.encode()
         assert one.key == record(bundle, one.key.stage).key
         assert (one.weight_bytes, one.activation_bytes, one.bytes) == (10, 20, len(one.key.stage))
-        assert one.inputs == bundle.manifest.stages[one.key.stage].inputs
 
 
 def test_what_is_int8_is_told_beside_the_precision(bundle, tmp_path):
@@ -89,12 +87,13 @@ def test_every_part_of_the_key_makes_another_file(bundle, change):
         ({"variant": "tensorrt"}, "of variant tensorrt-rtx"),
         ({"version": "1.6"}, "of tensorrt-rtx 1.7, which is installed, in"),
         ({"architectures": (86, 120)}, "for architecture sm_89 in"),
+        ({"precision": "float32"}, "of precision float16 in"),
     ],
 )
 def test_what_does_not_fit_is_named_with_the_remedy(bundle, tmp_path, changes, message):
     store_all(bundle, tmp_path / "engines", **changes)
     with pytest.raises(BackendError) as caught:
-        find_engines(bundle, tmp_path / "engines", **HERE)
+        find_engines(bundle, tmp_path / "engines", **HERE, precision="float16")
     assert message in str(caught.value)
     assert f"flashcocos build {bundle.path} --variant tensorrt-rtx --target sm_89" in str(caught.value)
     assert "\n" not in str(caught.value)

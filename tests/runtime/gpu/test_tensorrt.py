@@ -16,11 +16,11 @@ from fake_tensorrt import profile, write_engines
 from kernel_twins import write_kernels
 from tiny_bundle import CLASSES, random_label, random_picture, write_tiny_bundle
 
-from flashcocos.bundle import STAGES, Bundle
+from flashcocos.bundle import STAGES
 from flashcocos.errors import BackendError
 from flashcocos.runtime import Translator
 from flashcocos.runtime.gpu import tensorrt as tensorrt_engine
-from flashcocos.runtime.gpu.store import default_folder, list_engines
+from flashcocos.runtime.gpu.store import default_folder
 from flashcocos.runtime.gpu.tensorrt import TensorRt
 
 LABEL = random_label(CLASSES, 64, 64)
@@ -42,19 +42,6 @@ def refused(gpu: FakeGpu, message: str, **options: Any) -> str:
     assert gpu.device.live == (0, 0, 0)
     assert gpu.device.closed
     return text
-
-
-def test_the_fastest_precision_unless_one_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle)
-    write_engines(gpu.folder, gpu.bundle, [profile()], precision="float32")
-    for precision, expected in ((None, "float16"), ("float32", "float32")):
-        with gpu.translator(precision=precision) as translator:
-            described = translator.describe()["fine"]
-            assert (described["arithmetic"], described["backend"]) == (expected, "tensorrt 10.9.0")
-    for record in list_engines(gpu.folder):
-        if record.key.precision == "float32":
-            (gpu.folder / f"{record.key.stem}.json").unlink()
-    refused(gpu, r"no TensorRT engine of precision float32,? in .*, only float16; flashcocos b", precision="float32")
 
 
 def test_static_engines_come_first(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
@@ -99,8 +86,8 @@ def test_a_folder_that_cannot_be_written(
 
 
 def test_an_earlier_message_is_no_reason(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    fake_gpu(monkeypatch, bundle)
-    tensorrt = TensorRt("tensorrt")
+    gpu = fake_gpu(monkeypatch, bundle)
+    tensorrt = TensorRt("tensorrt", gpu.folder, 86)
     tensorrt._messages.append("tolerated")
     assert tensorrt.call(lambda: None) is None
     assert tensorrt.complaint("nothing") == "nothing"
@@ -124,74 +111,32 @@ def test_engines_of_a_folder_that_is_named(monkeypatch: pytest.MonkeyPatch, bund
         pass
 
 
-@pytest.mark.parametrize(
-    ("engines", "message"),
-    [
-        ({"version": "10.8.0"}, "no TensorRT engine of tensorrt 10.9.0, which is installed.* in .*, only 10.8.0; "),
-        ({"variant": "tensorrt-rtx"}, "no TensorRT engine of variant tensorrt in .*, only tensorrt-rtx"),
-    ],
-)
-def test_engines_of_another_build(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path, engines: dict[str, Any], message: str
-) -> None:
-    gpu = fake_gpu(monkeypatch, bundle, profiles=[])
-    write_engines(gpu.folder, gpu.bundle, [profile()], **engines)
-    refused(gpu, message)
-
-
 def test_engines_for_another_gpu(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     gpu = fake_gpu(monkeypatch, bundle, capability=89)
     text = refused(gpu, "no TensorRT engine for architecture sm_89 in .*, only sm_86; flashcocos build")
     assert "--target sm_89" in text
 
 
-def test_a_bundle_that_was_changed(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle)
-    write_tiny_bundle(bundle, seed=1)
-    changed = FakeGpu(gpu.device, gpu.trt, gpu.onnx, Bundle(bundle), gpu.options)
-    refused(changed, r"no TensorRT engine of this bundle \(it was changed since they were built\)")
-
-
-def test_a_truncated_engine(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle)
-    for path in gpu.folder.glob("exemplar-*.engine"):
-        path.write_bytes(path.read_bytes()[:-1])
-    refused(gpu, r"exemplar-\w+\.engine is damaged or cut short; remove it and run flashcocos build again")
-
-
-@pytest.mark.parametrize(
-    ("header", "reason"),
-    [({"architecture": 80}, "engine was built for sm_80"), ({"version": "9"}, "engine was built with 9")],
-)
-def test_an_engine_that_does_not_load(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, header: dict[str, Any], reason: str
-) -> None:
-    gpu = fake_gpu(monkeypatch, bundle, engines={})
-    for path in gpu.folder.glob("query-*"):
-        path.unlink()
-    _rewrite(gpu, "query", **header)
-    text = refused(
-        gpu, rf"tensorrt 10.9.0 cannot load engine query-\w+ on Fake RTX \(sm_86, CUDA 12.4\): .*{reason}; it"
-    )
+def test_an_engine_that_does_not_load(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile()])
+    _rewrite(gpu, "query", refuse="engine was built for sm_80")
+    reason = r"on Fake RTX \(sm_86, CUDA 12.4\): .*engine was built for sm_80; it"
+    text = refused(gpu, rf"tensorrt 10.9.0 cannot load engine query-\w+ {reason}")
     assert "run flashcocos build on this machine, or update the driver" in text
     assert "not an error" not in text
 
 
 def test_an_engine_of_other_tensors(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle, profiles=[])
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile()])
     tensors = [[("label", "uint8", ("batch", "height", "width"))], [("other", "float32", ("batch", 16, "h", "w"))]]
     _rewrite(gpu, "query", tensors=tensors)
-    for stage in ("exemplar", "coarse", "fine"):
-        _rewrite(gpu, stage)
     refused(gpu, r"engine query-\w+ has the tensors .*'other'.*, stage query has .*'theta'.*flashcocos build again")
 
 
 def test_shapes_that_an_engine_does_not_give(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle, profiles=[])
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile()])
     wide = [[("label", "uint8", ("batch", "height", "width"))], [("theta", "float32", ("batch", 16, "h", 4))]]
     _rewrite(gpu, "query", tensors=wide)
-    for stage in ("exemplar", "coarse", "fine"):
-        _rewrite(gpu, stage)
     with gpu.translator() as translator:
         exemplar = translator.encode_exemplar(random_picture(64, 64), LABEL)
         with pytest.raises(
@@ -220,7 +165,7 @@ def test_a_runtime_that_does_not_start(monkeypatch: pytest.MonkeyPatch, bundle: 
     refused(gpu, "tensorrt 10.9.0 does not start: CUDA initialization failure with error: 35")
 
 
-def test_the_real_package_has_this_api() -> None:
+def test_the_real_package_has_this_api(tmp_path: Path) -> None:
     """As far as that goes without a GPU."""
     real = pytest.importorskip("tensorrt_rtx", reason="needs the extra rtx")
     used = {
@@ -246,7 +191,7 @@ def test_the_real_package_has_this_api() -> None:
     logger.log(real.ILogger.Severity.WARNING, "a warning")
     assert list(messages) == ["an error"]
     try:
-        tensorrt = TensorRt("tensorrt-rtx")
+        tensorrt = TensorRt("tensorrt-rtx", tmp_path, 86)
     except BackendError as error:
         pytest.skip(f"its runtime does not start here: {error}")
     assert tensorrt.runtime.deserialize_cuda_engine(b"not an engine" * 100) is None
@@ -255,11 +200,7 @@ def test_the_real_package_has_this_api() -> None:
 
 def _rewrite(gpu: FakeGpu, stage: str, **header: Any) -> None:
     """Engines of one stage whose header says something else."""
-    before = set(gpu.folder.glob("*"))
-    write_engines(gpu.folder / "new", gpu.bundle, [profile()], header=header)
-    for path in (gpu.folder / "new").glob(f"{stage}-*"):
-        path.rename(gpu.folder / path.name)
-    assert set(gpu.folder.glob(f"{stage}-*")) - before
+    write_engines(gpu.folder, gpu.bundle, [profile()], stages=[stage], header=header)
 
 
 def test_a_real_engine_gets_as_far_as_the_gpu(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
