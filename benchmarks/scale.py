@@ -51,17 +51,40 @@ def simulate(
         raise InputError(f"seconds and rate: expected positive numbers, got {list(seconds)} and {rate:g}")
     if not 1 <= devices <= MOST_DEVICES:
         raise InputError(f"devices: expected 1 to {MOST_DEVICES}, got {devices}")
+    rng = np.random.default_rng(seed)
+    starts = np.cumsum(rng.exponential(1 / rate, requests))
+    works = rng.choice(np.asarray(seconds), requests)
+    return _answered(list(zip(starts.tolist(), works.tolist(), strict=True)), devices, queue, extra)
+
+
+def replay(work: Sequence[tuple[float, float]], *, queue: int = 32, extra: float = 0.0) -> dict[str, float]:
+    """Simulate the requests that one device has answered.
+
+    Args:
+        work: Of each request, when it began, in seconds of any clock, and the seconds that the device worked on it.
+        queue, extra: As for `simulate`, which says what comes back.
+
+    Raises:
+        InputError: There is no request.
+        BackendError: simpy is missing.
+    """
+    if not work:
+        raise InputError("work: expected requests that were answered, got none")
+    ordered = sorted(work)
+    return _answered([(start - ordered[0][0], seconds) for start, seconds in ordered], 1, queue, extra)
+
+
+def _answered(work: Sequence[tuple[float, float]], devices: int, queue: int, extra: float) -> dict[str, float]:
     try:
         import simpy
     except ImportError as error:
         raise BackendError(f"the simulation needs simpy ({error}); pip install 'flashcocos[bench]'") from error
-    rng = np.random.default_rng(seed)
     environment = simpy.Environment()
     pool = [simpy.Resource(environment) for _ in range(devices)]
     took: list[float] = []
     refused = 0
 
-    def request(work: float) -> Generator[simpy.Event, None, None]:
+    def request(seconds: float) -> Generator[simpy.Event, None, None]:
         nonlocal refused
         device = min(pool, key=lambda one: one.count + len(one.queue))
         if len(device.queue) >= queue:
@@ -70,19 +93,18 @@ def simulate(
         start = environment.now
         with device.request() as turn:
             yield turn
-            yield environment.timeout(work)
+            yield environment.timeout(seconds)
         took.append(environment.now - start + extra)
 
     def arrivals() -> Generator[simpy.Event, None, None]:
-        gaps, works = rng.exponential(1 / rate, requests), rng.choice(np.asarray(seconds), requests)
-        for gap, work in zip(gaps.tolist(), works.tolist(), strict=True):
-            yield environment.timeout(gap)
-            environment.process(request(work))
+        for start, seconds in work:
+            yield environment.timeout(max(0.0, start - environment.now))
+            environment.process(request(seconds))
 
     environment.process(arrivals())
     environment.run()
     quantiles = {f"p{share}_ms": 1e3 * float(np.quantile(took, share / 100)) for share in (50, 95, 99)}
-    return {"mean_ms": 1e3 * float(np.mean(took)), **quantiles, "refused": refused / requests}
+    return {"mean_ms": 1e3 * float(np.mean(took)), **quantiles, "refused": refused / len(work)}
 
 
 def devices_for(seconds: Sequence[float], rate: float, p99: float) -> int:

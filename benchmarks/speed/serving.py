@@ -112,11 +112,19 @@ class Question:
 
 @dataclasses.dataclass
 class Tally:
-    """What came of many requests: counts by status ("wrong": 200 with another's bytes), and milliseconds."""
+    """What came of many requests.
+
+    Attributes:
+        counts: by status ("wrong": 200 with another's bytes).
+        took: milliseconds by status.
+        outside: milliseconds of each answer outside of the model's stages.
+        work: of each answer, when its request began and the seconds of its stages.
+    """
 
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
     took: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     outside: list[float] = dataclasses.field(default_factory=list)
+    work: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
     def quantile(self, status: str, share: float) -> float:
         """Of the milliseconds of the requests that ended with `status`."""
@@ -185,8 +193,10 @@ class Load:
             self._free.append(connection)
         if status != 200:
             return self._note(str(status), start)
-        stages = dict(re.findall(r"(\w+);dur=([\d.]+)", headers["server-timing"]))
-        self.tally.outside.append(1e3 * (time.perf_counter() - start) - sum(float(stages[stage]) for stage in STAGES))
+        parts = dict(re.findall(r"(\w+);dur=([\d.]+)", headers["server-timing"]))
+        stages = sum(float(parts[stage]) for stage in STAGES)
+        self.tally.outside.append(1e3 * (time.perf_counter() - start) - stages)
+        self.tally.work.append((start, stages / 1e3))
         return self._note("200" if self._is_right(body, question.answer) else "wrong", start)
 
     async def loop(self, clients: int, *, seconds: float = 1e9, count: int = sys.maxsize, **options: Any) -> float:
@@ -367,11 +377,11 @@ def overload(*, size: int, times: float, seconds: float, queue: int = 32, pairs:
 
 
 def arrivals(*, size: int, load_share: float, seconds: float, pairs: int = 6) -> dict[str, float]:
-    """Requests at random times, `load_share` of what the service can do; and what `scale.simulate` says of them.
+    """Requests at random times, `load_share` of what the service can do; and what `scale.replay` says of them.
 
-    The simulation draws from the stages' times of one request after the other, scaled to what each costs under load.
+    The simulation gets the times of the requests and of their stages, and what one request alone takes besides.
     """
-    from ..scale import simulate
+    from ..scale import replay
 
     bare = Bare(size, pairs)
 
@@ -387,10 +397,7 @@ def arrivals(*, size: int, load_share: float, seconds: float, pairs: int = 6) ->
 
     with Server() as server:
         rate, one_by_one, tally = asyncio.run(run(server))
-    stages = np.subtract(one_by_one.took["200"], one_by_one.outside) / 1e3
-    work = stages / stages.mean() / rate
-    extra = max(0.0, float(np.mean(one_by_one.took["200"])) / 1e3 - float(work.mean()))
-    expected = simulate(work.tolist(), load_share * rate, extra=extra)
+    expected = replay(tally.work, extra=float(np.mean(one_by_one.outside)) / 1e3)
     measured = {f"p{share}_ms": tally.quantile("200", share / 100) for share in (50, 95, 99)}
     return {
         "asked": tally.counts.total(),

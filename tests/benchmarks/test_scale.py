@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flashcocos.benchmarks.__main__ import main
-from flashcocos.benchmarks.scale import devices_for, simulate
+from flashcocos.benchmarks.scale import devices_for, replay, simulate
 from flashcocos.errors import InputError
 
 pytest.importorskip("simpy", reason="needs the extra bench")
@@ -30,6 +30,15 @@ def test_a_full_queue_refuses_what_is_too_much() -> None:
 
 def test_extra_time_comes_on_top() -> None:
     assert simulate([0.1], 0.001, extra=0.02, requests=10)["p50_ms"] == pytest.approx(120)
+
+
+def test_requests_that_were_seen_wait_for_each_other() -> None:
+    found = replay([(10.3, 0.1), (10.0, 0.2), (10.1, 0.3)], extra=0.01)  # answered after 0.2, 0.4 and 0.3 s
+    assert found["p50_ms"] == pytest.approx(310)
+    assert found["mean_ms"] == pytest.approx(310)
+    assert found["refused"] == 0
+    with pytest.raises(InputError, match="got none"):
+        replay([])
 
 
 def test_two_devices_take_what_one_does_not() -> None:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from parity_samples import SAMPLES
 from parity_weights import make_state
 from torch import Tensor
+from torch.nn.utils import parametrizations
 
 from flashcocos.config import ModelConfig
 from flashcocos.kernels import reference
@@ -64,8 +65,10 @@ def without_reference_warp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(reference, "warp")
 
 
-def build(task: str, keys: dict[str, Any]) -> tuple[CoCosNet, Discriminator, Vgg19]:
+def build(task: str, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[CoCosNet, Discriminator, Vgg19]:
     """The networks with parity weights, none of which asks for a gradient yet."""
+    # the weights bring u and v along; iterating for others, on tensors without content, takes seconds
+    monkeypatch.setattr(parametrizations._SpectralNorm, "_power_method", lambda *_: None)
     config = ModelConfig.preset(task, adaptor_kernel=3)  # as upstream's training commands have it
     states = {name: {k: torch.from_numpy(v) for k, v in make_state(shapes).items()} for name, shapes in keys.items()}
     with torch.device("meta"):
@@ -143,7 +146,9 @@ def check(found: dict[str, Tensor], expected: dict[str, float], bound: float) ->
 def test_terms_and_gradients(shared: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     resolve_near_ties(task, monkeypatch)
     expected = json.loads((shared / "parity" / f"{task}.losses.json").read_text())
-    model, discriminator, vgg = build(task, json.loads((shared / "parity" / f"{task}.train_keys.json").read_text()))
+    model, discriminator, vgg = build(
+        task, json.loads((shared / "parity" / f"{task}.train_keys.json").read_text()), monkeypatch
+    )
     batch = load_batch(task, shared / "samples", expected["paths"][1].removeprefix("imgs/"))
     parameters = measured_parameters(model, list(expected["grad_norm"]))
     weights = LossWeights.preset(task)
