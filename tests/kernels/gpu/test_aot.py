@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -35,8 +34,22 @@ def run(*arguments, **variables):
     return python("-m", "flashcocos.kernels.gpu.aot", *arguments, **variables)
 
 
-BACKWARD = """
+COMMANDS = f"""
 import sys
+from flashcocos.kernels.gpu import aot
+
+for words in (
+    "--sm 80 --values 48",
+    "--sm 90 --values 48 151",
+    "--sm 86 89 120 {" ".join(map(str, OTHERS))} --values 48",
+    "--sm 75 --values 48 151",
+    "--sm 80 90 120 --patch 5 --values 48 151",
+    "--sm 80 --values 48 151 --dtype float32",
+):
+    aot.main(["-o", sys.argv[1], *words.split()])
+"""
+
+BACKWARD = """
 from pathlib import Path
 from flashcocos.kernels.gpu import aot, configs, triton_kernels as kernels
 from flashcocos.kernels.signatures import ELEMENTS
@@ -67,7 +80,7 @@ for sm, dtype, size in ((75, "float16", 2), (80, "float16", 2), (90, "float16", 
 
 # what only a launch from Python takes: the bands of a split, maps of one pixel (sizes become constants), the merge
 SPLIT = """
-import dataclasses, sys
+import dataclasses
 from pathlib import Path
 from flashcocos.kernels.gpu import aot, configs, triton_nine_tap as kernels
 from flashcocos.kernels.signatures import arguments
@@ -102,19 +115,9 @@ aot._compile(Path(sys.argv[1]), 80, "float16", job)
 def compiled(tmp_path_factory):
     """The descriptions of all kernels: the warp of 48 channels everywhere, the rest once for each different tile."""
     folder = tmp_path_factory.mktemp("cubins")
-    commands = [
-        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, "--values", 48),
-        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 90, "--values", 48, 151),
-        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 86, 89, 120, *OTHERS, "--values", 48),
-        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 75, "--values", 48, 151),
-        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, 90, 120, "--patch", 5, "--values", 48, 151),
-        ("-m", "flashcocos.kernels.gpu.aot", "-o", folder, "--sm", 80, "--values", 48, 151, "--dtype", "float32"),
-        ("-c", BACKWARD, folder),
-        ("-c", SPLIT, folder),
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        for done in pool.map(lambda command: python(*command, TRITON_CACHE_DIR=str(folder / "cache")), commands):
-            assert done.returncode == 0, done.stderr
+    # in one process, for each takes seconds to import Triton
+    done = python("-c", COMMANDS + BACKWARD + SPLIT, folder, TRITON_CACHE_DIR=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr
     return folder, [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
