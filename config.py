@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import typing
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
 from .errors import InputError
 
 T = TypeVar("T")
+Size: TypeAlias = "int | tuple[int, int] | str | None"  # as `Translator.translate` takes it
 
 SIZE_MULTIPLE = 32  # the generator starts at 1/32 of the image and doubles five times
 MIN_SIDE = 2 * SIZE_MULTIPLE  # pixels; reflection padding at 1/32 of the size needs two

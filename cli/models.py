@@ -212,14 +212,13 @@ def _add_quantize(command: AddCommand) -> None:
 def _quantize(options: argparse.Namespace) -> int:
     from ..bundle.default_model import resolve_model
     from ..export.quantize import quantize_bundle
-    from ..runtime.jobs import match_files
+    from ..runtime.jobs import FolderRequest, match_files
 
     bundle = resolve_model(options.bundle)
-    paths = (options.input, options.exemplar, options.exemplar_label, options.pairs)
-    require_distinct(options.output, bundle, *paths)
-    inputs, exemplars, labels, pairs = (None if path is None else Path(path) for path in paths)
+    files = (options.input, options.exemplar, options.exemplar_label)
+    require_distinct(options.output, bundle, *files, options.pairs)
     nowhere = Path(options.output).with_name("pictures")  # match_files plans pictures, and none is written
-    jobs = match_files(inputs, exemplars, labels, nowhere, pairs=pairs)
+    jobs = match_files(FolderRequest(*files, nowhere, pairs=options.pairs))
     step = max(1, len(jobs) // max(1, options.count))
     jobs = jobs[::step][: options.count]
     for job in jobs:

@@ -12,7 +12,6 @@ A sample is named by its key: the photograph's path below its folder, without su
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -99,22 +98,18 @@ class Layout:
 def find_layout(task: str, folder: PathLike) -> Layout:
     """The layout of the data set in `folder`; `InputError` for an unknown task or a missing folder."""
     root = to_path(folder)
-    with store_errors(root) if is_remote(root) else contextlib.nullcontext():
-        return _find_layout(task, root)
-
-
-def _find_layout(task: str, root: Path) -> Layout:
-    numbered = Layout(task, root / "CelebA-HQ-img", root / "CelebAMask-HQ-mask-anno", numbered=True)
-    if not root.is_dir():
-        raise InputError(f"{root}: not a folder")
-    if task.startswith("celebahq") and (numbered.images.is_dir() or numbered.labels.is_dir()):
-        return numbered
-    if task == "deepfashion" and (root / "pose").is_dir():
-        return Layout(task, root / "img", root / "pose")
-    for labels in ("labels", "annotations"):
-        if (root / labels).is_dir():
-            return Layout(task, root / "images", root / labels)
-    return Layout(task, root, root)
+    with store_errors(root, root):
+        numbered = Layout(task, root / "CelebA-HQ-img", root / "CelebAMask-HQ-mask-anno", numbered=True)
+        if not root.is_dir():
+            raise InputError(f"{root}: not a folder")
+        if task.startswith("celebahq") and (numbered.images.is_dir() or numbered.labels.is_dir()):
+            return numbered
+        if task == "deepfashion" and (root / "pose").is_dir():
+            return Layout(task, root / "img", root / "pose")
+        for labels in ("labels", "annotations"):
+            if (root / labels).is_dir():
+                return Layout(task, root / "images", root / labels)
+        return Layout(task, root, root)
 
 
 def find_sample(task: str, image: PathLike) -> Sample:

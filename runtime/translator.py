@@ -12,7 +12,7 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ..bundle import Bundle
 from ..bundle.default_model import resolve_model
 from ..bundle.stages import check_stages
-from ..config import MAX_SIDE, MIN_SIDE, SIZE_MULTIPLE, ModelConfig, is_side
+from ..config import MAX_SIDE, MIN_SIDE, SIZE_MULTIPLE, ModelConfig, Size, is_side
 from ..errors import InputError
 from ..preprocess.images import FloatArray, ImageSource, UInt8Array, load_image, load_rgb
 from ..preprocess.labels import LabelSource, load_label, resize_nearest
@@ -28,9 +28,8 @@ from .backends import open_pipeline
 from .options import EngineOptions
 from .pipeline import EncodedLabel, Exemplar, Pipeline
 
-__all__ = ["EncodedLabel", "EngineOptions", "Exemplar", "Size", "Translation", "Translator", "resolve_size"]
+__all__ = ["EncodedLabel", "EngineOptions", "Exemplar", "Translation", "Translator", "resolve_size"]
 
-Size: TypeAlias = "int | tuple[int, int] | str | None"
 _log = logging.getLogger("flashcocos.runtime")
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..config import from_fields
+from ..config import Size, from_fields
 from ..errors import InputError
 from ..runtime import Translation
 from .errors import ApiError
@@ -35,7 +35,6 @@ from .wire import ErrorReply, ExemplarReply, LabelReply, ModelReply, Translation
 T = TypeVar("T")
 Reply = TypeVar("Reply", bound=msgspec.Struct)
 Source: TypeAlias = "str | os.PathLike[str] | bytes | npt.NDArray[np.uint8]"
-Size: TypeAlias = "int | tuple[int, int] | str | None"
 _Flow = Generator[httpx.Request, httpx.Response, T]
 _LONGEST_WAIT = 60.0  # seconds
 

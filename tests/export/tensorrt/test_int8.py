@@ -26,7 +26,7 @@ from flashcocos.preprocess.labels import load_label
 from flashcocos.runtime.cpu.onnxruntime import OnnxRuntimeEngine
 from flashcocos.runtime.gpu.store import Profile, list_engines
 from flashcocos.runtime.info import describe_bundle
-from flashcocos.runtime.jobs import match_files
+from flashcocos.runtime.jobs import FolderRequest, match_files
 
 SQUARE = Profile((1, 1, 1), (64, 64, 64), (64, 64, 64))
 GENERATOR = tuple(stage for stage in STAGES if stage not in ("query", "exemplar"))
@@ -42,7 +42,7 @@ def rtx():
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    return match_files(None, None, None, tmp_path_factory.mktemp("pictures"), pairs=PAIRS)
+    return match_files(FolderRequest(None, None, None, tmp_path_factory.mktemp("pictures"), pairs=PAIRS))
 
 
 @pytest.fixture(scope="module")
