@@ -467,7 +467,7 @@ def start_model(settings: Settings) -> CoCosNet:
 
 def start_discriminator(settings: Settings) -> Discriminator:
     """The discriminator with upstream's random weights."""
-    discriminator = Discriminator(settings.model, ndf=settings.optimizer.discriminator_width, spectral_norm=False)
+    discriminator = Discriminator(settings.model, settings.optimizer.discriminator_width)
     initialize(discriminator)
     add_spectral_norm(discriminator)
     spectral.prepare(discriminator)
