@@ -7,13 +7,12 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import BackendError
+from ..errors import import_extra
 from .batches import Batch
 
 ROWS = 4  # samples in a picture
@@ -27,12 +26,9 @@ class TrainLogger:
     """
 
     def __init__(self, folder: Path, start: int, total: int, log_steps: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise BackendError("the package tensorboard is missing: pip install 'flashcocos[train]'") from error
+        tensorboard = import_extra("torch.utils.tensorboard", "the package tensorboard is missing", "train")
         self.done, self.total, self.log_steps = start, total, log_steps
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._progress = tqdm(desc="train", total=total, initial=start, unit="step", disable=None)
         self._sums: dict[str, float] = {}
         self._count, self._since = 0, time.monotonic()
@@ -40,9 +36,7 @@ class TrainLogger:
     def __enter__(self) -> TrainLogger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.close()
         self._writer.close()
 
