@@ -11,7 +11,6 @@ import logging
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, overload
 
 import numpy as np
@@ -130,9 +129,7 @@ class Translator:
     def __enter__(self) -> Translator:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
