@@ -32,6 +32,7 @@ from ...files import cache_folder
 from . import Item
 from .avatars_draw import Structure, package_versions, random_structure, render_image, render_label
 from .avatars_paint import CLASSES, DEFAULT_LOOK, Look, random_look
+from .hand_drawn import interpolate
 
 SPLITS = {"train": 20_000, "validation": 1_000, "test": 1_000}
 FORMAT = 1  # raise it when a change of this code changes any pair
@@ -161,17 +162,13 @@ def random_flow(key: str, size: int) -> np.ndarray:
     rng = random.Random(key)
     knots = 5
     bends = np.array([rng.uniform(-0.06, 0.06) for _ in range(2 * knots * knots)]).reshape(2, knots, knots)
-    at = np.linspace(0, knots - 1, size)
-    low = np.minimum(at.astype(int), knots - 2)
-    part = at - low
-    rows = bends[:, low] * (1 - part)[:, None] + bends[:, low + 1] * part[:, None]
-    smooth = rows[:, :, low] * (1 - part) + rows[:, :, low + 1] * part
     zoom, turn = rng.uniform(0.85, 1.15), rng.uniform(-0.25, 0.25)
     shift_y, shift_x = rng.uniform(-0.08, 0.08), rng.uniform(-0.08, 0.08)
     mirror = -1 if rng.random() < 0.5 else 1
     y, x = np.mgrid[:size, :size] / max(size - 1, 1) - 0.5
     cos, sin = np.cos(turn) * zoom, np.sin(turn) * zoom
-    flow = np.stack([cos * y + sin * x * mirror + shift_y, cos * x * mirror - sin * y + shift_x]) + smooth
+    flow = np.stack([cos * y + sin * x * mirror + shift_y, cos * x * mirror - sin * y + shift_x])
+    flow += interpolate(bends, size, size)
     pixels: np.ndarray = ((flow + 0.5) * (size - 1)).clip(0, size - 1).astype(np.float32)
     return pixels
 
