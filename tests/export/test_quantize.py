@@ -21,11 +21,6 @@ from flashcocos.runtime.jobs import FolderRequest, match_files
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return match_files(FolderRequest(None, None, None, tmp_path_factory.mktemp("pictures"), pairs=PAIRS))
-
-
-@pytest.fixture(scope="module")
 def quantized(pairs, tmp_path_factory):
     return quantize_bundle(default_model_path(), tmp_path_factory.mktemp("bundle") / "int8.zip", pairs)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flat_pairs import copying_model
 from PIL import Image
 from tiny_bundle import CHANNELS, CLASSES, write_tiny_bundle
 
@@ -25,7 +26,7 @@ from flashcocos.runtime import Translator
 from flashcocos.runtime.options import EngineOptions
 from flashcocos.train.checkpoint import save_model
 from flashcocos.train.data import Item
-from flashcocos.train.networks import CoCosNet, Vgg19
+from flashcocos.train.networks import Vgg19
 
 BRIGHT = 12 / 127.5  # in the range -1 to 1
 NAMES = [f"class {index}" for index in range(12)]
@@ -56,17 +57,7 @@ class FlatPairs:
 @pytest.fixture(scope="module")
 def copier() -> ModelPredictor:
     """A model that copies the exemplar, as equal positions alone attract each other, and is too bright by 12 of 255."""
-    model = CoCosNet(
-        ModelConfig.preset("tiny", position_frequencies=4, warp_residual=True, warp_upsampling="pixel_shuffle")
-    ).eval()
-    with torch.no_grad():
-        for branch in (model.correspondence.theta, model.correspondence.phi):
-            branch.weight.zero_()
-            branch.bias.zero_()
-            branch.weight[:, -16:] = torch.eye(16)[..., None, None]
-        model.generator.last.weight.zero_()
-        model.generator.last.bias.copy_(torch.tensor([BRIGHT, BRIGHT, BRIGHT, 30.0]))
-    return ModelPredictor(model, backend="reference")
+    return ModelPredictor(copying_model(BRIGHT))
 
 
 def test_scores_of_a_copy_that_is_too_bright_by_a_known_amount(copier: ModelPredictor, tmp_path: Path) -> None:
