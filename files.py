@@ -143,9 +143,9 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("flashcocos", appauthor=False)
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()  # a loop because Python 3.10 has no hashlib.file_digest
+def file_hash(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
+    """Hash of a file's content, in hexadecimal digits."""
+    digest = hashlib.new(algorithm)  # a loop because Python 3.10 has no hashlib.file_digest
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

@@ -119,9 +119,7 @@ class Translator:
     def _take(self, bundle: Bundle, pipeline: Pipeline) -> None:
         self.bundle, manifest = bundle, bundle.manifest
         self.config = manifest.config
-        self._model, self._label_model = (
-            manifest.files[manifest.stages[stage].file].sha256 for stage in ("exemplar", "query")
-        )
+        self._model, self._label_model = (manifest.graph_file(stage).sha256 for stage in ("exemplar", "query"))
         self._warned_of_proportions = False
         self._pipeline = pipeline
         self._release = weakref.finalize(self, self._pipeline.close)  # also where nobody closes it, and at exit

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files import atomic_path, sha256
+from ..files import atomic_path, file_hash
 from ..preprocess.images import PathLike, load_image
 from .checkpoint import load_model
 from .data.photos import find_photos
@@ -138,7 +138,7 @@ def open_extractor(vgg: PathLike | None, model: PathLike | None, device: str = "
     if vgg is not None:
         network = load_vgg(vgg).to(place)
         return Extractor(
-            f"vgg19-pool5-{sha256(vgg)}",
+            f"vgg19-pool5-{file_hash(vgg)}",
             224,
             lambda pictures: F.max_pool2d(network(pictures, ["r54"])["r54"], 2).flatten(1),
             place,
@@ -147,7 +147,7 @@ def open_extractor(vgg: PathLike | None, model: PathLike | None, device: str = "
     trained = load_model(model).to(place)
     adaptor = trained.correspondence.image_adaptor
     return Extractor(
-        f"adaptor-{sha256(model)}",
+        f"adaptor-{file_hash(model)}",
         trained.config.image_size,
         lambda pictures: F.adaptive_avg_pool2d(adaptor(pictures), 8).flatten(1),
         place,

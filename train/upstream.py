@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import PRESETS, ModelConfig
 from ..errors import CheckpointError, InputError
-from ..files import sha256
+from ..files import file_hash
 from .checkpoint import load_pickle, save_state
 from .networks import CoCosNet
 from .networks.layers import SpectralConv2d, fold_spectral_norm
@@ -125,26 +125,21 @@ def convert(
         CheckpointError: the files are not such a pair; the message names file and key.
     """
     states = {"Corr": StateDict.load(corr_path, "Corr"), "G": StateDict.load(generator_path, "G")}
-    config = infer_config(states, task=task, label_kind=label_kind, warp_upsampling=warp_upsampling)
+    options = {"task": task, "label_kind": label_kind, "warp_upsampling": warp_upsampling}
+    config = infer_config(states, {name: value for name, value in options.items() if value is not None})
     with torch.device("meta"):  # names and shapes are all that is needed of the model
         model = CoCosNet(config)
     tensors = upstream_state(model, states)
     provenance = {
         "source": "microsoft/CoCosNet",
-        "files": {Path(path).name: sha256(path) for path in (corr_path, generator_path)},
+        "files": {Path(path).name: file_hash(path) for path in (corr_path, generator_path)},
     }
     save_state(output, config, tensors, provenance)
     return config
 
 
-def infer_config(
-    states: Mapping[str, StateDict],
-    *,
-    task: str | None = None,
-    label_kind: str | None = None,
-    warp_upsampling: str | None = None,
-) -> ModelConfig:
-    """The configuration that follows from the shapes of the "Corr" and "G" state dicts, completed as `convert` says."""
+def infer_config(states: Mapping[str, StateDict], options: Mapping[str, str]) -> ModelConfig:
+    """The configuration that follows from the shapes of the "Corr" and "G" state dicts and the options of `convert`."""
     corr, generator = states["Corr"], states["G"]
     nef, labels = _dimensions(corr, "adaptive_model_seg.layer1.0.weight_orig")[:2]
     features, mixed = _dimensions(corr, "theta.weight")[:2]
@@ -153,21 +148,18 @@ def infer_config(
             f"{corr.name}: 'theta.weight' reads {mixed} channels; expected {features} features, or {features + labels} "
             "with the label joined"
         )
-    options = {"task": task, "label_kind": label_kind, "warp_upsampling": warp_upsampling}
     preset = next((PRESETS[name] for name in TASKS if PRESETS[name].label_channels == labels), None)
-    for name, value in options.items():
-        if value is None:
-            if preset is None:
-                published = ", ".join(f"{name} {PRESETS[name].label_channels}" for name in TASKS)
-                raise CheckpointError(
-                    f"{corr.name}: {labels} label channels are none of the published tasks' ({published}); "
-                    f"say what they are: {name} is needed"
-                )
-            options[name] = getattr(preset, name)
+    names = ("task", "label_kind", "warp_upsampling")
+    if preset is None and (missing := [name for name in names if name not in options]):
+        published = ", ".join(f"{name} {PRESETS[name].label_channels}" for name in TASKS)
+        raise CheckpointError(
+            f"{corr.name}: {labels} label channels are none of the published tasks' ({published}); "
+            f"say what they are: {missing[0]} is needed"
+        )
     try:
         return ModelConfig.from_dict(
             {
-                **options,
+                **{name: options[name] if name in options else getattr(preset, name) for name in names},
                 "label_channels": labels,
                 "ngf": _dimensions(generator, "fc.weight")[0] // 16,
                 "nef": nef,

@@ -110,7 +110,7 @@ def build(
         graph = None
         for picture_profile in profiles:
             profile = picture_profile.tiled(tile) if stage == "fine" else picture_profile
-            sha256 = opened.manifest.files[opened.manifest.stages[stage].file].sha256
+            sha256 = opened.manifest.graph_file(stage).sha256
             key = EngineKey(stage, sha256, variant, str(trt.__version__), architectures, precision, profile)
             path = folder / f"{key.stem}.engine"
             kept = key in known and _intact(folder, known[key])

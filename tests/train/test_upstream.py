@@ -49,13 +49,13 @@ def test_names_and_shapes_are_the_published_ones(task: str) -> None:
 def test_configuration_is_inferred(task: str, changes: dict[str, Any]) -> None:
     config = tiny_config(task, **changes)
     states = {network: StateDict(tensors, network) for network, tensors in upstream_states(config).items()}
-    assert infer_config(states) == config
+    assert infer_config(states, {}) == config
 
 
 def test_label_mixing_is_read_off_the_shapes() -> None:
     config = tiny_config("ade20k", condition_on_label=False)
     states = {network: StateDict(tensors, network) for network, tensors in upstream_states(config).items()}
-    assert infer_config(states) == config
+    assert infer_config(states, {}) == config
 
 
 def test_own_label_channels_need_options(tmp_path: Path) -> None:
