@@ -138,6 +138,27 @@ def require_distinct(output: str | os.PathLike[str], *inputs: str | os.PathLike[
             raise InputError(f"output {output} would overwrite the input {path}; choose another output")
 
 
+def read_text(path: str | os.PathLike[str], limit: int, encoding: str = "utf-8") -> str:
+    """The text of a file that a stranger may have written.
+
+    Args:
+        path: A file, here or in a store.
+        limit: Most bytes that it may have.
+        encoding: Of the text.
+
+    Raises:
+        InputError: There is no file at `path`, it is larger, or no such text.
+    """
+    require_file(path)
+    place = remote.to_path(path)
+    try:
+        if (length := place.stat().st_size) > limit:
+            raise InputError(f"{path}: {length} bytes; expected at most {limit}: is it the right file?")
+        return place.read_text(encoding=encoding)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable text file: {error}") from error
+
+
 def cache_folder() -> Path:
     """The folder that keeps downloads and rendered data: flashcocos in the platform's cache folder for this user."""
     return platformdirs.user_cache_path("flashcocos", appauthor=False)

@@ -10,7 +10,6 @@ from ..files import require_distinct, require_file
 from .arguments import BUNDLE, AddCommand, add_pairing, show, sides
 
 TITLE = "Models"
-_PRECISIONS = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16"}
 
 
 def add_commands(command: AddCommand) -> None:
@@ -247,7 +246,7 @@ def _add_build(command: AddCommand) -> None:
         help="compute capabilities as sm_89; one engine serves all (default: the GPU of this machine)",
     )  # fmt: skip
     parser.add_argument(
-        "--precision", choices=tuple(_PRECISIONS), default="float16",
+        "--precision", choices=("float32", "float16"), default="float16",
         help="of the arithmetic, except of what is int8 in a bundle of flashcocos quantize (default: float16)",
     )  # fmt: skip
     parser.add_argument(
@@ -277,7 +276,7 @@ def _build(options: argparse.Namespace) -> int:
     from ..runtime.gpu.store import default_folder, import_variant, parse_target
 
     path = resolve_model(options.bundle)
-    bundle, precision = Bundle(path), _PRECISIONS[options.precision]
+    bundle, precision = Bundle(path), options.precision
     config = bundle.manifest.config
     profiles = [parse_profile(size, options.batch) for size in options.size or [str(config.image_size)]]
     import_variant(options.variant)  # a missing package is an error before anything is built

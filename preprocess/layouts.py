@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError
+from ..files import read_text
 from ..remote import is_remote, list_files, store_errors, to_path
 from .edges import PARTS
 from .images import SUFFIXES, PathLike
@@ -130,12 +131,7 @@ def read_list(path: PathLike) -> list[tuple[str, ...]]:
 
     Names come back with forward slashes. Raises `InputError` for an unreadable or absurdly large file.
     """
-    try:
-        if (length := to_path(path).stat().st_size) > MAX_LIST_BYTES:
-            raise InputError(f"{path}: {length} bytes; expected a list file of at most {MAX_LIST_BYTES}")
-        text = to_path(path).read_text(encoding="utf-8-sig")  # Windows editors add a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable list file: {error}") from error
+    text = read_text(path, MAX_LIST_BYTES, "utf-8-sig")  # Windows editors add a byte order mark
     lines = ([name.strip().replace("\\", "/") for name in line.split(",")] for line in text.splitlines())
     return [tuple(filter(None, names)) for names in lines if any(names)]
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import InputError, import_extra
-from ..remote import to_path
+from ..files import read_text
 from .images import MAX_SIDE, PathLike, UInt8Array, check_extent, check_size, open_image
 from .planes import distance_plane
 
@@ -116,14 +116,10 @@ def _resize(pixels: UInt8Array, size: tuple[int, int] | None, method: Image.Resa
 
 def _read_table(path: PathLike, columns: int) -> npt.NDArray[np.float64]:
     """Rows of `columns` finite numbers, (n, columns), of a text file."""
+    rows = [line.split() for line in read_text(path, MAX_TEXT_BYTES, "ascii").splitlines() if line.strip()]
     try:
-        if (length := to_path(path).stat().st_size) > MAX_TEXT_BYTES:
-            raise InputError(f"{path}: {length} bytes; expected a keypoint file of at most {MAX_TEXT_BYTES}")
-        rows = [line.split() for line in to_path(path).read_text(encoding="ascii").splitlines() if line.strip()]
         table = np.array([[float(cell) for cell in row] for row in rows], np.float64)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: not a readable keypoint file: {error}") from error
     if not rows:
         return np.zeros((0, columns))

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 
 from ..config import Size
 from ..errors import InputError
-from ..files import require_file
+from ..files import read_text, require_file
 from ..preprocess.images import SUFFIXES, PathLike
 from ..remote import is_remote, list_files, store_errors, to_path
 
+_MAX_LIST_BYTES = 64 << 20
 _ANY = ".*"  # the suffix of a file that is looked for by its name alone
 LABEL_SUFFIXES = (".png", ".npz", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")  # without JPEG, which alters ids
 # a picture may lie beside its label, and then it is the JPEG
@@ -185,10 +187,10 @@ def _listed(
     for folder in (inputs, exemplars, exemplar_labels):
         if folder is not None and not folder.is_dir():
             raise InputError(f"{folder}: expected a folder that the names of the list {pairs} are relative to")
+    text = read_text(pairs, _MAX_LIST_BYTES, "utf-8-sig")
     try:
-        with pairs.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(enumerate(csv.reader(file), 1))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(enumerate(csv.reader(io.StringIO(text)), 1))
+    except csv.Error as error:
         raise InputError(f"{pairs}: not a readable list: {error}") from error
     home = pairs.parent
     triples = []

@@ -163,7 +163,7 @@ def test_bad_lists(tree: Path, text: str, message: str) -> None:
 
 def test_a_list_that_is_no_text(tree: Path) -> None:
     (tree / "list.csv").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(InputError, match="not a readable list"):
+    with pytest.raises(InputError, match="not a readable text file"):
         plan(tree, None, None, None, "out", pairs=tree / "list.csv")
     with pytest.raises(InputError, match=r"one.jpg: expected a folder that the names of the list"):
         listed(tree, "a,b\n", "labels", "one.jpg", None)
