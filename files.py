@@ -13,11 +13,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 
 from . import remote
 from .errors import InputError
+
+if TYPE_CHECKING:
+    import sqlite3
 
 _TEMPORARY = ".flashcocos-"  # and eight random characters and the target's suffix
 _STALE = 24 * 3600  # seconds after which a temporary file has no writer any more
@@ -157,6 +161,21 @@ def read_text(path: str | os.PathLike[str], limit: int, encoding: str = "utf-8")
         return place.read_text(encoding=encoding)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable text file: {error}") from error
+
+
+@contextlib.contextmanager
+def open_database(path: Path, remedy: str) -> Iterator[sqlite3.Connection]:
+    """An SQLite file, made where there is none; `InputError` with what deleting it does where it is damaged."""
+    import sqlite3
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path)
+    try:
+        yield connection
+    except sqlite3.DatabaseError as error:
+        raise InputError(f"{path} is damaged ({error}): delete it, and {remedy}") from error
+    finally:
+        connection.close()
 
 
 def cache_folder() -> Path:

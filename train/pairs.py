@@ -8,11 +8,9 @@ pictures computes those alone.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files import atomic_path, file_hash
+from ..files import atomic_path, file_hash, open_database
 from ..preprocess.images import PathLike, load_image
 from .checkpoint import load_model
 from .data.photos import find_photos
@@ -175,7 +173,7 @@ def _features(
     extractor: Extractor, pictures: list[Path], cache: Path, batch: int, failed: dict[str, str]
 ) -> tuple[list[Path], Tensor]:
     """The readable pictures and their features, float16 (N, D) of length 1, from the file `cache` as far as it goes."""
-    with _database(cache) as database:
+    with open_database(cache, "the features are computed again") as database:
         database.execute(
             "CREATE TABLE IF NOT EXISTS features "
             "(extractor TEXT, path TEXT, stamp TEXT, feature BLOB, PRIMARY KEY (extractor, path))"
@@ -219,16 +217,3 @@ def _stamp(path: Path) -> str:
         return ""
     state = path.stat()
     return f"{state.st_size}-{state.st_mtime_ns}"
-
-
-@contextlib.contextmanager
-def _database(path: Path) -> Iterator[sqlite3.Connection]:
-    """The file of features; `InputError` where it is damaged."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path)
-    try:
-        yield connection
-    except sqlite3.DatabaseError as error:
-        raise InputError(f"{path} is damaged ({error}): delete it, and the features are computed again") from error
-    finally:
-        connection.close()

@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...errors import InputError
-from ...files import cache_folder
+from ...files import cache_folder, open_database
 from . import Item
 from .avatars_draw import Structure, package_versions, random_structure, render_image, render_label
 from .avatars_paint import CLASSES, DEFAULT_LOOK, Look, random_look
@@ -39,6 +39,7 @@ FORMAT = 1  # raise it when a change of this code changes any pair
 MAX_REDRAWS = 8
 TARGET_SHARE, EXEMPLAR_SHARE = 0.01, 0.004
 _COVERED = np.array([name != "trim" for name in CLASSES])  # the trim keeps the artist's colors under every look
+_REMEDY = "the pairs are rendered again"
 _CHUNK = 64  # pairs per work unit and per transaction
 
 
@@ -225,8 +226,7 @@ def prepare_pairs(
     text = json.dumps(identity, sort_keys=True)
     name = f"avatars-{split}-{options.size}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.sqlite"
     path = Path(cache_folder() if folder is None else folder) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _database(path) as database:
+    with open_database(path, _REMEDY) as database:
         database.execute("CREATE TABLE IF NOT EXISTS pairs (number INTEGER PRIMARY KEY, pair BLOB NOT NULL)")
         present = {row[0] for row in database.execute("SELECT number FROM pairs WHERE number < ?", (count,))}
         missing = [index for index in range(count) if index not in present]
@@ -343,21 +343,5 @@ def _render_chunks(
             raise
 
 
-class _database:
-    """A connection that closes on exit and turns SQLite's complaints into `InputError`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> sqlite3.Connection:
-        self.connection = sqlite3.connect(self.path)
-        return self.connection
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.connection.close()
-        if isinstance(error, sqlite3.DatabaseError):
-            raise _damaged(self.path, str(error)) from error
-
-
 def _damaged(path: Path, reason: str) -> InputError:
-    return InputError(f"{path} is damaged ({reason}): delete it, and the pairs are rendered again")
+    return InputError(f"{path} is damaged ({reason}): delete it, and {_REMEDY}")
