@@ -37,7 +37,7 @@ def test_a_stage_runs(bundle: Bundle) -> None:
 
 
 def test_threads_reach_the_session(bundle: Bundle) -> None:
-    assert OnnxRuntimeEngine(bundle, "query", num_threads=3)._session.get_session_options().intra_op_num_threads == 3
+    assert OnnxRuntimeEngine(bundle, "query", num_threads=3)._graph.get_session_options().intra_op_num_threads == 3
 
 
 def test_onnxruntime_reads_files_when_nobody_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

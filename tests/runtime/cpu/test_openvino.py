@@ -97,7 +97,7 @@ def test_one_engine_serves_many_threads(bundle: Bundle) -> None:
 
 
 def test_threads_reach_the_graph(bundle: Bundle) -> None:
-    assert OpenVinoEngine(bundle, "query", num_threads=1)._compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert OpenVinoEngine(bundle, "query", num_threads=1)._graph.get_property("INFERENCE_NUM_THREADS") == 1
 
 
 @pytest.mark.usefixtures("without_bfloat16")
