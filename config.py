@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import typing
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
 from .errors import InputError
 
 T = TypeVar("T")
+Size: TypeAlias = "int | tuple[int, int] | str | None"  # as `Translator.translate` takes it
 
 SIZE_MULTIPLE = 32  # the generator starts at 1/32 of the image and doubles five times
 MIN_SIDE = 2 * SIZE_MULTIPLE  # pixels; reflection padding at 1/32 of the size needs two
@@ -179,6 +180,11 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cls.from_dict({**msgspec.structs.asdict(PRESETS[name]), **changes})
 
 
+_AVATARS = ModelConfig(
+    "avatars", "classes", 12, image_size=128, ngf=12, nef=8, feature_channels=32, spade_hidden=24, residual_blocks=1,
+    warp_stride=2, warp_upsampling="pixel_shuffle", attention=False, position_frequencies=4, warp_residual=True,
+    max_channels=128,
+)  # fmt: skip
 # adaptor_kernel 4: upstream's README trains three tasks without the flag but tests them with it; the published
 # checkpoints have 4, and `flashcocos convert` reads the value off the checkpoint's shapes
 PRESETS: dict[str, ModelConfig] = {
@@ -188,16 +194,8 @@ PRESETS: dict[str, ModelConfig] = {
     "deepfashion": ModelConfig(
         "deepfashion", "channels", 20, adaptor_kernel=4, condition_on_label=False, warp_upsampling="pixel_shuffle"
     ),
-    "avatars-128": ModelConfig(
-        "avatars", "classes", 12, image_size=128, ngf=12, nef=8, feature_channels=32, spade_hidden=24,
-        residual_blocks=1, warp_stride=2, warp_upsampling="pixel_shuffle", attention=False, position_frequencies=4,
-        warp_residual=True, max_channels=128,
-    ),
-    "avatars-256": ModelConfig(
-        "avatars", "classes", 12, image_size=256, ngf=12, nef=8, feature_channels=32, spade_hidden=24,
-        residual_blocks=1, warp_stride=2, warp_upsampling="pixel_shuffle", attention=False, position_frequencies=4,
-        warp_residual=True, max_channels=128,
-    ),
+    "avatars-128": _AVATARS,
+    "avatars-256": msgspec.structs.replace(_AVATARS, image_size=256),
     "tiny": ModelConfig(
         "avatars", "classes", 12, image_size=64, ngf=4, nef=4, feature_channels=16, spade_hidden=8, residual_blocks=1
     ),

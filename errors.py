@@ -3,6 +3,9 @@
 Each message names the offending value, what was expected, and the remedy.
 """
 
+import importlib
+from typing import Any
+
 
 class FlashcocosError(Exception):
     """Base class of every error that flashcocos raises on purpose."""
@@ -22,6 +25,14 @@ class BundleError(FlashcocosError, ValueError):
 
 class CheckpointError(FlashcocosError, ValueError):
     """A checkpoint is not what it should be: unreadable, or with missing, extra or misshapen keys."""
+
+
+def import_extra(module: str, message: str, extra: str) -> Any:
+    """Import a module of an optional package; `BackendError` with `message` and the extra where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BackendError(f"{message}: pip install 'flashcocos[{extra}]' ({error})") from error
 
 
 def printable(text: object) -> str:

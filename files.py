@@ -13,11 +13,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 
 from . import remote
 from .errors import InputError
+
+if TYPE_CHECKING:
+    import sqlite3
 
 _TEMPORARY = ".flashcocos-"  # and eight random characters and the target's suffix
 _STALE = 24 * 3600  # seconds after which a temporary file has no writer any more
@@ -138,14 +142,50 @@ def require_distinct(output: str | os.PathLike[str], *inputs: str | os.PathLike[
             raise InputError(f"output {output} would overwrite the input {path}; choose another output")
 
 
+def read_text(path: str | os.PathLike[str], limit: int, encoding: str = "utf-8") -> str:
+    """The text of a file that a stranger may have written.
+
+    Args:
+        path: A file, here or in a store.
+        limit: Most bytes that it may have.
+        encoding: Of the text.
+
+    Raises:
+        InputError: There is no file at `path`, it is larger, or no such text.
+    """
+    require_file(path)
+    place = remote.to_path(path)
+    try:
+        if (length := place.stat().st_size) > limit:
+            raise InputError(f"{path}: {length} bytes; expected at most {limit}: is it the right file?")
+        return place.read_text(encoding=encoding)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable text file: {error}") from error
+
+
+@contextlib.contextmanager
+def open_database(path: Path, remedy: str) -> Iterator[sqlite3.Connection]:
+    """An SQLite file, made where there is none; `InputError` with what deleting it does where it is damaged."""
+    import sqlite3
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path)
+    try:
+        yield connection
+    except sqlite3.DatabaseError as error:
+        raise InputError(f"{path} is damaged ({error}): delete it, and {remedy}") from error
+    finally:
+        connection.close()
+
+
 def cache_folder() -> Path:
     """The folder that keeps downloads and rendered data: flashcocos in the platform's cache folder for this user."""
     return platformdirs.user_cache_path("flashcocos", appauthor=False)
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()  # a loop because Python 3.10 has no hashlib.file_digest
+def file_hash(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
+    """Hash of a file's content, in hexadecimal digits."""
+    digest = hashlib.new(algorithm)  # a loop because Python 3.10 has no hashlib.file_digest
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

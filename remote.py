@@ -78,11 +78,16 @@ def write(path: Path, file: Path) -> None:
 
 
 @contextlib.contextmanager
-def store_errors(name: object) -> Iterator[None]:
-    """Turn what a store's client raises, which has exceptions of its own, into `InputError` naming `name`."""
+def store_errors(name: object, *paths: object) -> Iterator[None]:
+    """Turn what a store's client raises, which has exceptions of its own, into `InputError` naming `name`.
+
+    Where `paths` are given and none of them is in a store, errors stay as they are.
+    """
     try:
         yield
     except (FlashcocosError, MemoryError, ModuleNotFoundError):
         raise
     except Exception as error:
+        if paths and not any(map(is_remote, paths)):
+            raise
         raise InputError(f"{name}: {error or type(error).__name__}") from error

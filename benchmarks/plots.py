@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import BackendError
+from ..errors import import_extra
 from ..files import atomic_path
 from .runner import Row, read_rows
 from .tables import WARPS, grouped, is_plain, label
@@ -19,16 +19,13 @@ MARKERS = "osD^vPX"
 
 def draw_plots(results: Path, folder: Path) -> list[Path]:
     """Draw the plots of the CPU's results into `folder`; returns the files. `BackendError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BackendError("plots need matplotlib: pip install 'flashcocos[bench]'") from error
+    figures = import_extra("matplotlib.figure", "plots need matplotlib", "bench")
     paths = []
     for name, groups, plot in PLOTS:
         rows = [row for group in groups for row in read_rows(results / f"{group}.jsonl")]
         if not rows:
             continue
-        figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained", facecolor="white")
+        figure = figures.Figure(figsize=SIZE, dpi=DPI, layout="constrained", facecolor="white")
         axes = figure.add_subplot()
         plot(axes, rows)
         axes.spines[["top", "right"]].set_visible(False)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..errors import BackendError
+from ..errors import import_extra
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("numpy", "numba", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "triton")
@@ -125,11 +125,7 @@ def _processor() -> str:
 
 
 def _psutil() -> Any:
-    try:
-        import psutil
-    except ImportError as error:
-        raise BackendError("the package psutil is missing; pip install 'flashcocos[cpu]'") from error
-    return psutil
+    return import_extra("psutil", "the package psutil is missing", "cpu")
 
 
 def _text(path: str) -> str:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..bundle import Bundle
 from ..errors import InputError
-from ..files import sha256
+from ..files import file_hash
 from .provenance import CHANGED, conditions, free_memory, provenance
 from .registry import Assets, Case, Task
 
@@ -123,7 +123,7 @@ def open_assets(
         raise InputError(f"no {file}; `python -m flashcocos.benchmarks model -o {folder}` fills the folder")
     # references are of these weights and of this code
     revision = provenance()["revision"]
-    pictures = folder / "references" / f"{sha256(file)[:12]}-{revision}"
+    pictures = folder / "references" / f"{file_hash(file)[:12]}-{revision}"
     if revision.endswith(CHANGED):
         shutil.rmtree(pictures, ignore_errors=True)
     return Assets(
@@ -304,5 +304,5 @@ def _hashes(assets: Assets, names: Iterable[str]) -> dict[str, str]:
             manifest = Bundle(assets.bundles[name.removeprefix("bundle ")]).manifest
             hashes[name] = hashlib.sha256(manifest.to_json().encode()).hexdigest()
         else:
-            hashes[name] = sha256(getattr(assets, name))
+            hashes[name] = file_hash(getattr(assets, name))
     return hashes

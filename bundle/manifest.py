@@ -94,6 +94,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     class_names: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=60)], ...] = ()
     palette: tuple[tuple[_Byte, _Byte, _Byte], ...] = ()
 
+    def graph_file(self, stage: str) -> FileSpec:
+        """Size and hash of the ONNX file of a stage."""
+        return self.files[self.stages[stage].file]
+
     def to_json(self) -> str:
         """This manifest as a JSON object."""
         header = {"format": FORMAT, "format_version": FORMAT_VERSION}

@@ -79,7 +79,7 @@ def engine(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_pairing(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which labels and exemplars belong together, as `runtime.jobs.match_files` does."""
+    """Add the options that say which labels and exemplars belong together, as in `runtime.jobs.FolderRequest`."""
     parser.add_argument("--input", metavar="PATH", help="label file, or folder of label files")
     parser.add_argument("--exemplar", metavar="PATH", help="exemplar picture for all, or folder paired by name")
     parser.add_argument("--exemplar-label", metavar="PATH", help="label file of the exemplar, or folder paired by name")

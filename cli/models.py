@@ -10,7 +10,6 @@ from ..files import require_distinct, require_file
 from .arguments import BUNDLE, AddCommand, add_pairing, show, sides
 
 TITLE = "Models"
-_PRECISIONS = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16"}
 
 
 def add_commands(command: AddCommand) -> None:
@@ -212,14 +211,13 @@ def _add_quantize(command: AddCommand) -> None:
 def _quantize(options: argparse.Namespace) -> int:
     from ..bundle.default_model import resolve_model
     from ..export.quantize import quantize_bundle
-    from ..runtime.jobs import match_files
+    from ..runtime.jobs import FolderRequest, match_files
 
     bundle = resolve_model(options.bundle)
-    paths = (options.input, options.exemplar, options.exemplar_label, options.pairs)
-    require_distinct(options.output, bundle, *paths)
-    inputs, exemplars, labels, pairs = (None if path is None else Path(path) for path in paths)
+    files = (options.input, options.exemplar, options.exemplar_label)
+    require_distinct(options.output, bundle, *files, options.pairs)
     nowhere = Path(options.output).with_name("pictures")  # match_files plans pictures, and none is written
-    jobs = match_files(inputs, exemplars, labels, nowhere, pairs=pairs)
+    jobs = match_files(FolderRequest(*files, nowhere, pairs=options.pairs))
     step = max(1, len(jobs) // max(1, options.count))
     jobs = jobs[::step][: options.count]
     for job in jobs:
@@ -248,7 +246,7 @@ def _add_build(command: AddCommand) -> None:
         help="compute capabilities as sm_89; one engine serves all (default: the GPU of this machine)",
     )  # fmt: skip
     parser.add_argument(
-        "--precision", choices=tuple(_PRECISIONS), default="float16",
+        "--precision", choices=("float32", "float16"), default="float16",
         help="of the arithmetic, except of what is int8 in a bundle of flashcocos quantize (default: float16)",
     )  # fmt: skip
     parser.add_argument(
@@ -278,7 +276,7 @@ def _build(options: argparse.Namespace) -> int:
     from ..runtime.gpu.store import default_folder, import_variant, parse_target
 
     path = resolve_model(options.bundle)
-    bundle, precision = Bundle(path), _PRECISIONS[options.precision]
+    bundle, precision = Bundle(path), options.precision
     config = bundle.manifest.config
     profiles = [parse_profile(size, options.batch) for size in options.size or [str(config.image_size)]]
     import_variant(options.variant)  # a missing package is an error before anything is built

@@ -59,11 +59,11 @@ def _demo(options: argparse.Namespace) -> int:
     from ..bundle.default_model import PAIRS
     from ..runtime import Translator
     from ..runtime.folder import translate_folder
+    from ..runtime.jobs import FolderRequest
 
+    request = FolderRequest(None, None, None, options.output, pairs=PAIRS, save={"grid"})
     with Translator(device="cpu") as translator:
-        summary = translate_folder(
-            translator, None, None, None, options.output, pairs=PAIRS, save={"grid"}, progress=True
-        )
+        summary = translate_folder(translator, request, progress=True)
     show(f"{summary.done} of {summary.done + len(summary.failed)} pictures translated; *.grid.png shows each as")
     show(f"input | exemplar | warped exemplar | result: {options.output}")
     return 1 if summary.failed else 0
@@ -75,6 +75,7 @@ def _translate(options: argparse.Namespace) -> int:
     from ..runtime import Translator
     from ..runtime.cluster import translate_folder_on_ray
     from ..runtime.folder import translate_folder
+    from ..runtime.jobs import FolderRequest
 
     bundle = Bundle(resolve_model(options.model))
     model = {
@@ -83,19 +84,21 @@ def _translate(options: argparse.Namespace) -> int:
         "exemplar_cache_mib": options.exemplar_cache_mib,
         "tile": options.tile,
     }
-    files = (options.input, options.exemplar, options.exemplar_label, options.output)
-    choices = {
-        "pairs": options.pairs,
-        "size": options.size,
-        "save": {*options.save, *(["grid"] if options.grid else [])},
-        "suffix": f".{options.format}",
-        "resume": options.resume,
-        "progress": True,
-    }
+    request = FolderRequest(
+        options.input,
+        options.exemplar,
+        options.exemplar_label,
+        options.output,
+        pairs=options.pairs,
+        size=options.size,
+        save={*options.save, *(["grid"] if options.grid else [])},
+        suffix=f".{options.format}",
+        resume=options.resume,
+    )
     if options.ray:
-        summary = translate_folder_on_ray(options.ray, bundle, model, *files, **choices)
+        summary = translate_folder_on_ray(options.ray, bundle, model, request, progress=True)
     else:
         with Translator(bundle, **model) as translator:
-            summary = translate_folder(translator, *files, **choices)
+            summary = translate_folder(translator, request, progress=True)
     show(f"{summary.done} translated, {summary.skipped} skipped, {len(summary.failed)} failed: {options.output}")
     return 1 if summary.failed else 0

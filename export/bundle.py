@@ -17,7 +17,7 @@ from ..bundle import PRECISIONS, STAGES, Manifest, StageSpec, write_bundle
 from ..bundle.stages import stage_tensors
 from ..config import ModelConfig
 from ..errors import InputError
-from ..files import require_distinct, sha256
+from ..files import file_hash, require_distinct
 from ..preprocess.palette import legend
 from ..train.checkpoint import load_model, read_metadata
 from .graphs import OPSET, check_graph, export_stage, replace, store_float16
@@ -107,7 +107,7 @@ def compiled_kernels(
 def provenance(model_path: str | os.PathLike[str]) -> dict[str, Any]:
     """Where an export came from: the model file's hash and its own provenance, and the versions that exported it."""
     return {
-        "model_sha256": sha256(model_path),
+        "model_sha256": file_hash(model_path),
         "model": read_metadata(model_path)[1],
         "flashcocos": __version__,
         "torch": str(torch.__version__),  # a class of torch's own

@@ -7,7 +7,6 @@ The other tasks' checkpoints are behind links that need a browser: see the publi
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import http.client
 import os
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import CheckpointError, FlashcocosError, InputError
-from ..files import cache_folder
+from ..files import cache_folder, file_hash
 
 BASE_URL = "https://storage.openvinotoolkit.org/repositories/open_model_zoo/public/2022.1/cocosnet/model_files/ckpt/"
 ATTEMPTS = 4
@@ -88,7 +87,7 @@ def download(
 def _fetch(remote: RemoteFile, folder: Path, base_url: str) -> Path:
     """`folder`/`remote.name`, fetched unless it is there already."""
     target = folder / remote.name
-    if _size(target) == remote.bytes and _sha384(target) == remote.sha384:
+    if _size(target) == remote.bytes and file_hash(target, "sha384") == remote.sha384:
         return target
     url = base_url.rstrip("/") + "/" + remote.name
     part = target.with_name(f"{target.name}.part")
@@ -108,7 +107,7 @@ def _fetch(remote: RemoteFile, folder: Path, base_url: str) -> Path:
         raise FlashcocosError(
             f"{part}: {error.strerror or error}; what was fetched is kept, run the command again to resume"
         ) from error
-    digest = _sha384(part)
+    digest = file_hash(part, "sha384")
     if digest != remote.sha384:
         part.unlink()
         raise CheckpointError(
@@ -168,11 +167,3 @@ def _transfer(url: str, part: Path, remote: RemoteFile, progress: tqdm) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-def _sha384(path: Path) -> str:
-    digest = hashlib.sha384()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -176,7 +176,19 @@ def _quantize(graph: onnx.ModelProto, feeds: Sequence[Arrays], kept: Sequence[st
         onnx.save(graph, source)
         logging.disable(logging.WARNING)  # it recommends steps that these graphs have behind them
         try:
-            _quantize_file(source, target, Reader(), kept)
+            quantize_static(
+                source,
+                target,
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv"],
+                nodes_to_exclude=list(kept),
+                per_channel=True,
+                activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+                extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+            )
         finally:
             logging.disable(logging.NOTSET)
         small = onnx.load(target)
@@ -185,22 +197,6 @@ def _quantize(graph: onnx.ModelProto, feeds: Sequence[Arrays], kept: Sequence[st
     del small.opset_import[:]
     small.opset_import.extend(opsets)
     return small
-
-
-def _quantize_file(source: Path, target: Path, reader: CalibrationDataReader, kept: Sequence[str]) -> None:
-    quantize_static(
-        source,
-        target,
-        reader,
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["Conv"],
-        nodes_to_exclude=list(kept),
-        per_channel=True,
-        activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8,
-        calibrate_method=CalibrationMethod.MinMax,
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
-    )
 
 
 def _inputs(config: ModelConfig, pair: Job) -> Arrays:

@@ -175,9 +175,8 @@ def corr_row(
     *,
     patch: int = 3,
     temperature: float = 0.01,
-    backend: str = "auto",
 ) -> Any:
-    """The weights of all keys for one query, in O(M C) time and memory; no gradient.
+    """The weights of all keys for one query, in O(M C) time and memory; no gradient. Tensors pass through the CPU.
 
     Args:
         theta: Queries (B, C, Hq, Wq), a tensor or an array as for `corr_warp`.
@@ -185,7 +184,6 @@ def corr_row(
         position: (y, x) of the query.
         patch: Side of the correlated patch, 1, 3 or 5, zero padded.
         temperature: The correlation, -1 to 1, is divided by it before the softmax.
-        backend: "auto" or "numpy"; tensors pass through the CPU.
 
     Returns:
         The weights (B, Hk, Wk), float32, or float64 for float64 tensors; their sum is 1 for each item.
@@ -193,8 +191,6 @@ def corr_row(
     Raises:
         InputError: Shapes, dtypes, options or a position that do not fit.
     """
-    if backend not in ("auto", "numpy"):
-        raise InputError(f"backend for corr_row: expected 'auto' or 'numpy', got {backend!r}")
     tensors = _is_tensor(theta)
     if tensors:
         _check_tensors((theta, phi), ("theta", "phi"), patch, temperature)

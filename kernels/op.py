@@ -36,9 +36,7 @@ def corr_warp_op(
 
 
 @corr_warp_op.register_fake
-def _(
-    theta: Tensor, phi: Tensor, values: Tensor, patch: int, temperature: float, backend: str
-) -> tuple[Tensor, Tensor]:
+def _(theta: Tensor, phi: Tensor, values: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     batch, _, height, width = theta.shape
     out = values.new_empty((batch, values.shape[1], height, width))
     return out, theta.new_empty((batch, height, width), dtype=torch.promote_types(theta.dtype, torch.float32))
@@ -70,18 +68,8 @@ def corr_warp_backward_op(
 
 
 @corr_warp_backward_op.register_fake
-def _(
-    theta: Tensor,
-    phi: Tensor,
-    values: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    patch: int,
-    temperature: float,
-    backend: str,
-    needs: list[bool],
-) -> list[Tensor]:
+def _(theta: Tensor, phi: Tensor, values: Tensor, *others: Any) -> list[Tensor]:
+    *_, backend, needs = others
     if backend == "triton":
         like = [_channels_last(theta), _channels_last(phi), values.new_empty(values.shape)]
     else:

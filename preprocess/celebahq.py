@@ -1,8 +1,7 @@
 """CelebAMask-HQ label maps: ids 0 to 18, the eyeglasses from a mask of their own.
 
 The published data has one map of all parts but the glasses, and a mask of the glasses where there are any. A prepared
-label carries the glasses as class 16, in place of the class below; `planes` keeps both, which is what the published
-network was trained on.
+label carries the glasses as class 16, in place of the class below; the published network was trained on both at once.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import InputError
-from .images import FloatArray, PathLike, UInt8Array
+from .images import PathLike, UInt8Array
 from .labels import LabelSource, check_ids, read_ids, resize_nearest, source_name
 from .planes import BoolArray, read_mask
 
@@ -26,14 +25,6 @@ def class_ids(parts: UInt8Array, glasses: BoolArray | None = None, name: str = "
     if glasses.shape != parts.shape:
         raise InputError(f"{name}: glasses are {glasses.shape}, the label is {parts.shape}; expected the same size")
     return np.where(glasses, GLASSES, parts).astype(np.uint8)
-
-
-def planes(parts: UInt8Array, glasses: BoolArray | None = None) -> FloatArray:
-    """Float32 (19, H, W): one-hot of `parts`, plane 16 replaced by `glasses`, the plane below them kept."""
-    label: FloatArray = (np.arange(CLASSES, dtype=np.uint8)[:, None, None] == parts).astype(np.float32)
-    if glasses is not None:
-        label[GLASSES] = glasses
-    return label
 
 
 def load(label: LabelSource, glasses: PathLike | None = None, size: tuple[int, int] | None = None) -> UInt8Array:

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
+from ..errors import InputError, import_extra
 from .images import ImageSource, PathLike, UInt8Array, load_rgb
-from .planes import BoolArray, contour, distance_plane, read_mask, require
+from .planes import BoolArray, contour, distance_plane, read_mask
 
 PARTS = (
     "skin", "l_brow", "r_brow", "l_eye", "r_eye", "l_ear", "r_ear", "nose", "u_lip", "mouth", "l_lip", "eye_g", "hair",
@@ -32,10 +32,10 @@ def canny_edges(gray: UInt8Array, canny: str = "upstream") -> BoolArray:
     """
     if canny not in CANNY:
         raise InputError(f"canny: expected one of {', '.join(CANNY)}, got {canny!r}")
-    feature = require("skimage.feature", "scikit-image")
+    feature = import_extra("skimage.feature", "this label needs scikit-image", "prepare")
     if canny == "modern":
         return np.asarray(feature.canny(gray), bool)
-    gaussian_filter = require("scipy.ndimage", "scipy").gaussian_filter
+    gaussian_filter = import_extra("scipy.ndimage", "this label needs scipy", "prepare").gaussian_filter
     inside = gaussian_filter(np.ones(gray.shape), 1, mode="constant")  # what of the kernel lies on the picture
     smooth = gaussian_filter(gray, 1, mode="constant") / (inside + np.finfo(float).eps)
     # sigma 0 leaves the picture as it is, and "nearest" leaves out scikit-image's own division by `inside`

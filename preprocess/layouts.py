@@ -12,13 +12,13 @@ A sample is named by its key: the photograph's path below its folder, without su
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError
+from ..files import read_text
 from ..remote import is_remote, list_files, store_errors, to_path
 from .edges import PARTS
 from .images import SUFFIXES, PathLike
@@ -99,22 +99,18 @@ class Layout:
 def find_layout(task: str, folder: PathLike) -> Layout:
     """The layout of the data set in `folder`; `InputError` for an unknown task or a missing folder."""
     root = to_path(folder)
-    with store_errors(root) if is_remote(root) else contextlib.nullcontext():
-        return _find_layout(task, root)
-
-
-def _find_layout(task: str, root: Path) -> Layout:
-    numbered = Layout(task, root / "CelebA-HQ-img", root / "CelebAMask-HQ-mask-anno", numbered=True)
-    if not root.is_dir():
-        raise InputError(f"{root}: not a folder")
-    if task.startswith("celebahq") and (numbered.images.is_dir() or numbered.labels.is_dir()):
-        return numbered
-    if task == "deepfashion" and (root / "pose").is_dir():
-        return Layout(task, root / "img", root / "pose")
-    for labels in ("labels", "annotations"):
-        if (root / labels).is_dir():
-            return Layout(task, root / "images", root / labels)
-    return Layout(task, root, root)
+    with store_errors(root, root):
+        numbered = Layout(task, root / "CelebA-HQ-img", root / "CelebAMask-HQ-mask-anno", numbered=True)
+        if not root.is_dir():
+            raise InputError(f"{root}: not a folder")
+        if task.startswith("celebahq") and (numbered.images.is_dir() or numbered.labels.is_dir()):
+            return numbered
+        if task == "deepfashion" and (root / "pose").is_dir():
+            return Layout(task, root / "img", root / "pose")
+        for labels in ("labels", "annotations"):
+            if (root / labels).is_dir():
+                return Layout(task, root / "images", root / labels)
+        return Layout(task, root, root)
 
 
 def find_sample(task: str, image: PathLike) -> Sample:
@@ -135,12 +131,7 @@ def read_list(path: PathLike) -> list[tuple[str, ...]]:
 
     Names come back with forward slashes. Raises `InputError` for an unreadable or absurdly large file.
     """
-    try:
-        if (length := to_path(path).stat().st_size) > MAX_LIST_BYTES:
-            raise InputError(f"{path}: {length} bytes; expected a list file of at most {MAX_LIST_BYTES}")
-        text = to_path(path).read_text(encoding="utf-8-sig")  # Windows editors add a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable list file: {error}") from error
+    text = read_text(path, MAX_LIST_BYTES, "utf-8-sig")  # Windows editors add a byte order mark
     lines = ([name.strip().replace("\\", "/") for name in line.split(",")] for line in text.splitlines())
     return [tuple(filter(None, names)) for names in lines if any(names)]
 

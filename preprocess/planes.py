@@ -1,4 +1,4 @@
-"""What the preparation of edge and pose labels shares: mask files, contours, distance planes, optional packages.
+"""What the preparation of edge and pose labels shares: mask files, contours and distance planes.
 
 A distance plane says how far each pixel is from the nearest set one: min(d / 3, 255) rounded down, d the city-block
 distance in pixels, and 255 everywhere where nothing is set. These are the numbers that the published networks were
@@ -7,26 +7,15 @@ fed (an OpenCV 3 x 3 L1 distance transform); city-block distance separates by ax
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..errors import BackendError, InputError
+from ..errors import InputError
 from .images import PathLike, UInt8Array, open_image
 
 BoolArray = npt.NDArray[np.bool_]
 _MASK_MODES = ("RGB", "L", "1", "P")
-
-
-def require(module: str, package: str) -> Any:
-    """Import `module` of an optional package; `BackendError` with the remedy where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise BackendError(f"this label needs {package}: pip install 'flashcocos[prepare]' ({error})") from error
 
 
 def read_mask(path: PathLike, size: tuple[int, int] | None = None) -> BoolArray:

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..errors import InputError
-from ..remote import to_path
+from ..errors import InputError, import_extra
+from ..files import read_text
 from .images import MAX_SIDE, PathLike, UInt8Array, check_extent, check_size, open_image
-from .planes import distance_plane, require
+from .planes import distance_plane
 
 JOINTS = 18
 # joints that each limb connects: nose 0, neck 1, right arm 2-4, left arm 5-7, right leg 8-10, left leg 11-13,
@@ -73,7 +73,7 @@ def pose_planes(
         raise InputError(f"joints: expected an array ({JOINTS}, 2) of (x, y), got {joints.shape}")
     if (np.abs(joints) > MAX_SIDE).any():  # NaN, a joint not seen, compares false
         raise InputError(f"joints: coordinate {np.nanmax(np.abs(joints)):g}; expected at most {MAX_SIDE} pixels")
-    cv2 = require("cv2", "opencv-python-headless")
+    cv2 = import_extra("cv2", "this label needs opencv-python-headless", "prepare")
     skeleton = np.zeros((*canvas, 3), np.uint8)
     seen = np.isfinite(joints[:, 0] + joints[:, 1])
     for joint in np.flatnonzero(seen):
@@ -116,14 +116,10 @@ def _resize(pixels: UInt8Array, size: tuple[int, int] | None, method: Image.Resa
 
 def _read_table(path: PathLike, columns: int) -> npt.NDArray[np.float64]:
     """Rows of `columns` finite numbers, (n, columns), of a text file."""
+    rows = [line.split() for line in read_text(path, MAX_TEXT_BYTES, "ascii").splitlines() if line.strip()]
     try:
-        if (length := to_path(path).stat().st_size) > MAX_TEXT_BYTES:
-            raise InputError(f"{path}: {length} bytes; expected a keypoint file of at most {MAX_TEXT_BYTES}")
-        rows = [line.split() for line in to_path(path).read_text(encoding="ascii").splitlines() if line.strip()]
         table = np.array([[float(cell) for cell in row] for row in rows], np.float64)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: not a readable keypoint file: {error}") from error
     if not rows:
         return np.zeros((0, columns))

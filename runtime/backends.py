@@ -90,11 +90,9 @@ def open_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
     """
     manifest, precision = bundle.manifest, options.precision or "float32"
 
-    def size(stage: str) -> int:
-        return manifest.files[manifest.stages[stage].file].bytes
-
     engines: dict[str, Engine] = {}
-    for stage in sorted(STAGES, key=size, reverse=True):  # loading a graph takes three times its size for a moment
+    # the largest first, for loading a graph takes three times its size for a moment
+    for stage in sorted(STAGES, key=lambda stage: manifest.graph_file(stage).bytes, reverse=True):
         if options.backend == "openvino":
             engines[stage] = OpenVinoEngine(bundle, stage, num_threads=options.num_threads, precision=precision)
         else:

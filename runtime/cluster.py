@@ -10,17 +10,18 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
+from ..config import Size
 from ..errors import BackendError, printable
 from ..preprocess.images import PathLike
 from ..remote import is_remote, to_path
-from .folder import JobRunner, Summary, plan_folder
-from .jobs import Job
-from .translator import Size, Translator
+from .folder import JobRunner, Plan, Summary, plan_folder
+from .jobs import FolderRequest, Job
+from .translator import Translator
 
 LOCAL = "local"
 _OBJECT_STORE = 128 << 20  # bytes, for paths and reports alone; Ray's own choice is a third of the memory
@@ -92,16 +93,7 @@ def resources(device: str, threads: int | None, processes: int = 0) -> tuple[int
 
 
 def translate_folder_on_ray(
-    address: str,
-    bundle: Bundle,
-    options: dict[str, Any],
-    *files: PathLike | None,
-    pairs: PathLike | None = None,
-    size: Size = None,
-    save: Collection[str] = (),
-    suffix: str = ".png",
-    resume: bool = False,
-    progress: bool = False,
+    address: str, bundle: Bundle, options: dict[str, Any], request: FolderRequest, progress: bool = False
 ) -> Summary:
     """As `translate_folder`, on a Ray cluster whose machines all see the files by the same paths.
 
@@ -112,38 +104,30 @@ def translate_folder_on_ray(
         address: As for `connected`.
         bundle: The model.
         options: Of `Translator`. An actor has one thread of the CPU unless `num_threads` says otherwise, or one GPU.
-        files: `inputs`, `exemplars`, `exemplar_labels` and `output`; these and the rest are as for `translate_folder`.
+        request: As for `translate_folder`.
+        progress: As for `translate_folder`.
 
     Returns:
         What was written, and what failed.
 
     Raises:
-        InputError: The arguments make no sense; nothing has been written then.
+        InputError: The request makes no sense; nothing has been written then.
         BackendError: There is no such cluster, or its actors cannot open the model or have stopped answering.
     """
-    inputs, exemplars, exemplar_labels, output = map(_everywhere, files)
-    plan = plan_folder(
-        bundle,
-        inputs,
-        exemplars,
-        exemplar_labels,
-        output or "",
-        pairs=_everywhere(pairs),
-        size=size,
-        save=save,
-        suffix=suffix,
-        resume=resume,
-    )
+    names = ("inputs", "exemplars", "exemplar_labels", "output", "pairs")
+    paths: dict[str, Any] = {name: _everywhere(getattr(request, name)) for name in names}
+    request = dataclasses.replace(request, **paths)
+    plan = plan_folder(bundle, request)
     try:
         with connected(address):
-            results = _run(plan.jobs, bundle, options, size, save, plan.scratch) if plan.jobs else iter(())
+            results = _run(plan, bundle, options, request) if plan.jobs else iter(())
             return plan.finish(results, progress)
     finally:
         plan.clean()
 
 
 def _run(
-    jobs: list[Job], bundle: Bundle, options: dict[str, Any], size: Size, save: Collection[str], scratch: Path | None
+    plan: Plan, bundle: Bundle, options: dict[str, Any], request: FolderRequest
 ) -> Iterator[tuple[Job, str | None]]:
     """The jobs as a Ray data set of paths, through a pool of actors."""
     import ray.data
@@ -153,14 +137,14 @@ def _run(
     context.execution_no_progress_timeout_s = _SILENCE_S
     context.max_consecutive_actor_init_deaths = _LOST_STARTS
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised, too
-    jobs = sorted(jobs, key=lambda job: (str(job.exemplar), str(job.exemplar_label)))  # stable within an exemplar
+    jobs = sorted(plan.jobs, key=lambda job: (str(job.exemplar), str(job.exemplar_label)))  # stable within an exemplar
     rows = [{"index": index, **_row(job)} for index, job in enumerate(jobs)]
     blocks = min(_MAX_BLOCKS, -(-len(rows) // _BLOCK))
     actors, threads, reserved = resources(options["device"], options["num_threads"])
     model = {"model": str(bundle.path.absolute()), "options": {**options, "num_threads": threads}}
     reports = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         _Actor,
-        fn_constructor_kwargs={**model, "size": size, "save": sorted(save), "scratch": scratch},
+        fn_constructor_kwargs={**model, "size": request.size, "save": sorted(request.save), "scratch": plan.scratch},
         compute=ray.data.ActorPoolStrategy(size=min(actors, blocks)),
         batch_size=_BLOCK,
         **reserved,

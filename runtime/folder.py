@@ -17,16 +17,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..bundle import Bundle
-from ..config import ModelConfig
+from ..config import ModelConfig, Size
 from ..errors import FlashcocosError, InputError, printable
 from ..files import atomic_path, require_distinct
-from ..preprocess.images import PathLike, UInt8Array, load_rgb
+from ..preprocess.images import UInt8Array, load_rgb
 from ..preprocess.labels import load_label, resize_nearest
 from ..preprocess.palette import label_colors
 from ..remote import is_remote, list_files, to_path
-from .jobs import EXTRAS, Job, match_files
+from .jobs import FolderRequest, Job, match_files
 from .pipeline import Exemplar
-from .translator import Size, Translation, Translator, resolve_size
+from .translator import Translation, Translator, resolve_size
 
 CACHED_EXEMPLARS = 16  # encoded exemplars kept in memory; 5 MB each at 256 x 256, C = 256
 JPEG_QUALITY = 95
@@ -48,58 +48,24 @@ class Summary:
     failed: tuple[tuple[Path, str], ...]
 
 
-def translate_folder(
-    translator: Translator,
-    inputs: PathLike | None,
-    exemplars: PathLike | None,
-    exemplar_labels: PathLike | None,
-    output: PathLike,
-    *,
-    pairs: PathLike | None = None,
-    size: Size = None,
-    save: Collection[str] = (),
-    suffix: str = ".png",
-    resume: bool = False,
-    progress: bool = False,
-) -> Summary:
+def translate_folder(translator: Translator, request: FolderRequest, progress: bool = False) -> Summary:
     """Translate every input and write the pictures, each file whole or not at all.
 
     Args:
         translator: The model.
-        inputs: Label file or folder. It, `exemplars`, `exemplar_labels`, `output` and `pairs` are as for
-            `jobs.match_files`, which decides which files belong together.
-        exemplars: Picture or folder.
-        exemplar_labels: Label file or folder, for models that need the exemplars' labels.
-        output: Picture or folder to write.
-        pairs: CSV list to use instead.
-        size: As for `Translator.translate`.
-        save: Extra outputs beside each picture: "warped" and "confidence" (PNG), "matches" (.npz of the arrays
-            `matches`, `confidence` and `exemplar_size`), "grid" (label, exemplar, warped and result side by side, PNG).
-        suffix: ".png", or ".jpg" (quality 95), of results in a folder.
-        resume: Leave alone what has all its outputs.
+        request: The files, and what to write.
         progress: Show a progress bar on standard error, where it is a terminal, and a line for each job that failed.
 
     Returns:
         What was written, and what failed: a bad file does not stop the rest.
 
     Raises:
-        InputError: The arguments make no sense; nothing has been written then.
+        InputError: The request makes no sense; nothing has been written then.
     """
-    plan = plan_folder(
-        translator.bundle,
-        inputs,
-        exemplars,
-        exemplar_labels,
-        output,
-        pairs=pairs,
-        size=size,
-        save=save,
-        suffix=suffix,
-        resume=resume,
-    )
-    if resume:
+    plan = plan_folder(translator.bundle, request)
+    if request.resume:
         plan.clean()
-    runner = JobRunner(translator, size, save)
+    runner = JobRunner(translator, request.size, request.save)
     results = ((job, runner.run(job)) for job in plan.jobs)
     return plan.finish(results, progress)
 
@@ -143,42 +109,20 @@ class Plan:
         return Summary(len(self.jobs) - len(failed), self.skipped, ordered)
 
 
-def plan_folder(
-    bundle: Bundle,
-    inputs: PathLike | None,
-    exemplars: PathLike | None,
-    exemplar_labels: PathLike | None,
-    output: PathLike,
-    *,
-    pairs: PathLike | None = None,
-    size: Size = None,
-    save: Collection[str] = (),
-    suffix: str = ".png",
-    resume: bool = False,
-) -> Plan:
-    """The jobs of `translate_folder`, whose arguments these are; `InputError` where they make no sense."""
-    config, target = bundle.manifest.config, to_path(output)
-    if unknown := sorted(set(save) - set(EXTRAS)):
-        raise InputError(f"unknown output to save {unknown[0]!r}; available: {', '.join(EXTRAS)}")
-    jobs = match_files(
-        _path(inputs),
-        _path(exemplars),
-        _path(exemplar_labels),
-        target,
-        pairs=_path(pairs),
-        suffix=suffix,
-        extras=save,
-    )
+def plan_folder(bundle: Bundle, request: FolderRequest) -> Plan:
+    """The jobs of `translate_folder`; `InputError` where the request makes no sense."""
+    config, target = bundle.manifest.config, to_path(request.output)
+    jobs = match_files(request)
     for job in jobs:
         _check_exemplar_label(config, job)
-        for path in job.outputs(save):
+        for path in job.outputs(request.save):
             require_distinct(path, bundle.path)
-    resolve_size(config, size, (256, 256))  # a size that is wrong for all is an error at once
+    resolve_size(config, request.size, (256, 256))  # a size that is wrong for all is an error at once
     everything = len(jobs)
-    if resume:
+    if request.resume:
         if is_remote(target):
             list_files(target)  # once, rather than one question for each result
-        jobs = [job for job in jobs if not all(path.is_file() for path in job.outputs(save))]
+        jobs = [job for job in jobs if not all(path.is_file() for path in job.outputs(request.save))]
     folder = target.parent if jobs and jobs[0].output == target else target
     return Plan(jobs, everything - len(jobs), None if is_remote(target) else folder / SCRATCH)
 
@@ -188,7 +132,7 @@ class JobRunner:
 
     Args:
         translator: The model.
-        size, save: As for `translate_folder`.
+        size, save: As in `FolderRequest`.
         scratch: Folder for temporary files instead of each output's own.
     """
 
@@ -233,10 +177,6 @@ def _print_failure(label: Path, reason: str) -> None:
     line = reason if reason.startswith(str(label)) else f"{label}: {reason}"
     with contextlib.suppress(OSError):  # standard error may be full or closed
         tqdm.write(printable(line), file=sys.stderr)
-
-
-def _path(path: PathLike | None) -> Path | None:
-    return None if path is None else to_path(path)
 
 
 def _write(

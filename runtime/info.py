@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import msgspec
 
-from ..bundle import Bundle
+from ..bundle import STAGES, Bundle
 from ..bundle.default_model import MODEL, PAIRS
 from ..bundle.stages import check_stages
 from ..errors import BackendError, BundleError, InputError, printable
@@ -77,9 +77,15 @@ def describe_bundle(
     if path is not None:
         bundle = Bundle(path)
         folder = default_folder(path) if engines is None else Path(engines)
-        lines += [("", ""), *_bundle_lines(bundle), *_engine_lines(bundle, folder)]
-        if size is not None:
-            lines += _memory_lines(bundle, folder, resolve_size(bundle.manifest.config, size, size), tile)
+        lines += [("", ""), *_bundle_lines(bundle)]
+        try:
+            records = list_engines(folder)
+        except BackendError as error:
+            lines.append(("engines", str(error)))
+        else:
+            lines += _engine_lines(bundle, folder, records)
+            if size is not None:
+                lines += _memory_lines(bundle, folder, records, resolve_size(bundle.manifest.config, size, size), tile)
         lines.append(("hashes", _hashes(bundle)))
     return "\n".join(printable(f"{name:<{_WIDTH}}{text}".rstrip()) for name, text in lines)
 
@@ -130,14 +136,13 @@ def _tree(name: str, value: object, depth: int = 0) -> Iterator[Line]:
         yield f"{indent}{name}: {text}", ""
 
 
-def _engine_lines(bundle: Bundle, folder: Path) -> list[Line]:
+def _graphs(bundle: Bundle) -> set[str]:
+    return {bundle.manifest.graph_file(stage).sha256 for stage in STAGES}
+
+
+def _engine_lines(bundle: Bundle, folder: Path, records: Sequence[EngineRecord]) -> list[Line]:
     """The engines in `folder` and the warp's compiled kernels there and in the bundle."""
-    manifest = bundle.manifest
-    graphs = {manifest.files[stage.file].sha256 for stage in manifest.stages.values()}
-    try:
-        records = list_engines(folder)
-    except BackendError as error:
-        return [("engines", str(error))]
+    graphs = _graphs(bundle)
     lines = (
         [] if records else [("engines", f"none in {folder}; flashcocos build makes them where TensorRT is installed")]
     )
@@ -149,31 +154,28 @@ def _engine_lines(bundle: Bundle, folder: Path) -> list[Line]:
             f"{mebibytes(record.weight_bytes)} weights, {mebibytes(record.activation_bytes)} working memory"
         )
         lines.append(("engine", text if key.graph_sha256 in graphs else f"{text}; of another bundle"))
-    kernels = available_kernels((folder / FOLDER, bundle), manifest.config)
+    kernels = available_kernels((folder / FOLDER, bundle), bundle.manifest.config)
     text = "; ".join(f"{dtype} for {', '.join(f'sm_{sm}' for sm in chips)}" for dtype, chips in kernels.items())
     return [*lines, ("kernels", text or "none; flashcocos export --aot makes them where triton is installed")]
 
 
-def _memory_lines(bundle: Bundle, folder: Path, size: tuple[int, int], tile: int | None) -> list[Line]:
+def _memory_lines(
+    bundle: Bundle, folder: Path, records: Sequence[EngineRecord], size: tuple[int, int], tile: int | None
+) -> list[Line]:
     """What a picture of `size` takes with each set of engines in `folder`."""
-    manifest = bundle.manifest
+    graphs = _graphs(bundle)
     sets: dict[tuple[str, str, tuple[int, ...], str], list[EngineRecord]] = {}
-    graphs = {manifest.files[stage.file].sha256 for stage in manifest.stages.values()}
-    try:
-        for record in list_engines(folder):
-            key = record.key
-            if key.graph_sha256 in graphs:
-                engine_set = key.variant, key.version, key.architectures, key.precision
-                sets.setdefault(engine_set, []).append(record)
-    except BackendError:
-        return []  # said before
+    for record in records:
+        key = record.key
+        if key.graph_sha256 in graphs:
+            sets.setdefault((key.variant, key.version, key.architectures, key.precision), []).append(record)
     if not sets:
         return [("memory", f"not known: there are no engines of this bundle in {folder}, which it depends on")]
     lines = []
-    for (variant, version, _, precision), records in sorted(sets.items()):
-        records.sort(key=lambda record: not record.key.profile.static)
+    for (variant, version, _, precision), engines in sorted(sets.items()):
+        engines.sort(key=lambda record: not record.key.profile.static)
         try:
-            memory = str(estimate_memory(manifest.config, records, *size, tile=tile))
+            memory = str(estimate_memory(bundle.manifest.config, engines, *size, tile=tile))
         except BackendError as error:
             memory = str(error)
         lines.append(("memory", f"{variant} {version} in {precision}: {memory}"))

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 
+from ..config import Size
 from ..errors import InputError
-from ..files import require_file
-from ..preprocess.images import SUFFIXES
-from ..remote import is_remote, list_files, store_errors
+from ..files import read_text, require_file
+from ..preprocess.images import SUFFIXES, PathLike
+from ..remote import is_remote, list_files, store_errors, to_path
 
+_MAX_LIST_BYTES = 64 << 20
 _ANY = ".*"  # the suffix of a file that is looked for by its name alone
 LABEL_SUFFIXES = (".png", ".npz", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")  # without JPEG, which alters ids
 # a picture may lie beside its label, and then it is the JPEG
@@ -60,56 +63,70 @@ class Job:
                 require_file(path)
 
 
-def match_files(
-    inputs: Path | None,
-    exemplars: Path | None,
-    exemplar_labels: Path | None,
-    output: Path,
-    *,
-    pairs: Path | None = None,
-    suffix: str = ".png",
-    extras: Collection[str] = (),
-) -> list[Job]:
-    """All translations that the arguments of `flashcocos translate` ask for, in a stable order.
+@dataclasses.dataclass(frozen=True)
+class FolderRequest:
+    """Files to translate, and what to write of them. Paths may be those of a store (`remote`).
 
-    A file that is named but missing is no error here: `Job.check` finds it.
-
-    Args:
+    Attributes:
         inputs: Label file, or folder that is searched through.
         exemplars: One picture for all, or a folder in which each input finds its own by its relative path without
             suffix.
-        exemplar_labels: Likewise, for the exemplars.
+        exemplar_labels: Likewise, for the exemplars of models that need their labels.
         output: A file for a single input where it has the suffix of a picture, else a folder.
         pairs: A CSV list to use instead; its names are relative to the folders given, or else to the list's own folder.
-        suffix: Of the results in a folder.
-        extras: Extra outputs, keys of `EXTRAS`.
+        size: As for `Translator.translate`.
+        save: Extra outputs beside each picture: "warped" and "confidence" (PNG), "matches" (.npz of the arrays
+            `matches`, `confidence` and `exemplar_size`), "grid" (label, exemplar, warped and result side by side, PNG).
+        suffix: ".png", or ".jpg" (quality 95), of results in a folder.
+        resume: Leave alone what has all its outputs.
+    """
+
+    inputs: PathLike | None
+    exemplars: PathLike | None
+    exemplar_labels: PathLike | None
+    output: PathLike
+    pairs: PathLike | None = None
+    size: Size = None
+    save: Collection[str] = ()
+    suffix: str = ".png"
+    resume: bool = False
+
+
+def match_files(request: FolderRequest) -> list[Job]:
+    """All translations that are asked for, in a stable order.
+
+    A file that is named but missing is no error here: `Job.check` finds it.
 
     Raises:
-        InputError: The arguments make no sense: nothing to do, an unreadable list, two jobs with one output, an output
+        InputError: The request makes no sense: nothing to do, an unreadable list, two jobs with one output, an output
             that would overwrite an input.
     """
-    if suffix not in OUTPUT_SUFFIXES:
-        raise InputError(f"output suffix {suffix!r}: expected one of {', '.join(OUTPUT_SUFFIXES)}")
-    if any(is_remote(path) for path in (inputs, exemplars, exemplar_labels, output, pairs)):
-        with store_errors(f"{pairs or inputs} -> {output}"):
-            return _match_files(inputs, exemplars, exemplar_labels, output, pairs, suffix, extras)
-    return _match_files(inputs, exemplars, exemplar_labels, output, pairs, suffix, extras)
+    if request.suffix not in OUTPUT_SUFFIXES:
+        raise InputError(f"output suffix {request.suffix!r}: expected one of {', '.join(OUTPUT_SUFFIXES)}")
+    if unknown := sorted(set(request.save) - set(EXTRAS)):
+        raise InputError(f"unknown output to save {unknown[0]!r}; available: {', '.join(EXTRAS)}")
+    given = (request.inputs, request.exemplars, request.exemplar_labels, request.pairs)
+    inputs, exemplars, exemplar_labels, pairs = (None if path is None else to_path(path) for path in given)
+    output, sources = to_path(request.output), (inputs, exemplars, exemplar_labels, pairs)
+    with store_errors(f"{pairs or inputs} -> {output}", *sources, output):
+        for path in sources:
+            if path is not None and (path is pairs or not path.is_dir()):
+                require_file(path)
+            elif path is not None and is_remote(path):
+                list_files(path)  # once, rather than one question for each name that a file may have
+        jobs = _jobs(inputs, exemplars, exemplar_labels, output, pairs, request.suffix)
+        _check_outputs(jobs, request.save, pairs)
+    return jobs
 
 
-def _match_files(
+def _jobs(
     inputs: Path | None,
     exemplars: Path | None,
     exemplar_labels: Path | None,
     output: Path,
     pairs: Path | None,
     suffix: str,
-    extras: Collection[str],
 ) -> list[Job]:
-    for path in (inputs, exemplars, exemplar_labels, pairs):
-        if path is not None and (path is pairs or not path.is_dir()):
-            require_file(path)
-        elif path is not None and is_remote(path):
-            list_files(path)  # once, rather than one question for each name that a file may have
     if pairs is not None:
         triples = _listed(pairs, inputs, exemplars, exemplar_labels)
     elif inputs is None or exemplars is None:
@@ -125,15 +142,13 @@ def _match_files(
             )
     several = pairs or (inputs if inputs and inputs.is_dir() else None)  # also where it has one input today
     if _is_picture(output, several):
-        jobs = [Job(label, exemplar, exemplar_label, output) for _, label, exemplar, exemplar_label in triples]
-    else:
-        repeated = Counter(label for _, label, *_ in triples)
-        jobs = []
-        for relative, label, exemplar, exemplar_label in triples:
-            # one input with several exemplars: each result carries the exemplar's name too
-            stem = f"{relative.name}_{exemplar.stem}" if repeated[label] > 1 else relative.name
-            jobs.append(Job(label, exemplar, exemplar_label, output / relative.with_name(f"{stem}{suffix}")))
-    _check_outputs(jobs, extras, pairs)
+        return [Job(label, exemplar, exemplar_label, output) for _, label, exemplar, exemplar_label in triples]
+    repeated = Counter(label for _, label, *_ in triples)
+    jobs = []
+    for relative, label, exemplar, exemplar_label in triples:
+        # one input with several exemplars: each result carries the exemplar's name too
+        stem = f"{relative.name}_{exemplar.stem}" if repeated[label] > 1 else relative.name
+        jobs.append(Job(label, exemplar, exemplar_label, output / relative.with_name(f"{stem}{suffix}")))
     return jobs
 
 
@@ -172,10 +187,10 @@ def _listed(
     for folder in (inputs, exemplars, exemplar_labels):
         if folder is not None and not folder.is_dir():
             raise InputError(f"{folder}: expected a folder that the names of the list {pairs} are relative to")
+    text = read_text(pairs, _MAX_LIST_BYTES, "utf-8-sig")
     try:
-        with pairs.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(enumerate(csv.reader(file), 1))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(enumerate(csv.reader(io.StringIO(text)), 1))
+    except csv.Error as error:
         raise InputError(f"{pairs}: not a readable list: {error}") from error
     home = pairs.parent
     triples = []

@@ -11,8 +11,7 @@ import logging
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from ..bundle import Bundle
 from ..bundle.default_model import resolve_model
 from ..bundle.stages import check_stages
-from ..config import MAX_SIDE, MIN_SIDE, SIZE_MULTIPLE, ModelConfig, is_side
+from ..config import MAX_SIDE, MIN_SIDE, SIZE_MULTIPLE, ModelConfig, Size, is_side
 from ..errors import InputError
 from ..preprocess.images import FloatArray, ImageSource, UInt8Array, load_image, load_rgb
 from ..preprocess.labels import LabelSource, load_label, resize_nearest
@@ -28,9 +27,8 @@ from .backends import open_pipeline
 from .options import EngineOptions
 from .pipeline import EncodedLabel, Exemplar, Pipeline
 
-__all__ = ["EncodedLabel", "EngineOptions", "Exemplar", "Size", "Translation", "Translator", "resolve_size"]
+__all__ = ["EncodedLabel", "EngineOptions", "Exemplar", "Translation", "Translator", "resolve_size"]
 
-Size: TypeAlias = "int | tuple[int, int] | str | None"
 _log = logging.getLogger("flashcocos.runtime")
 
 
@@ -121,9 +119,7 @@ class Translator:
     def _take(self, bundle: Bundle, pipeline: Pipeline) -> None:
         self.bundle, manifest = bundle, bundle.manifest
         self.config = manifest.config
-        self._model, self._label_model = (
-            manifest.files[manifest.stages[stage].file].sha256 for stage in ("exemplar", "query")
-        )
+        self._model, self._label_model = (manifest.graph_file(stage).sha256 for stage in ("exemplar", "query"))
         self._warned_of_proportions = False
         self._pipeline = pipeline
         self._release = weakref.finalize(self, self._pipeline.close)  # also where nobody closes it, and at exit
@@ -131,9 +127,7 @@ class Translator:
     def __enter__(self) -> Translator:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -102,7 +102,7 @@ class Translate:
         )
         parameters = json.loads(arguments["model_config"])["parameters"]
         self._max_side = int(parameters["max_side"]["string_value"])
-        self._model = bundle.manifest.files[bundle.manifest.stages["exemplar"].file].sha256
+        self._model = bundle.manifest.graph_file("exemplar").sha256
         self._exemplars: LruBytes[Exemplar] = LruBytes(
             EXEMPLAR_CACHE_MIB << 20, lambda exemplar: exemplar.phi.nbytes + exemplar.values.nbytes
         )

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -51,13 +51,6 @@ _PAGE_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "
 Size = Annotated[str | None, Query(description='SIDE, HEIGHTxWIDTH or "input"', examples=["128", "128x160"])]
 
 
-class Kept(NamedTuple):
-    """A label that was put: its file, and what is known of it."""
-
-    data: bytes
-    reply: wire.LabelReply
-
-
 class Service:
     """The state of one app, and its routes.
 
@@ -87,10 +80,10 @@ class Service:
             on_batch=self._count_batch,
         )
         self._codec_threads = ThreadPoolExecutor(config.codec_threads, "flashcocos-codec")
-        self.labels: LruBytes[Kept] = LruBytes(config.label_mib << 20, lambda entry: len(entry[0]))
+        self.labels: LruBytes[bytes] = LruBytes(config.label_mib << 20, len)
         folder = config.exemplar_folder
-        self.label_folder = Folder(folder, config.label_mib << 20, Kept, ".label") if folder else None
-        self.demo_labels: dict[str, Kept] = {}
+        self.label_folder = Folder(folder, config.label_mib << 20, bytes, ".label") if folder else None
+        self.demo_labels: dict[str, bytes] = {}
         self.demo, sources = self._read_demo()
         self.exemplars = ExemplarStore(
             self._encode,
@@ -256,20 +249,19 @@ class Service:
             data, reply = await self._codec(self._make_label, body)
             known = reply.id in self.demo_labels or self.labels.get(reply.id) is not None
             if not known:
-                self.labels.put(reply.id, Kept(data, reply))
+                self.labels.put(reply.id, data)
             if self.label_folder and reply.id not in self.demo_labels:  # each time, for the folder may have made room
-                await self._codec(self.label_folder.write, reply.id, Kept(data, reply))
+                await self._codec(self.label_folder.write, reply.id, data)
         return _json(reply, 200 if known else 201)
 
     async def get_label(self, id: str) -> Response:
         """The label, as PNG of class ids or .npz of planes."""
-        data, _ = await self._label(id)
-        return _file(data)
+        return _file(await self._label(id))
 
     async def put_exemplar(self, request: Request, label: str | None = None, size: Size = None) -> Response:
         """Encode an exemplar, for any number of translations."""
         self._require_exemplar_label(label is not None, "PUT /v1/labels, then ?label=ID")
-        kept = (await self._label(label))[0] if label is not None else None
+        kept = await self._label(label) if label is not None else None
         self._size(size, None)
         with self._admit(request, None) as ticket:
             body = await self._body(request, ticket)
@@ -477,7 +469,7 @@ class Service:
         if name != self.model.name:
             raise ApiError(404, "not_found", f"no model of this name; this service has {self.model.name}")
 
-    async def _label(self, key: str) -> Kept:
+    async def _label(self, key: str) -> bytes:
         entry = self.demo_labels.get(key) or self.labels.get(key)
         if entry is None and self.label_folder:
             entry = await self._codec(self.label_folder.read, key)
@@ -498,7 +490,7 @@ class Service:
         for line in PAIRS.read_text().splitlines()[1:]:
             label, image, exemplar_label = ((PAIRS.parent / name).read_bytes() for name in line.split(","))
             (data, reply), (exemplar_data, exemplar_reply) = map(self._make_label, (label, exemplar_label))
-            self.demo_labels |= {reply.id: Kept(data, reply), exemplar_reply.id: Kept(exemplar_data, exemplar_reply)}
+            self.demo_labels |= {reply.id: data, exemplar_reply.id: exemplar_data}
             source = self._make_source(image, exemplar_data, exemplar_reply.id, None)
             key = self._exemplar_id(image, source)
             sources[key] = source

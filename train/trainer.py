@@ -249,7 +249,7 @@ class Trainer:
                 if log is not None:
                     log.step(result.terms, self.optimizers["model"].param_groups[0]["lr"])
                     if self.step % run.image_steps == 0 or self.step in (1, len(self.steps)):
-                        log.pictures(result.batch, result.warped_image, result.image)
+                        log.pictures(self.settings.model, result.batch, result.warped_image, result.image)
                     if self.clock() - saved >= 60 * run.save_minutes:
                         log.flush()
                         self.save()
@@ -467,7 +467,7 @@ def start_model(settings: Settings) -> CoCosNet:
 
 def start_discriminator(settings: Settings) -> Discriminator:
     """The discriminator with upstream's random weights."""
-    discriminator = Discriminator(settings.model, ndf=settings.optimizer.discriminator_width, spectral_norm=False)
+    discriminator = Discriminator(settings.model, settings.optimizer.discriminator_width)
     initialize(discriminator)
     add_spectral_norm(discriminator)
     spectral.prepare(discriminator)

@@ -1,8 +1,8 @@
 """Weights of the published CoCosNet (microsoft/CoCosNet): its state dicts read, checked, folded and renamed.
 
-Upstream saves the correspondence network ("Corr"), the generator ("G") and the discriminator ("D") as three raw state
-dicts, spectral norm kept apart as `weight_orig`, `weight_u` and `weight_v`. Shapes decide the label channels,
-widths, adaptor kernel, conditioning on the label and attention; the rest comes from the task's preset.
+Upstream saves the correspondence network ("Corr") and the generator ("G") as two raw state dicts, spectral norm kept
+apart as `weight_orig`, `weight_u` and `weight_v`. Shapes decide the label channels, widths, adaptor kernel,
+conditioning on the label and attention; the rest comes from the task's preset.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import PRESETS, ModelConfig
 from ..errors import CheckpointError, InputError
-from ..files import sha256
+from ..files import file_hash
 from .checkpoint import load_pickle, save_state
 from .networks import CoCosNet
 from .networks.layers import SpectralConv2d, fold_spectral_norm
@@ -36,23 +36,16 @@ _ROOTS = {
     "generator.attention.": ("G", "attn."),
     "generator.last.": ("G", "conv_img."),
     "generator.": ("G", ""),
-    "scales.": ("D", "discriminator_"),
 }
 _PARTS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"\.layers\.(\d)\.": lambda m: f".layer{int(m[1]) + 1}.0.",
     r"\.blocks\.0\.": ".head_0.",
     r"\.blocks\.(\d)\.": lambda m: f".G_middle_{int(m[1]) - 1}.",
     r"\.shared\.": ".mlp_shared.1.",
-    r"\.first\.": ".model0.0.",
-    r"\.middle\.(\d)\.": lambda m: f".model{int(m[1]) + 1}.0.0.",
-    r"\.last\.": ".model4.0.",
-    r"\.attention\.": ".attn.",
     r"attn\.query\.": "attn.theta.",
     r"attn\.key\.": "attn.phi.",
     r"attn\.value\.": "attn.g.",
     r"attn\.output\.": "attn.o.",
-    r"\.parametrizations\.weight\.original$": ".weight_orig",
-    r"\.parametrizations\.weight\.0\._": ".weight_",
 }
 
 
@@ -96,10 +89,9 @@ class StateDict:
         self._taken.add(key)
         return tensor.detach().float()
 
-    def finish(self, unused: str = "") -> None:
-        """`CheckpointError` if a key was never taken, those matching the pattern `unused` aside."""
-        extra = [key for key in self.tensors if key not in self._taken and not (unused and re.match(unused, key))]
-        if extra:
+    def finish(self) -> None:
+        """`CheckpointError` if a key was never taken."""
+        if extra := [key for key in self.tensors if key not in self._taken]:
             raise CheckpointError(
                 f"{self.name}: key {extra[0]!r} has no place in this network ({len(extra)} such keys)"
             )
@@ -133,26 +125,21 @@ def convert(
         CheckpointError: the files are not such a pair; the message names file and key.
     """
     states = {"Corr": StateDict.load(corr_path, "Corr"), "G": StateDict.load(generator_path, "G")}
-    config = infer_config(states, task=task, label_kind=label_kind, warp_upsampling=warp_upsampling)
+    options = {"task": task, "label_kind": label_kind, "warp_upsampling": warp_upsampling}
+    config = infer_config(states, {name: value for name, value in options.items() if value is not None})
     with torch.device("meta"):  # names and shapes are all that is needed of the model
         model = CoCosNet(config)
     tensors = upstream_state(model, states)
     provenance = {
         "source": "microsoft/CoCosNet",
-        "files": {Path(path).name: sha256(path) for path in (corr_path, generator_path)},
+        "files": {Path(path).name: file_hash(path) for path in (corr_path, generator_path)},
     }
     save_state(output, config, tensors, provenance)
     return config
 
 
-def infer_config(
-    states: Mapping[str, StateDict],
-    *,
-    task: str | None = None,
-    label_kind: str | None = None,
-    warp_upsampling: str | None = None,
-) -> ModelConfig:
-    """The configuration that follows from the shapes of the "Corr" and "G" state dicts, completed as `convert` says."""
+def infer_config(states: Mapping[str, StateDict], options: Mapping[str, str]) -> ModelConfig:
+    """The configuration that follows from the shapes of the "Corr" and "G" state dicts and the options of `convert`."""
     corr, generator = states["Corr"], states["G"]
     nef, labels = _dimensions(corr, "adaptive_model_seg.layer1.0.weight_orig")[:2]
     features, mixed = _dimensions(corr, "theta.weight")[:2]
@@ -161,21 +148,18 @@ def infer_config(
             f"{corr.name}: 'theta.weight' reads {mixed} channels; expected {features} features, or {features + labels} "
             "with the label joined"
         )
-    options = {"task": task, "label_kind": label_kind, "warp_upsampling": warp_upsampling}
     preset = next((PRESETS[name] for name in TASKS if PRESETS[name].label_channels == labels), None)
-    for name, value in options.items():
-        if value is None:
-            if preset is None:
-                published = ", ".join(f"{name} {PRESETS[name].label_channels}" for name in TASKS)
-                raise CheckpointError(
-                    f"{corr.name}: {labels} label channels are none of the published tasks' ({published}); "
-                    f"say what they are: {name} is needed"
-                )
-            options[name] = getattr(preset, name)
+    names = ("task", "label_kind", "warp_upsampling")
+    if preset is None and (missing := [name for name in names if name not in options]):
+        published = ", ".join(f"{name} {PRESETS[name].label_channels}" for name in TASKS)
+        raise CheckpointError(
+            f"{corr.name}: {labels} label channels are none of the published tasks' ({published}); "
+            f"say what they are: {missing[0]} is needed"
+        )
     try:
         return ModelConfig.from_dict(
             {
-                **options,
+                **{name: options[name] if name in options else getattr(preset, name) for name in names},
                 "label_channels": labels,
                 "ngf": _dimensions(generator, "fc.weight")[0] // 16,
                 "nef": nef,
@@ -193,8 +177,8 @@ def infer_config(
         raise CheckpointError(f"{corr.name}, {generator.name}: {error}") from error
 
 
-def upstream_state(model: nn.Module, states: Mapping[str, StateDict]) -> dict[str, Tensor]:
-    """A state dict for `model` (a `CoCosNet` or `Discriminator`, spectral-normed or not) out of upstream's `states`."""
+def upstream_state(model: CoCosNet, states: Mapping[str, StateDict]) -> dict[str, Tensor]:
+    """A state dict for `model`, a `CoCosNet` without spectral norm, out of upstream's `states`."""
     spectral = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, SpectralConv2d)}
     result = {}
     for name, target in model.state_dict().items():
@@ -215,21 +199,12 @@ def upstream_state(model: nn.Module, states: Mapping[str, StateDict]) -> dict[st
         else:
             result[name] = source.take(key, shape)
     for state in states.values():
-        state.finish(unused=r"discriminator_\d\.dec\.")  # a segmentation head that upstream saves but never runs
+        state.finish()
     return result
 
 
-def load_upstream_state(model: nn.Module, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Load upstream's state dicts by network name ("Corr" and "G", or "D") into `model`, strictly.
-
-    A model made on the "meta" device takes the tensors over.
-    """
-    tensors = upstream_state(model, {name: StateDict(state, name) for name, state in states.items()})
-    model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
-
-
 def upstream_key(name: str) -> tuple[str, str]:
-    """File ("Corr", "G" or "D") and upstream's key of our parameter `name`, up to what folding and joining change."""
+    """File ("Corr" or "G") and upstream's key of our parameter `name`, up to what folding and joining change."""
     root = next(prefix for prefix in _ROOTS if name.startswith(prefix))
     network, key = _ROOTS[root][0], _ROOTS[root][1] + name[len(root) :]
     for pattern, replacement in _PARTS.items():

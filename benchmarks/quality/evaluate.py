@@ -6,7 +6,6 @@ no target: see `photo_metrics`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -24,30 +23,6 @@ from .photo_metrics import METRICS, PhotoMetrics, check_networks, open_metrics
 from .predictors import Predictor, open_predictor
 
 
-@dataclasses.dataclass(frozen=True)
-class ExactScores:
-    """Means over the pairs. PSNR is in dB; l1 and color errors are of colors in [0, 1].
-
-    Attributes:
-        psnr: Of the image; psnr_warped of the warped exemplar, psnr_baseline of the class-mean baseline.
-        ssim: Of the image.
-        l1: Of the image.
-        correspondence: Share of positions whose best match in the exemplar is of the same class.
-        psnr_by_class: Over all pixels of each class that occurs.
-        color_error_by_class: L1 of the mean color of each class that occurs.
-    """
-
-    pairs: int
-    psnr: float
-    psnr_warped: float
-    psnr_baseline: float
-    ssim: float
-    l1: float
-    correspondence: float
-    psnr_by_class: dict[str, float]
-    color_error_by_class: dict[str, float]
-
-
 def evaluate_exact(
     predictor: Predictor,
     pairs: PairData,
@@ -56,7 +31,7 @@ def evaluate_exact(
     count: int | None = None,
     repaint: bool = False,
     sheet: ContactSheet | None = None,
-) -> ExactScores:
+) -> dict[str, Any]:
     """Score pairs against their exact targets.
 
     Args:
@@ -68,7 +43,10 @@ def evaluate_exact(
         sheet: Collects the pictures.
 
     Returns:
-        The scores.
+        "pairs", their number, and means over them, PSNR in dB, colors in [0, 1]: "psnr", "ssim" and "l1" of the image,
+        "psnr_warped" of the warped exemplar, "psnr_baseline" of the class-mean baseline, "correspondence", the share of
+        positions whose best match in the exemplar is of the same class; "psnr_by_class" over all pixels of each class
+        that occurs, and "color_error_by_class", the L1 of its mean color.
 
     Raises:
         InputError: A pair has no target, the model's labels are others, or `count` is out of range.
@@ -92,12 +70,11 @@ def evaluate_exact(
         sums.add(label, target, prediction.image, prediction.warped, baseline, correspondence)
         if sheet is not None:
             sheet.add(item, prediction)
-    return ExactScores(
-        len(sums.rows),
-        **sums.means(),
-        psnr_by_class=sums.psnr_by_class(class_names),
-        color_error_by_class=sums.color_error_by_class(class_names),
-    )
+    by_class = {
+        "psnr_by_class": sums.psnr_by_class(class_names),
+        "color_error_by_class": sums.color_error_by_class(class_names),
+    }
+    return {"pairs": len(sums.rows), **sums.means(), **by_class}
 
 
 def evaluate_photos(
@@ -172,9 +149,7 @@ def evaluate_model(
 
         avatars = AvatarOptions(size=predictor.config.image_size, retrieved_share=1.0, pseudo_share=0.0)
         exact_pairs = AvatarPairs(split, avatars, count=count)
-        scores = dataclasses.asdict(
-            evaluate_exact(predictor, exact_pairs, CLASSES, repaint=hand_drawn, sheet=contact_sheet)
-        )
+        scores = evaluate_exact(predictor, exact_pairs, CLASSES, repaint=hand_drawn, sheet=contact_sheet)
     else:
         from ...train.data.photos import PhotoPairs
         from ...train.device import torch_device

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import BackendError, InputError
+from ...errors import InputError, import_extra
 from ...preprocess.images import UInt8Array
 from ...train.networks import Vgg19
 
@@ -103,12 +103,9 @@ class FrechetDistance:
     """The Frechet distance between the features of real pictures and of outputs; device: PyTorch's."""
 
     def __init__(self, inception: nn.Module, device: str = "cpu") -> None:
-        try:
-            from torchmetrics.image.fid import FrechetInceptionDistance
-        except ImportError as error:
-            raise BackendError(f"FID needs torchmetrics: pip install 'flashcocos[eval]' ({error})") from error
+        fid = import_extra("torchmetrics.image.fid", "FID needs torchmetrics", "eval")
         self._device = device
-        self._metric = FrechetInceptionDistance(feature=inception).to(device)
+        self._metric = fid.FrechetInceptionDistance(feature=inception).to(device)
 
     def add(self, picture: UInt8Array, *, real: bool) -> None:
         """Count one picture (H, W, 3)."""

@@ -7,14 +7,13 @@ Between two sets of pictures: the sliced Wasserstein distance. Metrics that need
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import BackendError, InputError
+from ...errors import InputError, import_extra
 from ...preprocess import images
 from ...preprocess.images import FloatArray, UInt8Array
 
@@ -47,9 +46,11 @@ def ssim(image: UInt8Array, target: UInt8Array) -> float:
     """
     if min(image.shape[:2]) < 11:
         raise InputError(f"SSIM: a picture of {image.shape[1]} x {image.shape[0]}; its window needs 11 x 11 pixels")
-    similarity = _require("skimage.metrics", "scikit-image").structural_similarity
+    metrics = import_extra("skimage.metrics", "SSIM needs scikit-image", "eval")
     return float(
-        similarity(image, target, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+        metrics.structural_similarity(
+            image, target, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
     )
 
 
@@ -191,7 +192,7 @@ class PatchSet:
 
 def laplacian_pyramid(image: UInt8Array) -> list[FloatArray]:
     """Differences between successive blurred halvings, float32 (H, W, 3), and last the smallest picture itself."""
-    cv2 = _require("cv2", "opencv-python-headless")
+    cv2 = import_extra("cv2", "this metric needs opencv-python-headless", "eval")
     current = image.astype(np.float32)
     levels = []
     while min(current.shape[:2]) // 2 >= SMALLEST_LEVEL:
@@ -237,13 +238,6 @@ def sliced_wasserstein_levels(one: PatchSet, other: PatchSet) -> dict[str, float
     first, second = one.descriptors(), other.descriptors()
     levels = {str(side): 1e3 * sliced_wasserstein(first[side], second[side]) for side in first}
     return {name: round(value, 3) for name, value in {**levels, "mean": float(np.mean([*levels.values()]))}.items()}
-
-
-def _require(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise BackendError(f"this metric needs {package}: pip install 'flashcocos[eval]' ({error})") from error
 
 
 def _unit(image: UInt8Array) -> FloatArray:

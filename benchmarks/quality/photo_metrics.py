@@ -129,7 +129,6 @@ def open_metrics(names: Collection[str], vgg: PathLike | None, inception: PathLi
     Raises:
         InputError: A name is unknown, or a file is missing or damaged.
     """
-    check_networks(names, vgg, inception)
     networks: dict[str, Any] = {}
     if "fid" in names and inception is not None:
         from .feature_metrics import Inception

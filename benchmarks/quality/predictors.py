@@ -61,10 +61,10 @@ class BundlePredictor:
 
 
 class ModelPredictor:
-    """Predicts with the network in the mode that it is in; `backend` is that of `flashcocos.kernels.corr_warp`."""
+    """Predicts with the network in the mode that it is in."""
 
-    def __init__(self, model: CoCosNet, *, backend: str = "auto") -> None:
-        self.model, self.config, self.backend = model, model.config, backend
+    def __init__(self, model: CoCosNet) -> None:
+        self.model, self.config = model, model.config
 
     def predict(self, item: Item) -> Prediction:
         import torch
@@ -76,9 +76,7 @@ class ModelPredictor:
             torch.as_tensor(item[name])[None].to(device) for name in ("label", "exemplar", "exemplar_label")
         )
         with torch.inference_mode():
-            result = self.model(
-                label, exemplar, exemplar_label if self.config.condition_on_label else None, backend=self.backend
-            )
+            result = self.model(label, exemplar, exemplar_label if self.config.condition_on_label else None)
             match = corr_match(result.theta, result.phi, patch=self.config.patch, temperature=self.config.temperature)
         image, warped = (to_uint8(x[0].float().cpu().numpy()) for x in (result.image, result.warped_image))
         return Prediction(image, warped, match.index[0].cpu().numpy())

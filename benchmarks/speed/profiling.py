@@ -25,7 +25,7 @@ from ...errors import InputError
 from ...runtime.options import EngineOptions
 from ...runtime.translator import resolve_size
 from ..tables import table
-from .inputs import inputs
+from .inputs import network_inputs
 
 TOP = 10
 Arrays = dict[str, npt.NDArray[Any]]
@@ -58,7 +58,6 @@ def profile(
         InputError: An option is out of range.
     """
     from ...kernels.corr_warp import warp_arrays
-    from ...preprocess import load_image, load_label
 
     opened = Bundle(bundle)
     config = opened.manifest.config
@@ -66,10 +65,7 @@ def profile(
     if repeats < 1:
         raise InputError(f"repeats: expected at least 1, got {repeats}")
     EngineOptions(num_threads=num_threads)  # checks them
-    label, image, image_label = inputs(config, side)
-    arrays: Arrays = {"label": load_label(config, label)[None], "image": load_image(image)[None]}
-    if config.condition_on_label:
-        arrays["exemplar_label"] = load_label(config, image_label)[None]
+    arrays: Arrays = dict(zip(("label", "image", "exemplar_label"), network_inputs(config, side), strict=False))
 
     def warp() -> npt.NDArray[Any]:
         sides = arrays["theta"], arrays["phi"], arrays["values"]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...config import ModelConfig
+from ...train.data import EqualItems, Item
 from ..registry import Assets, Benchmark, Case, Sample
 from .inputs import inputs
 
@@ -35,7 +37,7 @@ def prepare(case: Case, assets: Assets) -> Benchmark:
 
     parameters = case.parameters
     settings = step_settings(parameters)
-    samples = _Samples(settings.model, parameters["size"], parameters["batch"])
+    samples = EqualItems(_sample(settings.model, parameters["size"]), parameters["batch"])
     process = Process(device=torch.device(assets.device))
     vgg = Vgg19().eval().requires_grad_(False)
     form_matrix = parameters["method"] == "matrix"
@@ -89,28 +91,15 @@ def _mib(size: int) -> float:
     return round(size / 2**20, 1)
 
 
-class _Samples:
-    """`PairData` of `count` equal samples."""
-
-    def __init__(self, config: Any, size: int, count: int) -> None:
-        label, exemplar, exemplar_label = inputs(config, size)
-        scale = 1 if config.label_kind == "classes" else np.float32(1 / 255)
-        picture = exemplar.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
-        self._count = count
-        self._item: Mapping[str, Any] = {
-            "label": label * scale,
-            "exemplar_label": exemplar_label * scale,
-            "image": np.roll(picture, 32, axis=-1),
-            "exemplar": picture,
-            "self_reference": np.float32(1),
-            "has_target": False,
-        }
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Any:
-        return self._item
-
-    def set_epoch(self, epoch: int) -> None:
-        """Every epoch is the same."""
+def _sample(config: ModelConfig, size: int) -> Item:
+    label, exemplar, exemplar_label = inputs(config, size)
+    scale = 1 if config.label_kind == "classes" else np.float32(1 / 255)
+    picture = exemplar.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+    return {
+        "label": label * scale,
+        "exemplar_label": exemplar_label * scale,
+        "image": np.roll(picture, 32, axis=-1),
+        "exemplar": picture,
+        "self_reference": np.float32(1),
+        "has_target": False,
+    }

@@ -30,6 +30,7 @@ from ...bundle import STAGES, Bundle, TensorSpec
 from ...bundle.stages import axis_sizes, check_stages, concrete_shape, signature, stage_tensors
 from ...errors import BackendError, InputError
 from ...files import atomic_path
+from ...runtime.engine import one_line
 from ...runtime.gpu.cubins import FOLDER
 from ...runtime.gpu.engine import device_tensors
 from ...runtime.gpu.store import (
@@ -109,7 +110,7 @@ def build(
         graph = None
         for picture_profile in profiles:
             profile = picture_profile.tiled(tile) if stage == "fine" else picture_profile
-            sha256 = opened.manifest.files[opened.manifest.stages[stage].file].sha256
+            sha256 = opened.manifest.graph_file(stage).sha256
             key = EngineKey(stage, sha256, variant, str(trt.__version__), architectures, precision, profile)
             path = folder / f"{key.stem}.engine"
             kept = key in known and _intact(folder, known[key])
@@ -173,7 +174,7 @@ def _build_one(
     what = f"{key.variant} {key.version}: {key.stage} at {key.profile}"
     if not parser.parse(graph.SerializeToString()):
         reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
-        raise BackendError(f"{what}: the graph cannot be read: {_one_line(reasons)}")
+        raise BackendError(f"{what}: the graph cannot be read: {one_line(reasons)}")
     config = builder.create_builder_config()
     _set_flags(trt, config)
     profile: Any = builder.create_optimization_profile()  # the stubs know no tuples for shapes
@@ -311,7 +312,7 @@ def _failure(errors: Sequence[str]) -> str:
         size = re.search(r"Requested size was (\d+) bytes", text)
         needed = f" ({int(size[1]) / 2**30:.1f} GiB)" if size else ""
         return f"the build ran out of memory{needed}; lower the size or the batch, or use precision float16"
-    return f"the build failed: {_one_line(text) or 'TensorRT gave no reason'}"
+    return f"the build failed: {one_line(text) or 'TensorRT gave no reason'}"
 
 
 def current_architecture() -> int:
@@ -351,7 +352,3 @@ def _intact(folder: Path, record: EngineRecord) -> bool:
 
 def _sms(architectures: Sequence[int]) -> str:
     return ", ".join(f"sm_{architecture}" for architecture in architectures)
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())[:300]

@@ -219,7 +219,7 @@ def _declare_half(model: ir.Model) -> None:
     graph = model.graph
     copies: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
-    def as_type(value: ir.Value, dtype: ir.DataType, user: ir.Node) -> ir.Value:
+    def as_type(value: ir.Value, dtype: ir.DataType) -> ir.Value:
         if value.dtype == dtype:
             return value
         if (value, dtype) not in copies:
@@ -253,14 +253,14 @@ def _declare_half(model: ir.Model) -> None:
             continue
         dtype = _compute_type(node, [value for _, value in data])
         for index, value in data:
-            node.replace_input_with(index, as_type(value, dtype, node))
+            node.replace_input_with(index, as_type(value, dtype))
         for output in node.outputs:
             if output.dtype in _FLOATS:
                 output.dtype = dtype
     for index, output in enumerate(list(graph.outputs)):
         if output.dtype == ir.DataType.FLOAT16:
             name, output.name = output.name, f"{output.name}_half"
-            graph.outputs[index] = single = as_type(output, ir.DataType.FLOAT, next(iter(graph)))
+            graph.outputs[index] = single = as_type(output, ir.DataType.FLOAT)
             single.name, single.shape = name, output.shape
 
 

@@ -15,10 +15,8 @@ each strip with gradients of phi and values of its own, which are added in order
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +36,7 @@ from .numba_warp import (
     Inputs,
     Shape,
     add_product,
+    cached_jit,
     diagonal_sum,
     exp2,
     form_products,
@@ -262,15 +261,6 @@ def spread_row(shape, inputs, adjoint, gradients, work, slots, x, r, s, o_theta)
     add_by_keys(shape, live, products, inputs.queries, o_q, shape.channels, gradients.phi, o_p)
 
 
-def _cached(function: Callable[..., Any]) -> Any:
-    """Compile with numba's cache, where there is a folder for it."""
-    compiler = functools.partial(numba.njit, nogil=True, error_model="numpy")
-    try:
-        return compiler(cache=True)(function)
-    except RuntimeError:  # no folder for the cache can be written: compile in each process
-        return compiler()(function)
-
-
 def _backward_task(version: str) -> Any:
     """`backward_task` for one version of `numba_warp`.
 
@@ -278,7 +268,7 @@ def _backward_task(version: str) -> Any:
     with all that it calls, and it encloses the version.
     """
 
-    @_cached
+    @cached_jit
     def backward_task(shape, inputs, adjoint, gradients, slots, first, last, cutoff):
         """One task: what the queries of rows first to last add to all gradients. `slots` holds `patch` offsets."""
         assert version

@@ -256,7 +256,8 @@ def _register_tile(accumulate: bool) -> Any:
 set_product, add_product = _register_tile(False), _register_tile(True)
 
 
-def _jit(function: Callable[..., Any]) -> Any:
+def cached_jit(function: Callable[..., Any]) -> Any:
+    """Compile with numba's cache, where there is a folder for it."""
     compiler = functools.partial(numba.njit, nogil=True, error_model="numpy")
     try:
         return compiler(cache=True)(function)
@@ -303,7 +304,7 @@ class State(NamedTuple):
     acc: Any  # (query, carried): numerators
 
 
-@_jit
+@cached_jit
 def pack_queries(features, packed, sums, squares, start, stop, half):
     """Rows of (C, H, W) to (y, x, C), and their sums over channels."""
     channels, _, width = features.shape
@@ -316,7 +317,7 @@ def pack_queries(features, packed, sums, squares, start, stop, half):
                 squares[y, x] += np.float64(value) * value
 
 
-@_jit
+@cached_jit
 def pack_keys(features, packed, sums, squares, start, stop, half):
     """Rows of (C, H, W) to panels (y, x // COLUMNS, C, COLUMNS), and their sums over channels."""
     channels, _, width = features.shape
@@ -329,7 +330,7 @@ def pack_keys(features, packed, sums, squares, start, stop, half):
                 squares[y, x] += np.float64(value) * value
 
 
-@_jit
+@cached_jit
 def form_products(shape, inputs, products, slot, x, r, diagonal):
     """Products of the queries of row r from padded column x on with the key rows r + diagonal + ..., into a slot."""
     panels = shape.columns // COLUMNS
@@ -351,7 +352,7 @@ def form_products(shape, inputs, products, slot, x, r, diagonal):
                 )  # fmt: skip
 
 
-@_jit
+@cached_jit
 def form_logits(shape, factors, products, slots, o_p, mean, scale, s, weights, o_w):
     """Logits of one query with key row s, into `weights`; returns the largest."""
     plane = shape.hk * shape.columns
@@ -366,7 +367,7 @@ def form_logits(shape, factors, products, slots, o_p, mean, scale, s, weights, o
     return largest(top)
 
 
-@_jit
+@cached_jit
 def find_best(shape, state, q, weights, o_w, count, s, peak):
     """Note where the logit `peak`, at least the maximum so far, lies in key rows from s on; lowest index of equals."""
     for i in range(count):
@@ -377,7 +378,7 @@ def find_best(shape, state, q, weights, o_w, count, s, peak):
             return
 
 
-@_jit
+@cached_jit
 def form_weights(shape, state, q, weights, o_w, count, peak):
     """Turn `count` logits into weights under the maximum, which `peak` may raise; update the sums."""
     raised = max(peak, state.maximum[q])
@@ -401,7 +402,7 @@ def form_weights(shape, state, q, weights, o_w, count, peak):
     state.moments[q] += total(b_moment)
 
 
-@_jit
+@cached_jit
 def add_values(shape, values, state, q, weights, o_w, count, s):
     """Add the weighted values of `count` keys from key row s on, four channels at once."""
     plane = shape.hk * shape.columns
@@ -421,7 +422,7 @@ def add_values(shape, values, state, q, weights, o_w, count, s):
         state.acc[o_a + 3] += total(b_3)
 
 
-@_jit
+@cached_jit
 def add_value_tiles(shape, values, state, q, weights, count, s):
     """`add_values` for a whole row of queries from q on and many channels, through the register tile."""
     size, keys = shape.group * shape.columns, shape.hk * shape.columns
@@ -434,7 +435,7 @@ def add_value_tiles(shape, values, state, q, weights, count, s):
             )  # fmt: skip
 
 
-@_jit
+@cached_jit
 def take_row(shape, inputs, products, slots, x, r, first, diagonal, weights, state, cutoff):
     """Take the products of query row r with up to `group` key rows into the softmax; `first` is the strip's row."""
     start = max(0, -(r + diagonal))
@@ -468,7 +469,7 @@ def take_row(shape, inputs, products, slots, x, r, first, diagonal, weights, sta
         add_value_tiles(shape, inputs.values, state, (r - first) * shape.weight_rows, weights, count, s)
 
 
-@_jit
+@cached_jit
 def write_results(shape, state, x, first, last, out, lse, index, probability, entropy):
     """Finish the softmax of one task's queries."""
     for r in range(first, last):
@@ -483,7 +484,7 @@ def write_results(shape, state, x, first, last, out, lse, index, probability, en
             entropy[n] = (math.log2(weight) - state.moments[q] / weight) * math.log(2)
 
 
-@_jit
+@cached_jit
 def warp_task(shape, inputs, slots, x, first, last, cutoff, results):
     """One task: the warp of the queries of rows first to last, from column x on. `slots` holds `patch` offsets."""
     half, rows = len(slots) // 2, (last - first) * shape.weight_rows

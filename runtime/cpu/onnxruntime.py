@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ...bundle import Bundle, TensorSpec
 from ...bundle.graph_check import refuse_external_data
 from ...errors import BackendError, BundleError
-from ..engine import EngineInfo, check_inputs, check_tensors, one_line
+from ..engine import CpuEngine, EngineInfo, check_tensors, one_line
 from .denormals import denormals_as_zero
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -24,7 +24,7 @@ _INSTALLS = {"cpu": "pip install flashcocos[cpu]", "cuda": "pip install flashcoc
 _TYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(CpuEngine):
     """A stage of `bundle` in an ONNX Runtime session on the CPU.
 
     num_threads: intra-op threads; None leaves the number to ONNX Runtime (one per core).
@@ -32,34 +32,13 @@ class OnnxRuntimeEngine:
     """
 
     def __init__(self, bundle: Bundle, stage: str, *, num_threads: int | None = None) -> None:
-        self._name = f"{bundle.path}: stage {stage}"
-        self._spec = bundle.manifest.stages[stage]
-        self._session, self._info = open_session(bundle, stage, num_threads=num_threads)
-        self._errors = onnxruntime_errors()
+        session, info = open_session(bundle, stage, num_threads=num_threads)
+        super().__init__(bundle, stage, session, info, onnxruntime_errors())
 
-    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """All outputs by name; see `Engine.run`. A run that fails, say out of memory, raises `BackendError`."""
-        session = self._session  # held, so that close() in another thread cannot free it under this run
-        if session is None:
-            raise BackendError(f"{self._name}: the engine is closed")
-        check_inputs(self._name, self._spec, inputs)
+    def _execute(self, graph: Any, inputs: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         names = [tensor.name for tensor in self._spec.outputs]
-        try:
-            with denormals_as_zero():  # this thread works too, and the session sets its own threads alone
-                return dict(zip(names, session.run(names, dict(inputs)), strict=True))
-        except self._errors as error:
-            shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
-            raise BackendError(
-                f"{self._name}: failed on {shapes}: {one_line(error)}; where memory ran out, lower size or batch"
-            ) from error
-
-    def describe(self) -> EngineInfo:
-        """Backend, provider, device and precision."""
-        return self._info
-
-    def close(self) -> None:
-        """Free the session; closing twice does no harm."""
-        self._session = None
+        with denormals_as_zero():  # this thread works too, and the session sets its own threads alone
+            return dict(zip(names, graph.run(names, inputs), strict=True))
 
 
 def open_session(

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import importlib
 import io
-import re
 import sys
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,14 +20,14 @@ from ...bundle import Bundle, TensorSpec
 from ...bundle.graph_check import refuse_external_data
 from ...bundle.stages import WINDOWS, WINOGRAD
 from ...errors import BackendError, BundleError
-from ..engine import EngineInfo, check_inputs, check_tensors, one_line
+from ..engine import CpuEngine, EngineInfo, check_tensors, one_line
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 _TYPES = {"f32": "float32", "u8": "uint8", "i32": "int32", "i64": "int64"}
 _TELEMETRY = "openvino_telemetry"
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(CpuEngine):
     """A stage of `bundle` in OpenVINO on the CPU, computing in `precision`, "float32" or "bfloat16".
 
     num_threads: None leaves the number to OpenVINO (one per core).
@@ -48,12 +46,9 @@ class OpenVinoEngine:
                 f"precision {precision!r}: openvino computes in {' or '.join(known)} on this CPU, "
                 f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}; use one of these, or a CPU with AVX-512 BF16 or AMX"
             )
-        self._name = f"{bundle.path}: stage {stage}"
-        self._spec = bundle.manifest.stages[stage]
-        self._errors = _openvino_errors()
-        self._info = EngineInfo(
-            f"openvino {openvino.__version__.partition('-')[0]}", "CPU", "cpu", bundle.manifest.precision, precision
-        )
+        version, stored = openvino.__version__.partition("-")[0], bundle.manifest.precision
+        info = EngineInfo(f"openvino {version}", "CPU", "cpu", stored, precision)
+        super().__init__(bundle, stage, None, info, _openvino_errors())
         graph = self._read(bundle.read_stage(stage))
         _restore_convolutions(graph, self._name)
         _restore_label_convolutions(graph, self._name)
@@ -66,39 +61,20 @@ class OpenVinoEngine:
         if num_threads is not None:
             options["INFERENCE_NUM_THREADS"] = num_threads
         try:
-            self._compiled: Any = core.compile_model(graph, "CPU", options)
+            self._graph = core.compile_model(graph, "CPU", options)
         except self._errors as error:
             raise BackendError(
-                f"{self._name}: openvino cannot run the graph: {_message(error)}; use backend onnxruntime"
+                f"{self._name}: openvino cannot run the graph: {one_line(error)}; use backend onnxruntime"
             ) from error
-        used = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        used = self._graph.get_property("INFERENCE_PRECISION_HINT").to_string()
         if used != _HINTS[precision]:  # what the plugin cannot do it replaces without a word
             raise BackendError(f"precision {precision!r}: openvino would compute in {used} on this CPU")
 
-    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """All outputs by name; see `Engine.run`. A run that fails, say out of memory, raises `BackendError`."""
-        compiled = self._compiled  # held, so that close() in another thread cannot free it under this run
-        if compiled is None:
-            raise BackendError(f"{self._name}: the engine is closed")
-        check_inputs(self._name, self._spec, inputs)
-        try:
-            with self._running:
-                results = compiled.create_infer_request().infer(dict(inputs))
-                compiled.release_memory()  # else each stage keeps what its largest run took: 1 GB of 5 at 512 px
-            return {tensor.name: results[tensor.name] for tensor in self._spec.outputs}
-        except self._errors as error:
-            shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
-            raise BackendError(
-                f"{self._name}: failed on {shapes}: {_message(error)}; where memory ran out, lower size or batch"
-            ) from error
-
-    def describe(self) -> EngineInfo:
-        """Backend, provider, device and precision."""
-        return self._info
-
-    def close(self) -> None:
-        """Free the compiled graph; closing twice does no harm."""
-        self._compiled = None
+    def _execute(self, graph: Any, inputs: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        with self._running:
+            results = graph.create_infer_request().infer(inputs)
+            graph.release_memory()  # else each stage keeps what its largest run took: 1 GB of 5 at 512 px
+        return {tensor.name: results[tensor.name] for tensor in self._spec.outputs}
 
     def _read(self, model: bytes) -> Any:
         refuse_external_data(model, self._name)
@@ -107,7 +83,7 @@ class OpenVinoEngine:
             frontend = importlib.import_module("openvino.frontend").FrontEndManager().load_by_framework("onnx")
             return frontend.convert(frontend.load(io.BytesIO(model)))
         except self._errors as error:
-            raise BundleError(f"{self._name}: openvino cannot load the graph: {_message(error)}") from error
+            raise BundleError(f"{self._name}: openvino cannot load the graph: {one_line(error)}") from error
 
 
 def cpu_precisions() -> tuple[str, ...]:
@@ -201,7 +177,3 @@ def _openvino_errors() -> tuple[type[Exception], ...]:
     members = vars(importlib.import_module("openvino.frontend")).values()
     failures = (member for member in members if isinstance(member, type) and issubclass(member, Exception))
     return (*failures, RuntimeError, ValueError, MemoryError)
-
-
-def _message(error: Exception) -> str:
-    return one_line(re.sub(r"Exception from \S+:\s", "", str(error)))

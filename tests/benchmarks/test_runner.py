@@ -253,7 +253,7 @@ def test_the_revision_is_that_of_this_checkout_or_the_version(monkeypatch: pytes
 
 def test_without_psutil_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psutil", None)
-    with pytest.raises(BackendError, match=r"the package psutil is missing; pip install 'flashcocos\[cpu\]'"):
+    with pytest.raises(BackendError, match=r"the package psutil is missing: pip install 'flashcocos\[cpu\]'"):
         run_cases([case("a", "facts")], NOTHING, None)
 
 

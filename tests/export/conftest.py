@@ -10,10 +10,18 @@ import pytest
 from exported import exported_stage, model_file
 from onnx import ModelProto
 
+from flashcocos.bundle.default_model import PAIRS
 from flashcocos.config import ModelConfig
 from flashcocos.export import bundle as export_module
 from flashcocos.export import single
+from flashcocos.runtime.jobs import FolderRequest, Job, match_files
 from flashcocos.train.networks import CoCosNet
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Job]:
+    """The demo's."""
+    return match_files(FolderRequest(None, None, None, tmp_path_factory.mktemp("pictures"), pairs=PAIRS))
 
 
 @pytest.fixture

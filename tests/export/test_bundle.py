@@ -18,7 +18,7 @@ from flashcocos.bundle.stages import check_stages
 from flashcocos.errors import InputError
 from flashcocos.export import bundle as export_module
 from flashcocos.export.bundle import export_bundle
-from flashcocos.files import sha256
+from flashcocos.files import file_hash
 from flashcocos.train.networks import CoCosNet
 
 MakeBundle = Callable[..., Path]
@@ -30,7 +30,7 @@ def test_what_the_manifest_says(make_bundle: MakeBundle) -> None:
     assert {stage: spec.file for stage, spec in manifest.stages.items()} == {s: f"{s}.onnx" for s in STAGES}
     check_stages(manifest)
     assert manifest.provenance == {
-        "model_sha256": sha256(model_file(CHANNELS)),
+        "model_sha256": file_hash(model_file(CHANNELS)),
         "model": {"note": "seeded"},
         "flashcocos": flashcocos.__version__,
         "torch": torch.__version__,

@@ -17,12 +17,7 @@ from flashcocos.export.bundle import export_bundle
 from flashcocos.export.quantize import MIN_PSNR, quantize_bundle
 from flashcocos.export.verify import verify
 from flashcocos.runtime import Translator
-from flashcocos.runtime.jobs import match_files
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return match_files(None, None, None, tmp_path_factory.mktemp("pictures"), pairs=PAIRS)
+from flashcocos.runtime.jobs import FolderRequest, match_files
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +68,7 @@ def test_float_stays_where_it_has_to(make_bundle, tmp_path):
         Image.fromarray(random_picture(64, 64, seed=index)).save(tmp_path / f"{index}.jpg")
     list_ = tmp_path / "pairs.csv"
     list_.write_text("".join(f"{index}.png,{index}.jpg,{index}.png\n" for index in range(2)))
-    jobs = match_files(None, None, None, tmp_path / "pictures", pairs=list_)
+    jobs = match_files(FolderRequest(None, None, None, tmp_path / "pictures", pairs=list_))
     done = quantize_bundle(make_bundle(CLASSES), tmp_path / "int8", jobs, min_psnr=20)
     kinds = weights(done.path)
     names = [name for (_, name), kind in kinds.items() if kind != onnx.TensorProto.INT8]

@@ -31,14 +31,6 @@ def test_glasses_replace_what_they_cover(parts: np.ndarray, glasses: np.ndarray)
     np.testing.assert_array_equal(celebahq.class_ids(parts), parts)
 
 
-def test_planes_keep_what_glasses_cover(parts: np.ndarray, glasses: np.ndarray) -> None:
-    label = celebahq.planes(parts, glasses)
-    assert label.shape == (19, 8, 8)
-    np.testing.assert_array_equal(label[16], glasses)
-    np.testing.assert_array_equal(np.delete(label, 16, 0).argmax(0), np.where(parts > 15, 0, parts))
-    np.testing.assert_array_equal(label.sum(0), 1 + glasses)
-
-
 def test_files_of_two_sizes_meet_at_the_size_asked_for(tmp_path: Path, parts: np.ndarray, glasses: np.ndarray) -> None:
     Image.fromarray(parts).save(tmp_path / "label.png")
     big = glasses.repeat(2, 0).repeat(2, 1)

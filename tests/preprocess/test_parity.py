@@ -6,19 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parity_samples import SAMPLES
 
 from flashcocos.preprocess import load_image, load_raw, to_uint8
 
 SIZE = (256, 256)
-SAMPLES = {
-    "ade20k": ("ade20k/validation/ADE_val_00001232.jpg", "ade20k/training/ADE_train_00004996.jpg"),
-    "celebahq": ("celebahq/CelebA-HQ-img/29922.jpg", "celebahq/CelebA-HQ-img/26768.jpg"),
-    "celebahqedge": ("celebahqedge/CelebA-HQ-img/22233.jpg", "celebahqedge/CelebA-HQ-img/2994.jpg"),
-    "deepfashion": (
-        "DeepFashion/img/WOMEN/Dresses/id_00000244/02_1_front.jpg",
-        "DeepFashion/img/WOMEN/Tees_Tanks/id_00007059/03_3_back.jpg",
-    ),
-}
 
 
 @pytest.mark.parametrize("task", SAMPLES)

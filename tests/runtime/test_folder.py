@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from flashcocos.errors import InputError
 from flashcocos.preprocess import save_label
 from flashcocos.runtime import Translator
 from flashcocos.runtime.folder import Summary, translate_folder
+from flashcocos.runtime.jobs import FolderRequest
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +33,17 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(translator: Translator, work: Path, exemplar: str = "pictures", mask: str = "masks", **more: Any) -> Summary:
-    return translate_folder(translator, work / "labels", work / exemplar, work / mask, work / "out", **more)
+def run(
+    translator: Translator,
+    work: Path,
+    exemplar: str = "pictures",
+    mask: str = "masks",
+    *,
+    progress: bool = False,
+    **more: Any,
+) -> Summary:
+    request = FolderRequest(work / "labels", work / exemplar, work / mask, work / "out", **more)
+    return translate_folder(translator, request, progress)
 
 
 def names(folder: Path) -> list[str]:
@@ -154,16 +165,14 @@ def test_arguments_are_checked_before_any_work(translator: Translator, work: Pat
     with pytest.raises(InputError, match="size: "):
         run(translator, work, size=(100, 100))
     with pytest.raises(InputError, match="needs the exemplars' labels; give --exemplar-label"):
-        translate_folder(translator, work / "labels", work / "pictures", None, work / "out")
+        translate_folder(translator, FolderRequest(work / "labels", work / "pictures", None, work / "out"))
     assert not (work / "out").exists()
 
 
 def test_planes_from_npz(work: Path, tmp_path: Path) -> None:
     save_label(tmp_path / "planes/a.npz", random_label(CHANNELS, 64, 64))
     with Translator(write_tiny_bundle(tmp_path / "b", CHANNELS), warp="numpy") as translator:
-        summary = translate_folder(
-            translator, tmp_path / "planes", work / "pictures", None, work / "out", size="input", save=["grid"]
-        )
-        assert summary == Summary(1, 0, ())
+        request = FolderRequest(tmp_path / "planes", work / "pictures", None, work / "out", size="input", save=["grid"])
+        assert translate_folder(translator, request) == Summary(1, 0, ())
         with pytest.raises(InputError, match="takes no exemplar labels"):
-            translate_folder(translator, tmp_path / "planes", work / "pictures", tmp_path / "planes", work / "out")
+            translate_folder(translator, dataclasses.replace(request, exemplar_labels=tmp_path / "planes"))

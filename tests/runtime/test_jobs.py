@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flashcocos.errors import InputError
-from flashcocos.runtime.jobs import Job, match_files
+from flashcocos.runtime.jobs import FolderRequest, Job, match_files
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def plan(
     tree: Path, inputs: str | None, exemplars: str | None, labels: str | None, output: str, **more: Any
 ) -> list[Job]:
     paths = (None if name is None else tree / name for name in (inputs, exemplars, labels))
-    return match_files(*paths, tree / output, **more)  # type: ignore[misc]
+    return match_files(FolderRequest(*paths, tree / output, **more))  # type: ignore[arg-type]
 
 
 def listed(tree: Path, text: str, *folders: str | None, **more: Any) -> list[Job]:
@@ -70,7 +70,7 @@ def test_single_files(tree: Path) -> None:
 
 
 def test_extras_lie_beside_the_result(tree: Path) -> None:
-    job = plan(tree, "labels/a.png", "one.jpg", None, "x.jpg", extras=("matches", "warped"))[0]
+    job = plan(tree, "labels/a.png", "one.jpg", None, "x.jpg", save=("matches", "warped"))[0]
     assert job.extra("matches") == tree / "x.matches.npz"
     assert job.extra("warped") == tree / "x.warped.png"
 
@@ -163,7 +163,7 @@ def test_bad_lists(tree: Path, text: str, message: str) -> None:
 
 def test_a_list_that_is_no_text(tree: Path) -> None:
     (tree / "list.csv").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(InputError, match="not a readable list"):
+    with pytest.raises(InputError, match="not a readable text file"):
         plan(tree, None, None, None, "out", pairs=tree / "list.csv")
     with pytest.raises(InputError, match=r"one.jpg: expected a folder that the names of the list"):
         listed(tree, "a,b\n", "labels", "one.jpg", None)
@@ -199,4 +199,4 @@ def test_two_inputs_of_one_name_are_refused(tree: Path) -> None:
         plan(tree, "labels", "one.jpg", None, "out")
     (tree / "labels/a.npz").rename(tree / "labels/a.warped.png")
     with pytest.raises(InputError, match=r"would both be written to .*a.warped.png"):
-        plan(tree, "labels", "one.jpg", None, "out", extras=["warped"])
+        plan(tree, "labels", "one.jpg", None, "out", save=["warped"])

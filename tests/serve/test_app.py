@@ -43,12 +43,6 @@ def service(engine: FakeEngine) -> Iterator[Live]:
 
 
 @pytest.fixture
-def client(service: Live) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.url, timeout=30) as connection:
-        yield connection
-
-
-@pytest.fixture
 def path(client: httpx.Client) -> str:
     """Of the translations with an exemplar of one color."""
     return f"/v1/exemplars/{put_exemplar(client)}/translate"

@@ -40,12 +40,6 @@ def service(engine: FakeEngine) -> Iterator[Live]:
         yield running
 
 
-@pytest.fixture
-def client(service: Live) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.url, timeout=30) as connection:
-        yield connection
-
-
 def tensors(binary: bool = True, **arrays: np.ndarray) -> list[Any]:
     made = []
     for name, array in arrays.items():

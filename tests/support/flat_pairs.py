@@ -1,12 +1,15 @@
-"""A tiny data set of flat colors, and settings of tiny trainings on it."""
+"""A tiny data set of flat colors, settings of tiny trainings on it, and a model that copies."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 
+from flashcocos.config import ModelConfig
 from flashcocos.train.data import Item
+from flashcocos.train.networks import CoCosNet
 from flashcocos.train.settings import Settings
 
 SUPERVISED = {"image": 1.0, "class_color": 0.5, "warp": 0.5, "label": 0.1}
@@ -40,6 +43,21 @@ class FlatPairs:
             "has_target": True,
             "self_reference": np.float32(index % 2),
         }
+
+
+def copying_model(brightness: float = 0.0) -> CoCosNet:
+    """A model that copies the exemplar, as equal positions alone attract each other, and adds `brightness`."""
+    model = CoCosNet(
+        ModelConfig.preset("tiny", position_frequencies=4, warp_residual=True, warp_upsampling="pixel_shuffle")
+    ).eval()
+    with torch.no_grad():
+        for branch in (model.correspondence.theta, model.correspondence.phi):
+            branch.weight.zero_()
+            branch.bias.zero_()
+            branch.weight[:, -16:] = torch.eye(16)[..., None, None]
+        model.generator.last.weight.zero_()
+        model.generator.last.bias.copy_(torch.tensor([brightness, brightness, brightness, 30.0]))
+    return model
 
 
 _SUPERVISED: dict[str, Any] = {

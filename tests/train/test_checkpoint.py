@@ -15,6 +15,7 @@ from flashcocos.config import ModelConfig
 from flashcocos.errors import CheckpointError, InputError
 from flashcocos.train.checkpoint import load_model, read_metadata, save_model
 from flashcocos.train.networks import CoCosNet
+from flashcocos.train.networks.layers import add_spectral_norm
 
 CONFIG = ModelConfig.preset("tiny", ngf=1, nef=1, feature_channels=4, spade_hidden=2)
 
@@ -56,7 +57,8 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_spectral_norm_is_folded(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = CoCosNet(CONFIG, spectral_norm=True).eval()
+    model = CoCosNet(CONFIG).eval()
+    add_spectral_norm(model)
     save_model(tmp_path / "m.safetensors", model)
     loaded = load_model(tmp_path / "m.safetensors")
     assert not [name for name in loaded.state_dict() if "parametrizations" in name]

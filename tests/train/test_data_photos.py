@@ -63,7 +63,7 @@ def test_published_layouts_give_what_preprocessing_gives(task: str, shared: Path
     root, pairs, photo, exemplar = PUBLISHED[task]
     config = ModelConfig.preset(task)
     data = PhotoPairs(config, samples / root, samples / pairs, split="test")
-    names = [data.photo(index).relative_to(samples / root).as_posix() for index in range(len(data))]
+    names = [sample.photo.relative_to(samples / root).as_posix() for sample in data._samples]
     assert len(data) == (6 if task == "ade20k" else 4)
     item = data[names.index(photo)]
     assert not item["has_target"]
@@ -196,7 +196,7 @@ def test_data_loader_workers(folder: Path) -> None:
 def test_which_samples_are_shown(folder: Path) -> None:
     (folder / "val.txt").write_text("3\nimages\\1.png\n")
     shown = opened(folder, split="test")
-    assert [shown.photo(index).name for index in range(2)] == ["1.png", "3.png"]
+    assert [sample.photo.name for sample in shown._samples] == ["1.png", "3.png"]
     assert len(shown) == 2
     assert shown[0]["label"].shape == (48, 48)
     assert number_of(shown[0]["exemplar"]) == 2

@@ -1,4 +1,4 @@
-"""What a training shows of labels, and the package that it needs for it."""
+"""The package that a training's log needs."""
 
 from __future__ import annotations
 
@@ -6,23 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from flashcocos.errors import BackendError
-from flashcocos.train.logger import TrainLogger, label_picture
-
-
-def test_a_class_has_a_color_and_so_has_a_plane() -> None:
-    ids = torch.arange(20, dtype=torch.uint8).reshape(1, 4, 5)
-    picture = label_picture(ids)
-    assert picture.shape == (1, 3, 4, 5)
-    assert len(picture.flatten(2)[0].unique(dim=1)[0]) == 20
-    assert torch.equal(picture[0, :, 0, 0], torch.full((3,), -1.0))
-    planes = torch.zeros(1, 3, 1, 2)
-    planes[0, 1, 0, 1] = 0.5  # the second plane, half set: half the color of class 2
-    mixed = label_picture(planes)
-    torch.testing.assert_close(mixed[0, :, 0, 1], (picture[0, :, 0, 2] + 1) / 2 - 1)
-    assert torch.equal(mixed[0, :, 0, 0], torch.full((3,), -1.0))
+from flashcocos.train.logger import TrainLogger
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from parity_samples import SAMPLES
 from parity_weights import make_state
 from torch import Tensor
 from torch.nn.utils import parametrizations
+from upstream_layout import load_upstream_state, upstream_key
 
 from flashcocos.config import ModelConfig
 from flashcocos.kernels import reference
@@ -40,8 +41,8 @@ from flashcocos.train import losses
 from flashcocos.train.batches import Batch
 from flashcocos.train.losses import WEIGHTS, LossWeights
 from flashcocos.train.networks import CoCosNet, Discriminator, Vgg19
+from flashcocos.train.networks.layers import add_spectral_norm
 from flashcocos.train.objective import discriminator_pass, generator_pass
-from flashcocos.train.upstream import load_upstream_state, upstream_key
 
 TERM_BOUND = 1e-5
 NORM_BOUND, GAMMA_BOUND = 2.5e-3, 6e-3
@@ -72,7 +73,9 @@ def build(task: str, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> t
     config = ModelConfig.preset(task, adaptor_kernel=3)  # as upstream's training commands have it
     states = {name: {k: torch.from_numpy(v) for k, v in make_state(shapes).items()} for name, shapes in keys.items()}
     with torch.device("meta"):
-        model, discriminator, vgg = CoCosNet(config, spectral_norm=True), Discriminator(config), Vgg19()
+        model, discriminator, vgg = CoCosNet(config), Discriminator(config), Vgg19()
+        for network in (model, discriminator):
+            add_spectral_norm(network)
     load_upstream_state(model, {name: states[name] for name in ("Corr", "G")})
     load_upstream_state(discriminator, {"D": states["D"]})
     vgg.load_state_dict(states["VGG"], assign=True)

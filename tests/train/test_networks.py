@@ -149,7 +149,8 @@ def test_without_attention_the_generator_has_none() -> None:
 
 
 def test_spectral_norm_is_kept_apart_and_trains() -> None:
-    model = CoCosNet(ModelConfig.preset("tiny"), spectral_norm=True)
+    model = CoCosNet(ModelConfig.preset("tiny"))
+    add_spectral_norm(model)
     keys = set(model.state_dict())
     assert "correspondence.label_adaptor.layers.0.parametrizations.weight.original" in keys
     assert "generator.first.weight" in keys  # not spectral-normed upstream either
@@ -186,7 +187,7 @@ def test_ids_for_a_task_of_planes_are_refused() -> None:
 def test_discriminator_maps() -> None:
     config = ModelConfig.preset("tiny")
     with torch.device("meta"):
-        full = Discriminator(ModelConfig.preset("ade20k"), spectral_norm=False)
+        full = Discriminator(ModelConfig.preset("ade20k"))
     # upstream's 6.862 million less the segmentation head that it never runs, 2 x 430,455
     assert sum(p.numel() for p in full.parameters()) / 1e6 == pytest.approx(6.862 - 2 * 0.430455, abs=5e-4)
     maps = Discriminator(config, ndf=4)(torch.rand(2, 12, 64, 96), torch.rand(2, 3, 64, 96))

@@ -15,6 +15,7 @@ from flashcocos.train import losses
 from flashcocos.train.batches import Batch
 from flashcocos.train.losses import LossWeights
 from flashcocos.train.networks import CoCosNet, Discriminator, Vgg19
+from flashcocos.train.networks.layers import add_spectral_norm
 from flashcocos.train.objective import discriminator_pass, generator_pass
 
 ALL_TERMS = replace(LossWeights.preset("celebahq"), warp_cycle=1.0, warp_two_cycle=2.0, warp_self=3.0, warp_mask=4.0)
@@ -95,7 +96,9 @@ def test_no_pass_forms_a_matrix_of_all_pairs() -> None:
 
 def test_both_passes_train_every_parameter() -> None:
     config = ModelConfig.preset("tiny")
-    model, discriminator = CoCosNet(config, spectral_norm=True), Discriminator(config, ndf=4)
+    model, discriminator = CoCosNet(config), Discriminator(config, ndf=4)
+    for network in (model, discriminator):
+        add_spectral_norm(network)
     batch = make_batch(config, 2, 64)
     result = generator_pass(model, discriminator, Vgg19().requires_grad_(False), ALL_TERMS, batch)
     assert len(result.terms) == 10

@@ -5,31 +5,22 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
-from flat_pairs import SUPERVISED, settings
+from flat_pairs import SUPERVISED, copying_model, settings
 
-from flashcocos.config import ModelConfig
 from flashcocos.train.batches import Batch
-from flashcocos.train.networks import CoCosNet
 from flashcocos.train.supervised import SupervisedWeights, class_mean, class_shares, supervised_terms
 from flashcocos.train.trainer import GeneratorStep
 
 TARGETED = ("image", "squared", "class_image", "class_color", "warp", "class_warp")
-TINY = ModelConfig.preset("tiny", warp_residual=True, position_frequencies=4, warp_upsampling="pixel_shuffle")
 
 
 def test_a_perfect_warp_and_image_cost_nothing() -> None:
-    model = CoCosNet(TINY).eval()
+    model = copying_model()
     with torch.no_grad():
-        for branch in (model.correspondence.theta, model.correspondence.phi):
-            branch.weight.zero_()
-            branch.bias.zero_()
-            branch.weight[:, -16:] = torch.eye(16)[..., None, None]
-        model.generator.last.weight.zero_()
-        model.generator.last.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 30.0]))
         plane = torch.zeros(1, 64, 64, dtype=torch.uint8)
         image = torch.full((1, 3, 64, 64), 0.25)
         batch = Batch(plane, image, image, plane, torch.zeros(1), torch.ones(1, dtype=torch.bool))
-        step = GeneratorStep(model, None, None, settings(model=msgspec.structs.asdict(TINY)))
+        step = GeneratorStep(model, None, None, settings(model=msgspec.structs.asdict(model.config)))
         terms = step(batch).terms
         assert list(terms) == list(SUPERVISED)
         assert all(abs(float(term)) < 1e-4 for term in terms.values()), terms

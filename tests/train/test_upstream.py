@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from upstream_layout import TINY, upstream_shapes, upstream_states
+from upstream_layout import TINY, load_upstream_state, upstream_shapes, upstream_states
 
 from flashcocos.config import ModelConfig
 from flashcocos.errors import CheckpointError, InputError
 from flashcocos.train.checkpoint import load_model, read_metadata
 from flashcocos.train.networks import CoCosNet
-from flashcocos.train.upstream import TASKS, StateDict, convert, infer_config, load_upstream_state
+from flashcocos.train.networks.layers import add_spectral_norm
+from flashcocos.train.upstream import TASKS, StateDict, convert, infer_config
 
 DATA = Path(__file__).parents[1] / "data" / "parity_synthetic"
 States = dict[str, dict[str, Tensor]]
@@ -48,13 +49,13 @@ def test_names_and_shapes_are_the_published_ones(task: str) -> None:
 def test_configuration_is_inferred(task: str, changes: dict[str, Any]) -> None:
     config = tiny_config(task, **changes)
     states = {network: StateDict(tensors, network) for network, tensors in upstream_states(config).items()}
-    assert infer_config(states) == config
+    assert infer_config(states, {}) == config
 
 
 def test_label_mixing_is_read_off_the_shapes() -> None:
     config = tiny_config("ade20k", condition_on_label=False)
     states = {network: StateDict(tensors, network) for network, tensors in upstream_states(config).items()}
-    assert infer_config(states) == config
+    assert infer_config(states, {}) == config
 
 
 def test_own_label_channels_need_options(tmp_path: Path) -> None:
@@ -79,7 +80,8 @@ def test_converted_model_equals_the_spectral_normed_one(tmp_path: Path) -> None:
     convert(tmp_path / "latest_net_Corr.pth", tmp_path / "latest_net_G.pth", tmp_path / "m.safetensors")
     model = load_model(tmp_path / "m.safetensors")
     assert model.config == config
-    normed = CoCosNet(config, spectral_norm=True).eval()
+    normed = CoCosNet(config).eval()
+    add_spectral_norm(normed)
     load_upstream_state(normed, states)
     torch.manual_seed(0)
     label, image = torch.randint(0, 19, (1, 64, 96)), torch.rand(1, 3, 64, 96) * 2 - 1

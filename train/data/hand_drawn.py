@@ -34,15 +34,22 @@ def hand_drawn(label: np.ndarray, seed: int) -> np.ndarray:
     return np.ascontiguousarray(painted)
 
 
+def interpolate(knots: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Values at a grid of knots (2, n, n) that spans a picture, bilinear between them: (2, height, width)."""
+    last = knots.shape[1] - 1
+    grids = [np.linspace(0, last, length) for length in (height, width)]
+    low = [np.minimum(grid.astype(int), last - 1) for grid in grids]
+    y, x = (grid - place for grid, place in zip(grids, low, strict=True))
+    rows = knots[:, low[0]] * (1 - y)[:, None] + knots[:, low[0] + 1] * y[:, None]  # (2, height, n)
+    smooth: np.ndarray = rows[:, :, low[1]] * (1 - x) + rows[:, :, low[1] + 1] * x
+    return smooth
+
+
 def _bend(label: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     """The label (H, W), its pixels fetched from places shifted by `shifts` (2, KNOTS, KNOTS), interpolated between."""
-    grids = [np.linspace(0, KNOTS - 1, length) for length in label.shape]
-    low = [np.minimum(grid.astype(int), KNOTS - 2) for grid in grids]
-    y, x = (grid - place for grid, place in zip(grids, low, strict=True))
-    rows = shifts[:, low[0]] * (1 - y)[:, None] + shifts[:, low[0] + 1] * y[:, None]  # (2, H, KNOTS)
-    smooth = rows[:, :, low[1]] * (1 - x) + rows[:, :, low[1] + 1] * x  # (2, H, W)
-    places = np.rint(np.indices(label.shape) + smooth).astype(int)
-    bent: np.ndarray = label[places[0].clip(0, label.shape[0] - 1), places[1].clip(0, label.shape[1] - 1)]
+    height, width = label.shape
+    places = np.rint(np.indices(label.shape) + interpolate(shifts, height, width)).astype(int)
+    bent: np.ndarray = label[places[0].clip(0, height - 1), places[1].clip(0, width - 1)]
     return bent
 
 

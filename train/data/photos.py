@@ -157,10 +157,6 @@ class PhotoPairs:
             "has_target": itself,
         }
 
-    def photo(self, index: int) -> Path:
-        """The file of sample `index`, as a name for it."""
-        return self._samples[index].photo
-
     def _part(self, split: str) -> str:
         """The folder below that of all photographs where those of a split lie."""
         part = _FOLDERS.get(self.config.task, {}).get(split, "")

@@ -16,7 +16,6 @@ from ...config import MIN_SIDE, SIZE_MULTIPLE, ModelConfig
 from ...errors import InputError
 from .correspondence import Correspondence
 from .generator import Generator
-from .layers import add_spectral_norm
 
 
 class ModelOutput(NamedTuple):
@@ -35,17 +34,14 @@ class CoCosNet(nn.Module):
     Labels are class ids (B, H, W), uint8 or int64, for `label_kind` "classes", or float planes (B, nc, H, W) for either
     kind (one-hot or soft for classes). Images are (B, 3, H, W) in [-1, 1]. H and W are multiples of 32, 64 at least;
     the exemplar may differ from the label in size. Ids are not checked here (`preprocess.load_label` does): one outside
-    the classes belongs to none of them.
-    With `spectral_norm` the weights are parametrized as in training; without, they are plain (a folded model).
+    the classes belongs to none of them. Weights are plain; training parametrizes them (`layers.add_spectral_norm`).
     """
 
-    def __init__(self, config: ModelConfig, *, spectral_norm: bool = False) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.correspondence = Correspondence(config)
         self.generator = Generator(config)
-        if spectral_norm:
-            add_spectral_norm(self)
 
     def encode_query(self, label: Tensor) -> Tensor:
         """Label -> theta (B, C, h, w), h = H / warp_stride."""

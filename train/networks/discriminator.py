@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config import ModelConfig
-from .layers import LEAKY_SLOPE, SelfAttention, SpectralConv2d, add_spectral_norm
+from .layers import LEAKY_SLOPE, SelfAttention, SpectralConv2d
 
 
 class PatchDiscriminator(nn.Module):
@@ -40,13 +40,11 @@ class PatchDiscriminator(nn.Module):
 class Discriminator(nn.Module):
     """One patch discriminator at full and one at half the resolution."""
 
-    def __init__(self, config: ModelConfig, *, ndf: int = 64, scales: int = 2, spectral_norm: bool = True) -> None:
+    def __init__(self, config: ModelConfig, ndf: int = 64) -> None:
         super().__init__()
         self.scales = nn.ModuleList(
-            PatchDiscriminator(config.label_channels + 3, ndf, config.attention) for _ in range(scales)
+            PatchDiscriminator(config.label_channels + 3, ndf, config.attention) for _ in range(2)
         )
-        if spectral_norm:
-            add_spectral_norm(self)
 
     def forward(self, label: Tensor, image: Tensor) -> list[list[Tensor]]:
         """Label planes (B, nc, H, W) and images (B, 3, H, W) -> for each scale the maps of `PatchDiscriminator`."""

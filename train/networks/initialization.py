@@ -12,7 +12,7 @@ GAIN = 0.02
 
 
 @torch.no_grad()
-def initialize(network: nn.Module, generator: torch.Generator | None = None) -> None:
+def initialize(network: nn.Module) -> None:
     """Draw the start that upstream trains each of its networks from: Xavier's, of gain 0.02, and biases of 0.
 
     For a `CoCosNet` or a `Discriminator` of a published task, called once before training; not for `Vgg19`, whose
@@ -27,6 +27,6 @@ def initialize(network: nn.Module, generator: torch.Generator | None = None) -> 
             normed = parametrize.is_parametrized(module)
             weight = module.get_parameter("parametrizations.weight.original" if normed else "weight")
             for part in weight.chunk(2 if module in halved else 1):
-                nn.init.xavier_normal_(part, GAIN, generator)
+                nn.init.xavier_normal_(part, GAIN)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

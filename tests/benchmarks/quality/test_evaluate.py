@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flat_pairs import copying_model
 from PIL import Image
 from tiny_bundle import CHANNELS, CLASSES, write_tiny_bundle
 
@@ -25,7 +26,7 @@ from flashcocos.runtime import Translator
 from flashcocos.runtime.options import EngineOptions
 from flashcocos.train.checkpoint import save_model
 from flashcocos.train.data import Item
-from flashcocos.train.networks import CoCosNet, Vgg19
+from flashcocos.train.networks import Vgg19
 
 BRIGHT = 12 / 127.5  # in the range -1 to 1
 NAMES = [f"class {index}" for index in range(12)]
@@ -56,32 +57,22 @@ class FlatPairs:
 @pytest.fixture(scope="module")
 def copier() -> ModelPredictor:
     """A model that copies the exemplar, as equal positions alone attract each other, and is too bright by 12 of 255."""
-    model = CoCosNet(
-        ModelConfig.preset("tiny", position_frequencies=4, warp_residual=True, warp_upsampling="pixel_shuffle")
-    ).eval()
-    with torch.no_grad():
-        for branch in (model.correspondence.theta, model.correspondence.phi):
-            branch.weight.zero_()
-            branch.bias.zero_()
-            branch.weight[:, -16:] = torch.eye(16)[..., None, None]
-        model.generator.last.weight.zero_()
-        model.generator.last.bias.copy_(torch.tensor([BRIGHT, BRIGHT, BRIGHT, 30.0]))
-    return ModelPredictor(model, backend="reference")
+    return ModelPredictor(copying_model(BRIGHT))
 
 
 def test_scores_of_a_copy_that_is_too_bright_by_a_known_amount(copier: ModelPredictor, tmp_path: Path) -> None:
     sheet = ContactSheet(copier.config, 3)
     scores = evaluate_exact(copier, FlatPairs(), NAMES, sheet=sheet)
-    assert scores.pairs == 9
-    assert scores.psnr == pytest.approx(-20 * np.log10(12 / 255), abs=0.05)
-    assert scores.psnr_warped > 35
-    assert scores.psnr_baseline == pytest.approx(100)
-    assert scores.ssim > 0.95
-    assert scores.l1 == pytest.approx(12 / 255, abs=1e-3)
-    assert scores.correspondence == pytest.approx(1, abs=0.01)
-    assert set(scores.psnr_by_class) == {"class 0", "class 1"}
-    assert scores.psnr_by_class["class 1"] == pytest.approx(26.55, abs=0.1)
-    assert scores.color_error_by_class["class 0"] == pytest.approx(12 / 255, abs=1e-3)
+    assert scores["pairs"] == 9
+    assert scores["psnr"] == pytest.approx(-20 * np.log10(12 / 255), abs=0.05)
+    assert scores["psnr_warped"] > 35
+    assert scores["psnr_baseline"] == pytest.approx(100)
+    assert scores["ssim"] > 0.95
+    assert scores["l1"] == pytest.approx(12 / 255, abs=1e-3)
+    assert scores["correspondence"] == pytest.approx(1, abs=0.01)
+    assert set(scores["psnr_by_class"]) == {"class 0", "class 1"}
+    assert scores["psnr_by_class"]["class 1"] == pytest.approx(26.55, abs=0.1)
+    assert scores["color_error_by_class"]["class 0"] == pytest.approx(12 / 255, abs=1e-3)
     sheet.write(tmp_path / "sheet.png")
     picture = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert picture.shape == (16 + 64, 3 * 5 * 64, 3)
@@ -99,7 +90,7 @@ def test_a_sheet_has_no_empty_column(copier: ModelPredictor, tmp_path: Path) -> 
 
 
 def test_what_cannot_be_scored_exactly(copier: ModelPredictor, tmp_path: Path) -> None:
-    assert evaluate_exact(copier, FlatPairs(), NAMES, count=2).pairs == 2
+    assert evaluate_exact(copier, FlatPairs(), NAMES, count=2)["pairs"] == 2
     for count in (0, 10):
         with pytest.raises(InputError, match=f"1 to 9 pairs, got {count}"):
             evaluate_exact(copier, FlatPairs(), NAMES, count=count)
@@ -226,7 +217,7 @@ def test_labels_painted_by_hand_reach_the_model_alone(copier: ModelPredictor) ->
 
     plain = evaluate_exact(copier, FlatPairs(), NAMES, count=2)
     painted = evaluate_exact(Recorder(), FlatPairs(), NAMES, count=2, repaint=True)
-    assert painted.psnr_by_class == plain.psnr_by_class  # this model copies by place, and the targets stay
+    assert painted["psnr_by_class"] == plain["psnr_by_class"]  # this model copies by place, and the targets stay
     assert all(0 < (label != FlatPairs()[0]["label"]).mean() < 0.1 for label in seen)
     with pytest.raises(InputError, match="no exact target"):
         evaluate_model("model.zip", "photos", hand_drawn=True)

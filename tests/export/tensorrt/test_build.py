@@ -198,7 +198,7 @@ def test_the_command_builds_engines_kernels_and_a_plan(rtx, tmp_path):
         "--target",
         "sm_89",
         "--precision",
-        "fp16",
+        "float16",
         "--size",
         "64",
         "--check",

@@ -11,7 +11,7 @@ import pytest
 
 from flashcocos import cli
 from flashcocos.bundle import STAGES, Bundle
-from flashcocos.bundle.default_model import PAIRS, default_model_path
+from flashcocos.bundle.default_model import default_model_path
 from flashcocos.errors import BackendError
 from flashcocos.export.quantize import MIN_PSNR as QUALITY
 from flashcocos.export.quantize import quantize_bundle
@@ -26,7 +26,6 @@ from flashcocos.preprocess.labels import load_label
 from flashcocos.runtime.cpu.onnxruntime import OnnxRuntimeEngine
 from flashcocos.runtime.gpu.store import Profile, list_engines
 from flashcocos.runtime.info import describe_bundle
-from flashcocos.runtime.jobs import match_files
 
 SQUARE = Profile((1, 1, 1), (64, 64, 64), (64, 64, 64))
 GENERATOR = tuple(stage for stage in STAGES if stage not in ("query", "exemplar"))
@@ -38,11 +37,6 @@ HALF, SINGLE = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
 @pytest.fixture(scope="module")
 def rtx():
     return pytest.importorskip("tensorrt_rtx", reason="needs the extra rtx")
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return match_files(None, None, None, tmp_path_factory.mktemp("pictures"), pairs=PAIRS)
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def test_they_are_zero_in_all_threads_of_a_session(tmp_path: Path) -> None:
     for threads in (1, 2):
         assert not OnnxRuntimeEngine(bundle, "query", num_threads=threads).run(label)["theta"].any()
     # alone in this thread, where the session sets nothing
-    assert OnnxRuntimeEngine(bundle, "query", num_threads=1)._session.run(["theta"], label)[0].any()
+    assert OnnxRuntimeEngine(bundle, "query", num_threads=1)._graph.run(["theta"], label)[0].any()
 
 
 @needs_setting
