@@ -47,12 +47,10 @@ CAVEATS = """## What these numbers do not show
 - A full-size network has seeded noise as weights here. Agreement is that of two programs on the same weights, and says
   nothing about how good a picture is.
 - Inputs are in memory already; reading, decoding and writing files is not in any time.
-- Each process had the machine to itself, except the service: it was measured beside a training of lower priority, which
-  kept both cores busy. Other processors, with AVX-512 or more cores, rank the rows differently.
+- Each process had the machine to itself. Other processors, with AVX-512 or more cores, rank the rows differently.
 - Peak memory is that of a whole fresh process, the interpreter and its packages included.
 - The published form is flashcocos's own code of the published computation, not the authors' program.
-- torch.compile found code of an earlier run in its cache; without it, its first run had taken 97 s.
-- The rows of one translation are of revisions before exports had Winograd's form and before labels were cached.
+- The rows of larger pictures and of batches are of revisions before exports had Winograd's form.
 - The largest batches are estimated and have not been tried, and no row has run on a GPU unless it names one.
 - Commands use today's names of groups. At the revisions given here, `ablation` was `ladder` and `estimate` was
   `plan`."""

@@ -41,7 +41,8 @@ def label(row: Row) -> str:
     parameters = row["parameters"]
     name = METHODS[parameters["method"]]
     if parameters["method"] != "runtime":
-        return name + (f", {parameters['dtype']}" if parameters.get("dtype", "float32") != "float32" else "")
+        dtype = parameters.get("dtype", parameters.get("precision", "float32"))
+        return name + (f", {dtype}" if dtype != "float32" else "")
     parts = [] if parameters["bundle"] == "model" else [parameters["bundle"]]
     parts += ["OpenVINO"] * (parameters["backend"] == "openvino")
     parts += [parameters["precision"]] * (parameters["precision"] != "float32")

@@ -118,12 +118,14 @@ class Tally:
         counts: by status ("wrong": 200 with another's bytes).
         took: milliseconds by status.
         outside: milliseconds of each answer outside of the model's stages.
-        work: of each answer, when its request began and the seconds of its stages.
+        files: milliseconds of each answer for reading the label's file and writing the picture's.
+        work: of each answer, when its request began, and its seconds outside of the queue and of these files.
     """
 
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
     took: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     outside: list[float] = dataclasses.field(default_factory=list)
+    files: list[float] = dataclasses.field(default_factory=list)
     work: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
     def quantile(self, status: str, share: float) -> float:
@@ -193,10 +195,11 @@ class Load:
             self._free.append(connection)
         if status != 200:
             return self._note(str(status), start)
-        parts = dict(re.findall(r"(\w+);dur=([\d.]+)", headers["server-timing"]))
-        stages = sum(float(parts[stage]) for stage in STAGES)
-        self.tally.outside.append(1e3 * (time.perf_counter() - start) - stages)
-        self.tally.work.append((start, stages / 1e3))
+        took = 1e3 * (time.perf_counter() - start)
+        parts = {name: float(ms) for name, ms in re.findall(r"(\w+);dur=([\d.]+)", headers["server-timing"])}
+        self.tally.outside.append(took - sum(parts[stage] for stage in STAGES))
+        self.tally.files.append(parts["decode"] + parts["encode"])
+        self.tally.work.append((start, (took - parts["queue"] - self.tally.files[-1]) / 1e3))
         return self._note("200" if self._is_right(body, question.answer) else "wrong", start)
 
     async def loop(self, clients: int, *, seconds: float = 1e9, count: int = sys.maxsize, **options: Any) -> float:
@@ -379,25 +382,23 @@ def overload(*, size: int, times: float, seconds: float, queue: int = 32, pairs:
 def arrivals(*, size: int, load_share: float, seconds: float, pairs: int = 6) -> dict[str, float]:
     """Requests at random times, `load_share` of what the service can do; and what `scale.replay` says of them.
 
-    The simulation gets the times of the requests and of their stages, and what one request alone takes besides.
+    The simulation gets when each request came and what it took without the queue, and says how long all of them waited.
     """
     from ..scale import replay
 
     bare = Bare(size, pairs)
 
-    async def run(server: Server) -> tuple[float, Tally, Tally]:
+    async def run(server: Server) -> tuple[float, Tally]:
         async with load(server.port, bare.questions(server.url)) as requests:
             await requests.loop(4, count=2 * pairs**2)
             rate = await requests.loop(4, seconds=min(10, seconds))
-            requests.tally = one_by_one = Tally()
-            await requests.loop(1, count=100)
             requests.tally = Tally()
             await requests.flood(load_share * rate, seconds, at_random=True)
-            return rate, one_by_one, requests.tally
+            return rate, requests.tally
 
     with Server() as server:
-        rate, one_by_one, tally = asyncio.run(run(server))
-    expected = replay(tally.work, extra=float(np.mean(one_by_one.outside)) / 1e3)
+        rate, tally = asyncio.run(run(server))
+    expected = replay(tally.work, extra=float(np.mean(tally.files)) / 1e3)
     measured = {f"p{share}_ms": tally.quantile("200", share / 100) for share in (50, 95, 99)}
     return {
         "asked": tally.counts.total(),
