@@ -318,6 +318,7 @@ class Service:
         timing = {
             "decode": (clock[1] - clock[0]) * 1e3,
             "queue": ticket.waited * 1e3,
+            "engine": (clock[2] - clock[1] - ticket.waited) * 1e3,
             **result.timings,
             "encode": (clock[3] - clock[2]) * 1e3,
         }

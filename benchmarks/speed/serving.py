@@ -118,14 +118,14 @@ class Tally:
         counts: by status ("wrong": 200 with another's bytes).
         took: milliseconds by status.
         outside: milliseconds of each answer outside of the model's stages.
-        files: milliseconds of each answer for reading the label's file and writing the picture's.
-        work: of each answer, when its request began, and its seconds outside of the queue and of these files.
+        work: of each answer, when its request began, and the seconds that it had the engine.
+        beside: milliseconds of each answer outside of the engine and its queue.
     """
 
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
     took: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     outside: list[float] = dataclasses.field(default_factory=list)
-    files: list[float] = dataclasses.field(default_factory=list)
+    beside: list[float] = dataclasses.field(default_factory=list)
     work: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
     def quantile(self, status: str, share: float) -> float:
@@ -198,8 +198,8 @@ class Load:
         took = 1e3 * (time.perf_counter() - start)
         parts = {name: float(ms) for name, ms in re.findall(r"(\w+);dur=([\d.]+)", headers["server-timing"])}
         self.tally.outside.append(took - sum(parts[stage] for stage in STAGES))
-        self.tally.files.append(parts["decode"] + parts["encode"])
-        self.tally.work.append((start, (took - parts["queue"] - self.tally.files[-1]) / 1e3))
+        self.tally.work.append((start, parts["engine"] / 1e3))
+        self.tally.beside.append(took - parts["queue"] - parts["engine"])
         return self._note("200" if self._is_right(body, question.answer) else "wrong", start)
 
     async def loop(self, clients: int, *, seconds: float = 1e9, count: int = sys.maxsize, **options: Any) -> float:
@@ -382,7 +382,7 @@ def overload(*, size: int, times: float, seconds: float, queue: int = 32, pairs:
 def arrivals(*, size: int, load_share: float, seconds: float, pairs: int = 6) -> dict[str, float]:
     """Requests at random times, `load_share` of what the service can do; and what `scale.replay` says of them.
 
-    The simulation gets when each request came and what it took without the queue, and says how long all of them waited.
+    The simulation gets when each request came and how long it had the engine, and says how long all of them waited.
     """
     from ..scale import replay
 
@@ -398,7 +398,7 @@ def arrivals(*, size: int, load_share: float, seconds: float, pairs: int = 6) ->
 
     with Server() as server:
         rate, tally = asyncio.run(run(server))
-    expected = replay(tally.work, extra=float(np.mean(tally.files)) / 1e3)
+    expected = replay(tally.work, extra=float(np.mean(tally.beside)) / 1e3)
     measured = {f"p{share}_ms": tally.quantile("200", share / 100) for share in (50, 95, 99)}
     return {
         "asked": tally.counts.total(),

@@ -74,7 +74,7 @@ def test_a_label_is_translated(client: httpx.Client, path: str) -> None:
     assert np.array_equal(pixels(answer.content), painted(np.full((64, 64), 7), COLOR))
     assert re.fullmatch(r"[0-9a-f]{16}", answer.headers["x-request-id"])
     stages = re.findall(r"(\w+);dur=[\d.]+", answer.headers["server-timing"])
-    assert stages == ["decode", "queue", "query", "warp", "synthesis", "encode"]
+    assert stages == ["decode", "queue", "engine", "query", "warp", "synthesis", "encode"]
 
 
 def test_all_of_a_translation_comes_as_json(client: httpx.Client, path: str) -> None:
