@@ -89,7 +89,6 @@ def open_engines(bundle: Bundle, options: EngineOptions) -> dict[str, Engine]:
     Raises as `OnnxRuntimeEngine` and `OpenVinoEngine`.
     """
     manifest, precision = bundle.manifest, options.precision or "float32"
-
     engines: dict[str, Engine] = {}
     # the largest first, for loading a graph takes three times its size for a moment
     for stage in sorted(STAGES, key=lambda stage: manifest.graph_file(stage).bytes, reverse=True):

@@ -50,8 +50,14 @@ class OpenVinoEngine(CpuEngine):
         info = EngineInfo(f"openvino {version}", "CPU", "cpu", stored, precision)
         super().__init__(bundle, stage, None, info, _openvino_errors())
         graph = self._read(bundle.read_stage(stage))
-        _restore_convolutions(graph, self._name)
-        _restore_label_convolutions(graph, self._name)
+        broken: tuple[type[Exception], ...] = (KeyError, *self._errors)
+        try:
+            _restore_convolutions(graph)
+            _restore_label_convolutions(graph)
+        except broken as error:
+            raise BundleError(
+                f"{self._name}: a convolution has a form that flashcocos does not write; export it again"
+            ) from error
         if bundle.manifest.config.label_kind == "classes":
             _let_every_class_occur(graph, bundle.manifest.config.label_channels)
         check_tensors(self._name, "inputs", self._spec.inputs, _tensors(graph.inputs, self._spec.inputs))
@@ -104,37 +110,32 @@ def _let_every_class_occur(graph: Any, classes: int) -> None:
     graph.validate_nodes_and_infer_types()
 
 
-def _restore_convolutions(graph: Any, name: str) -> None:
+def _values(graph: Any) -> dict[str, Any]:
+    """The outputs of all operators by name."""
+    return {name: value for node in graph.get_ops() for value in node.outputs() for name in value.get_names()}
+
+
+def _restore_convolutions(graph: Any) -> None:
     """Undo the Winograd form of convolutions, by the names that export/winograd.py gives to its tensors."""
-    operators = importlib.import_module("openvino.opset13")
-    values = {name: value for node in graph.get_ops() for value in node.outputs() for name in value.get_names()}
+    operators, values = importlib.import_module("openvino.opset13"), _values(graph)
     for whole in [name for name in values if name.startswith(f"{WINOGRAD}whole_")]:
         result = whole.removeprefix(f"{WINOGRAD}whole_")
-        try:
-            x, weight = (values[f"{WINOGRAD}{part}_{result}"].get_node().input_value(0) for part in ("input", "weight"))
-            pads = values[f"{WINOGRAD}tiles_{result}"].get_node().get_attributes()["pads_begin"]
-        except KeyError as error:
-            raise BundleError(
-                f"{name}: {result}: a Winograd form that flashcocos does not write; export it again"
-            ) from error
+        x, weight = (values[f"{WINOGRAD}{part}_{result}"].get_node().input_value(0) for part in ("input", "weight"))
+        pads = values[f"{WINOGRAD}tiles_{result}"].get_node().get_attributes()["pads_begin"]
         convolution = operators.convolution(x, weight, [1, 1], pads, pads, [1, 1])
         values[whole].replace(convolution.output(0))
 
 
-def _restore_label_convolutions(graph: Any, name: str) -> None:
+def _restore_label_convolutions(graph: Any) -> None:
     """Undo the form of export/windows.py, by the names of its tensors: OpenVINO cuts its int64 numbers to 32 bits."""
-    operators = importlib.import_module("openvino.opset13")
-    values = {name: value for node in graph.get_ops() for value in node.outputs() for name in value.get_names()}
+    operators, values = importlib.import_module("openvino.opset13"), _values(graph)
     for each in [name for name in values if name.startswith(f"{WINDOWS}each_")]:
         result = each.removeprefix(f"{WINDOWS}each_")
-        try:
-            scaled, bias = values[f"{WINDOWS}table_{result}"].get_node().input_values()  # (inputs weight^T) 1 + bias
-            product = scaled.get_node().input_value(0)
-            (inputs,) = product.get_node().input_value(0).get_names()
-            features = values[inputs.removeprefix(f"{WINDOWS}inputs_")]
-            weight = values[f"{WINDOWS}weight_{result}"].get_node().input_value(0)
-        except (KeyError, ValueError) as error:
-            raise BundleError(f"{name}: {result}: a form that flashcocos does not write; export it again") from error
+        scaled, bias = values[f"{WINDOWS}table_{result}"].get_node().input_values()  # (inputs weight^T) 1 + bias
+        product = scaled.get_node().input_value(0)
+        (inputs,) = product.get_node().input_value(0).get_names()
+        features = values[inputs.removeprefix(f"{WINDOWS}inputs_")]
+        weight = values[f"{WINDOWS}weight_{result}"].get_node().input_value(0)
         convolution = operators.convolution(features, weight, [1, 1], [0, 0], [0, 0], [1, 1])
         column = operators.reshape(bias, [1, -1, 1, 1], special_zero=False)
         values[result].replace(operators.add(convolution, column).output(0))

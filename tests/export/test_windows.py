@@ -12,7 +12,7 @@ import pytest
 from exported import CHANNELS, CLASSES, exported_stage, model_file
 from onnx import ModelProto
 
-from flashcocos.bundle import STAGES, Bundle
+from flashcocos.bundle import STAGES, Bundle, write_bundle
 from flashcocos.errors import BundleError
 from flashcocos.export.graphs import replace
 from flashcocos.export.tensorrt.graphs import bundle_graph
@@ -50,7 +50,8 @@ def test_equals_the_convolutions(rng: np.random.Generator, batch: int, height: i
     products = [node for node in model.graph.node if node.op_type == "Gemm"]
     assert len(products) == 14  # scale and shift of seven norms
     expected, found = (run(graph, label) for graph in (exported_stage(CLASSES, "query"), model))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    # sums in another order: 5.3e-7 at most in 12 other labels
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
 def test_one_window_of_each_kind_is_computed(rng: np.random.Generator) -> None:
@@ -108,3 +109,15 @@ def test_bundles_have_it_and_tensorrt_and_openvino_do_not(make_bundle: MakeBundl
     found = OpenVinoEngine(bundle, "query", num_threads=1).run({"label": label})["theta"]
     expected = run(exported_stage(CLASSES, "query"), label)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_openvino_refuses_another_form_of_that_name(make_bundle: MakeBundle) -> None:
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    from flashcocos.runtime.cpu.openvino import OpenVinoEngine
+
+    bundle = Bundle(make_bundle(CLASSES))
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    files["query.onnx"] = files["query.onnx"].replace(b"windows_table_", b"windows_other_")
+    changed = write_bundle(bundle.path.parent / "changed", bundle.manifest, files)
+    with pytest.raises(BundleError, match="a convolution has a form that flashcocos does not write"):
+        OpenVinoEngine(Bundle(changed), "query", num_threads=1)
