@@ -103,7 +103,8 @@ def _graph(stage: str, config: ModelConfig, seed: int) -> ModelProto:
             *_planes(config, constants),
             _node("Conv", ["planes", "mix"], "tint"),
             # the neighbors count, as they do in the network: a tile that is cut too close differs
-            _node("AveragePool", ["tint"], "soft", kernel_shape=[25, 25], pads=[12] * 4),
+            _node("AveragePool", ["tint"], "rows", kernel_shape=[25, 1], pads=[12, 0, 12, 0]),
+            _node("AveragePool", ["rows"], "soft", kernel_shape=[1, 25], pads=[0, 12, 0, 12]),
             _node("Conv", ["features", "shade"], "shades"),
             _node("Resize", ["shades", "", "twice"], "shadow", mode="nearest"),
             _node("Sum", ["warped_image", "soft", "shadow"], "sum"),
