@@ -17,12 +17,15 @@ PYTEST := OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest \
 	--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CLUSTER_TESTS := tests/test_remote.py tests/runtime/test_cluster.py tests/serve/test_ray_app.py
 
-.PHONY: demo test test-cluster test-fast lint typecheck triton-server clean
+.PHONY: demo test pytest test-cluster test-fast lint typecheck triton-server clean
 
 demo: $(DEMO)/.ready
 	$(DEMO)/bin/flashcocos demo -o demo_output
 
-test: lint typecheck
+test: lint
+	$(MAKE) --jobs=2 typecheck pytest
+
+pytest: $(DEV)/.ready
 	$(PYTEST)
 
 # one process, and a network of its own with loopback alone where the machine allows that: Ray binds the outer address
