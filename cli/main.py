@@ -35,7 +35,6 @@ _EXTRAS = {
     "resvg": "avatars",
     "tensorboard": "train",
     "tomli": "serve",
-    "h5py": "hed",
     "torchmetrics": "eval",
     "psutil": "cpu",
     "fastapi": "serve",
