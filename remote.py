@@ -52,12 +52,17 @@ def kind(path: Path) -> str | None:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Every file below `folder`; that of a store is listed once, and its answers are then known without asking."""
-    if not is_remote(folder):
-        return [path for path in folder.rglob("*") if path.is_file()]
-    place = cast(Any, folder)
-    with store_errors(folder):
-        return [folder / name.removeprefix(place.path).lstrip("/") for name in place.fs.find(place.path)]
+    """Every file below `folder`, hidden ones left out: others' bookkeeping, as macOS leaves ._copies beside files.
+
+    A folder of a store is listed once, and its answers are then known without asking.
+    """
+    if is_remote(folder):
+        place = cast(Any, folder)
+        with store_errors(folder):
+            paths = [folder / name.removeprefix(place.path).lstrip("/") for name in place.fs.find(place.path)]
+    else:
+        paths = [path for path in folder.rglob("*") if not path.is_dir()]
+    return [path for path in paths if not path.name.startswith(".")]
 
 
 def read(path: Path) -> bytes:

@@ -13,13 +13,11 @@ A sample is named by its key: the photograph's path below its folder, without su
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError
 from ..files import read_text
-from ..remote import is_remote, list_files, store_errors, to_path
+from ..remote import list_files, store_errors, to_path
 from .edges import PARTS
 from .images import SUFFIXES, PathLike
 
@@ -83,13 +81,13 @@ class Layout:
         """Every sample that has a photograph or a label file, sorted by key."""
         suffixes = sorted(ROLES[self.task].values(), key=len, reverse=True)
         images: dict[str, list[Path]] = {}
-        for file in _files(self.labels):
+        for file in list_files(self.labels):
             suffix = next((suffix for suffix in suffixes if file.name.endswith(suffix)), None)
             if suffix is not None:
                 key = self.key(file, self.labels, suffix)
                 if not self.numbered or key.isdecimal():
                     images.setdefault(key, [])
-        for file in _files(self.images):
+        for file in list_files(self.images):
             beside_labels = self.images == self.labels and file.name.endswith(tuple(suffixes))
             if file.suffix.lower() in SUFFIXES and not beside_labels:
                 images.setdefault(self.key(file, self.images, file.suffix), []).append(file)
@@ -165,13 +163,3 @@ def select(samples: list[Sample], names: list[str]) -> tuple[list[Sample], list[
 def _plain(path: str) -> tuple[str, ...]:
     *folders, last = PurePosixPath(path).parts or ("",)
     return (*folders, last.lstrip("0") or "0" if last.isdecimal() else last)
-
-
-def _files(root: Path) -> Iterator[Path]:
-    if is_remote(root):
-        yield from (file for file in list_files(root) if not file.name.startswith("."))
-        return
-    for folder, _, names in os.walk(root):
-        for name in names:
-            if not name.startswith("."):  # macOS leaves ._copies beside files
-                yield Path(folder, name)

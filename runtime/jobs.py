@@ -169,7 +169,11 @@ def _is_picture(output: Path, several: Path | None) -> bool:
 
 def _matched(inputs: Path, exemplars: Path, exemplar_labels: Path | None) -> list[tuple[Path, Path, Path, Path | None]]:
     """(relative path without suffix, label, exemplar, exemplar's label) of each input, paired by name."""
-    labels = [inputs] if inputs.is_file() else _files(inputs, LABEL_SUFFIXES)
+    if inputs.is_file():
+        labels = [inputs]
+    else:
+        found = (path for path in list_files(inputs) if path.suffix.lower() in LABEL_SUFFIXES)
+        labels = sorted(path for path in found if path.is_file())
     if not labels:
         raise InputError(f"{inputs}: no label files in this folder (looked for {', '.join(LABEL_SUFFIXES)})")
     triples = []
@@ -240,13 +244,6 @@ def _find(path: Path, suffixes: Iterable[str], missing: Path | None = None) -> P
             if candidate.is_file():
                 return candidate
     return path.with_name(f"{path.name}{_ANY}") if missing is None else missing
-
-
-def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    # hidden files are others' bookkeeping: macOS leaves ._copies beside files
-    return sorted(
-        path for path in list_files(folder) if path.suffix.lower() in suffixes and not path.name.startswith(".")
-    )
 
 
 def _check_outputs(jobs: list[Job], extras: Collection[str], pairs: Path | None) -> None:

@@ -14,7 +14,6 @@ takes the easy one. Source of the shares, sizes and flips: the options that the 
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +27,7 @@ from ...preprocess.images import SUFFIXES, PathLike, load_image
 from ...preprocess.labels import load_label
 from ...preprocess.layouts import ROLES, find_layout, read_list
 from ...preprocess.prepare import load_raw
+from ...remote import list_files
 from . import Item
 
 _LISTS = {"train": "train.txt", "test": "val.txt"}
@@ -230,12 +230,10 @@ class _Names:
 def find_photos(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, list[Path]]:
     """The pictures below `folder` by key: path below it, without suffix, with forward slashes; sorted."""
     photos: dict[str, list[Path]] = {}
-    for place, _, names in os.walk(folder):
-        for name in names:
-            if name.lower().endswith(suffixes) and not name.startswith("."):  # macOS leaves ._copies beside files
-                file = Path(place, name)
-                photos.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
-    return {key: sorted(photos[key]) for key in sorted(photos)}
+    for file in sorted(list_files(folder)):
+        if file.suffix.lower() in suffixes:
+            photos.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
+    return {key: photos[key] for key in sorted(photos)}
 
 
 def key_of(name: str, folder: str) -> str:
