@@ -37,12 +37,10 @@ class CorrMatch:
     Attributes:
         index: y * Wk + x of the key with the largest weight, the lowest among equals; int64.
         probability: Weight of that key, 0 to 1; float32.
-        entropy: Entropy of all weights of the query in nats, 0 to log(Hk * Wk); float32.
     """
 
     index: Any
     probability: Any
-    entropy: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +140,7 @@ def warp_arrays(
 
 
 def corr_match(theta: Any, phi: Any, *, patch: int = 3, temperature: float = 0.01, backend: str = "auto") -> CorrMatch:
-    """The likeliest key of each query, its probability and the entropy of all weights, in one pass; no gradient.
+    """The likeliest key of each query and its probability, in one pass; no gradient.
 
     Args:
         theta: Queries (B, C, Hq, Wq), a tensor or an array as for `corr_warp`.

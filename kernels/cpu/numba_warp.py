@@ -299,7 +299,6 @@ class State(NamedTuple):
 
     maximum: Any
     sums: Any  # of weights
-    moments: Any  # of weight * (logit - maximum)
     best: Any  # index of the likeliest key
     acc: Any  # (query, carried): numerators
 
@@ -385,21 +384,17 @@ def form_weights(shape, state, q, weights, o_w, count, peak):
     if raised > state.maximum[q]:
         moved = max(state.maximum[q] - raised, np.float32(-126))
         decay = largest(exp2(splat(moved)))
-        state.moments[q] = decay * (state.moments[q] + moved * state.sums[q])
         state.sums[q] *= decay
         for k in range(q * shape.carried, (q + 1) * shape.carried):
             state.acc[k] *= decay
         state.maximum[q] = raised
     b_max, floor = splat(raised), splat(np.float32(-126))
-    b_sum = b_moment = splat(np.float32(0))
+    b_sum = splat(np.float32(0))
     for i in range(o_w, o_w + count, LANES):
-        logits = larger(load(weights, i) - b_max, floor)
-        b_weights = exp2(logits)
+        b_weights = exp2(larger(load(weights, i) - b_max, floor))
         store(weights, i, b_weights)
         b_sum = b_sum + b_weights
-        b_moment = b_moment + b_weights * logits
     state.sums[q] += total(b_sum)
-    state.moments[q] += total(b_moment)
 
 
 @cached_jit
@@ -470,7 +465,7 @@ def take_row(shape, inputs, products, slots, x, r, first, diagonal, weights, sta
 
 
 @cached_jit
-def write_results(shape, state, x, first, last, out, lse, index, probability, entropy):
+def write_results(shape, state, x, first, last, out, lse, index, probability):
     """Finish the softmax of one task's queries."""
     for r in range(first, last):
         for i in range(min(shape.block, shape.wq - x)):
@@ -481,7 +476,6 @@ def write_results(shape, state, x, first, last, out, lse, index, probability, en
             lse[n] = (state.maximum[q] + math.log2(weight)) * math.log(2)
             index[n] = state.best[q]
             probability[n] = 1 / weight
-            entropy[n] = (math.log2(weight) - state.moments[q] / weight) * math.log(2)
 
 
 @cached_jit
@@ -492,8 +486,8 @@ def warp_task(shape, inputs, slots, x, first, last, cutoff, results):
     weight_rows = shape.weight_rows if shape.values > SMALL else 1
     weights = np.zeros(weight_rows * shape.group * shape.columns, np.float32)
     state = State(
-        np.full(rows, np.float32(LOWEST)), np.zeros(rows, np.float32), np.zeros(rows, np.float32),
-        np.zeros(rows, np.int64), np.zeros(rows * shape.carried, np.float32),
+        np.full(rows, np.float32(LOWEST)), np.zeros(rows, np.float32), np.zeros(rows, np.int64),
+        np.zeros(rows * shape.carried, np.float32),
     )  # fmt: skip
     for diagonal in range(1 - last, shape.hk - first, shape.group):
         top = max(first, 1 - diagonal - shape.group)
@@ -512,7 +506,7 @@ def warp_forward(
     """As `numpy_warp.warp_forward`; the match costs nothing here. `threads` 0 stands for `NUMBA_NUM_THREADS`.
 
     Memory beside inputs and results: one item's theta and phi in the kernels' layout, and for each thread about
-    0.5 MiB of tiles and the state of its queries, (V + 5) * 4 bytes each.
+    0.5 MiB of tiles and the state of its queries, (V + 4) * 4 bytes each.
     """
     (batch, _, hq, wq), channels = theta.shape, values.shape[1]
     out, lse = np.empty((batch, channels, hq * wq), np.float32), np.empty((batch, hq * wq), np.float32)

@@ -26,13 +26,12 @@ LOWEST = -1e30  # stands for minus infinity: its weight is 0 too, and 0 times it
 BUFFERS = 2  # the product, whose memory becomes the logits, and the horizontal taps
 
 
-Match = tuple[npt.NDArray[np.int64], Array, Array]  # index, probability, entropy, each (B, N): see CorrMatch
+Match = tuple[npt.NDArray[np.int64], Array]  # index, probability, each (B, N): see CorrMatch
 
 
 def empty_match(batch: int, queries: int) -> Match:
     """An uninitialized match of `batch` items with `queries` positions."""
-    shape = (batch, queries)
-    return np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.float32)
+    return np.empty((batch, queries), np.int64), np.empty((batch, queries), np.float32)
 
 
 def box_sum(plane: npt.NDArray[np.float64], patch: int) -> npt.NDArray[np.float64]:
@@ -145,7 +144,6 @@ class _Strip:
         self.maximum = np.full(n, LOWEST, np.float32)
         self.acc = np.zeros((n, channels + 1), np.float32)  # numerators, and the sum of weights last
         self.index = np.zeros(n, np.int64) if match else None
-        self.moment = np.zeros(n, np.float32)  # sum of weight * (logit - maximum), for the entropy
 
     def add(self, keys: _Side, weighed: Array, key_rows: tuple[int, int], patch: int, buffers: Array) -> None:
         """Take one tile of keys into the softmax."""
@@ -167,10 +165,6 @@ class _Strip:
         logits -= maximum[:, None]
         weights = np.exp(logits, out=scratch)
         decay = np.exp(self.maximum - maximum)
-        if self.index is not None:
-            # a new maximum moves every earlier logit - maximum by as much
-            moved = self.moment + (self.maximum - maximum) * self.acc[:, -1]
-            self.moment = decay * moved + np.einsum("nm,nm->n", weights, logits)
         self.acc *= decay[:, None]
         self.acc += weights @ weighed[:, columns].T
         self.maximum = maximum
@@ -189,9 +183,7 @@ class _Strip:
             out[channel, target] = dense(self.acc[:, channel] / total)
         lse[target] = dense(self.maximum + np.log(total))
         if match is not None and self.index is not None:
-            fields = self.index, 1 / total, np.log(total) - self.moment / total
-            for field, strip in zip(match, fields, strict=True):
-                field[target] = dense(strip)
+            match[0][target], match[1][target] = dense(self.index), dense(1 / total)
 
 
 def softmax_row(

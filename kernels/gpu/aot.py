@@ -105,7 +105,7 @@ def _jobs(sm: int, dtype: str, values: Sequence[int], patch: int, channels: int)
     for count in values:
         blocks = nine_tap or configs.forward_blocks(sm, itemsize, count, match=True)
         kernel, band = (nine_tap_kernel, configs.WHOLE_BAND) if nine_tap else (forward_kernel, None)
-        constants = {"lse": None, "entropy": None, **configs.warp_constants(patch, channels, count, blocks, band)}
+        constants = {"lse": None, **configs.warp_constants(patch, channels, count, blocks, band)}
         yield _Job(f"warp_{feature}_v{count}_{dtype}", kernel, blocks, types["warp"], constants)
 
 

@@ -157,12 +157,11 @@ def forward_kernel(
     a,
     nu,
     b,
-    # each of the results that is not None is written; out needs values, probability needs index, entropy both
+    # each of the results that is not None is written; out needs values, probability needs index
     out,  # (B, V, Hq * Wq), dtype of values
     lse,  # (B, Hq * Wq) float32, natural logarithm of the softmax denominator
     index,  # (B, Hq * Wq) int64, the key of largest probability, the first of equals
     probability,  # (B, Hq * Wq) float32 of that key
-    entropy,  # (B, Hq * Wq) float32, nats
     height_q,
     width_q,
     height_k,
@@ -190,7 +189,6 @@ def forward_kernel(
     b_sum = tl.zeros([BN], tl.float32)
     b_out = tl.zeros([BN, BV], tl.float32)
     b_index = tl.zeros([BN], tl.int32)
-    b_spread = tl.zeros([BN], tl.float32)  # sum of 2^(s - max) (s - max), for the entropy
     for start in range(0, M, BM):
         o_m = start + tl.arange(0, BM)
         m_m = o_m < M
@@ -209,9 +207,6 @@ def forward_kernel(
         b_new = tl.maximum(b_max, b_tile_max)
         b_decay = tl.exp2(b_max - b_new)
         b_p = tl.exp2(b_s - b_new[:, None])
-        if entropy is not None:
-            b_terms = tl.where(m_m[None, :], b_p * (b_s - b_new[:, None]), 0.0)
-            b_spread = b_decay * (b_spread + (b_max - b_new) * b_sum) + tl.sum(b_terms, 1)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_max = b_new
         if out is not None:
@@ -224,8 +219,6 @@ def forward_kernel(
     if index is not None:
         tl.store(index + i_b * N + o_n, b_index.to(tl.int64), mask=m_n)
         tl.store(probability + i_b * N + o_n, 1.0 / b_sum, mask=m_n)
-    if entropy is not None:
-        tl.store(entropy + i_b * N + o_n, (tl.log2(b_sum) - b_spread / b_sum) * LN_2, mask=m_n)
     if out is not None:
         p_out = out + (i_b * V + o_v[None, :]) * N + o_n[:, None]
         tl.store(p_out, (b_out / b_sum[:, None]).to(out.dtype.element_ty), mask=m_n[:, None] & (o_v[None, :] < V))

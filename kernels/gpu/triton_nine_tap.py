@@ -131,7 +131,6 @@ def nine_tap_kernel(
     lse,  # (splits, B, Hq * Wq) float32, natural logarithm of the softmax denominator
     index,  # (B, Hq * Wq) int64, the key of largest probability, the first of equals
     probability,  # (B, Hq * Wq) float32 of that key
-    entropy,  # (B, Hq * Wq) float32, nats
     height_q,
     width_q,
     height_k,
@@ -179,8 +178,6 @@ def nine_tap_kernel(
         tl.store(p_sum + o_row, tl.zeros([BN], tl.float32), mask=m_n)
         if index is not None:
             tl.store(index + i_b * N + o_row, tl.zeros([BN], tl.int64), mask=m_n)
-        if entropy is not None:
-            tl.store(entropy + i_b * N + o_row, tl.zeros([BN], tl.float32), mask=m_n)
         if out is not None:
             for first_v in range(0, V, BV):
                 p_out = out + (i_out * V + first_v) * N + (o_out + r * width_q)
@@ -236,11 +233,6 @@ def nine_tap_kernel(
                     b_max = tl.where(o_r == i_r, b_new[None, :], b_max)
                     b_sum = tl.load(p_sum + o_row, mask=m_n, other=0.0)
                     b_total = b_sum * b_decay + tl.sum(b_p, 1)
-                    if entropy is not None:
-                        p_spread = entropy + i_b * N + o_row  # sum of 2^(s - max) (s - max)
-                        b_terms = tl.where(m_m[None, :], b_p * (b_s - b_new[:, None]), 0.0)
-                        b_spread = tl.load(p_spread, mask=m_n, other=0.0) + (b_old - b_new) * b_sum
-                        b_spread = b_decay * b_spread + tl.sum(b_terms, 1)
                     if index is not None:
                         # the walks do not meet the keys in order
                         b_best = tl.min(tl.where(b_s == b_tile_max[:, None], o_key[None, :], M), 1)
@@ -261,8 +253,6 @@ def nine_tap_kernel(
                             tl.store(p_out, b_out, mask=m_out)
                     # a value that several threads hold was loaded by each of them
                     tl.debug_barrier()
-                    if entropy is not None:
-                        tl.store(p_spread, b_spread, mask=m_n)
                     if index is not None:
                         tl.store(index + i_b * N + o_row, b_best.to(tl.int64), mask=m_n & m_index)
                     tl.store(p_sum + o_row, b_total, mask=m_n)
@@ -273,9 +263,6 @@ def nine_tap_kernel(
         m_n = m_own & (o_top + r < height_q)
         o_row = o_n + r * width_q
         b_sum = tl.load(p_sum + o_row, mask=m_n, other=1.0)
-        if entropy is not None:
-            p_spread = entropy + i_b * N + o_row
-            b_entropy = (tl.log2(b_sum) - tl.load(p_spread, mask=m_n, other=0.0) / b_sum) * LN_2
         if out is not None:
             # a split's last walk may meet no key of a query: its lse is -inf, and its output stays 0
             b_total = tl.where(b_sum > 0.0, b_sum, 1.0)
@@ -285,8 +272,6 @@ def nine_tap_kernel(
                 tl.store(p_out, tl.load(p_out, mask=m_out, other=0.0) / b_total[:, None], mask=m_out)
         b_last = (pick(b_max, o_r, r) + tl.log2(b_sum)) * LN_2 if probability is None else 1.0 / b_sum
         tl.debug_barrier()
-        if entropy is not None:
-            tl.store(p_spread, b_entropy, mask=m_n)
         tl.store(p_sum + o_row, b_last, mask=m_n)
 
 

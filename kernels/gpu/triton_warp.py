@@ -51,10 +51,8 @@ FORWARDS = ("auto", "nine_tap", "straightforward")
 _choice = contextvars.ContextVar("choice of the forward kernel", default="auto")
 
 Needs = tuple[bool, bool, bool]
-# out, lse, index, probability, entropy: None for what is not wanted
-_Results = tuple[
-    torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
-]
+# out, lse, index, probability: None for what is not wanted
+_Results = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class _Side(NamedTuple):
@@ -131,10 +129,10 @@ def warp_forward(
 
 def match_forward(
     theta: torch.Tensor, phi: torch.Tensor, patch: int, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each query its most probable key, that key's probability and the entropy in nats, each (B, Hq, Wq).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each query its most probable key and that key's probability, each (B, Hq, Wq).
 
-    The key is int64 y * Wk + x, the first of equals; the others are float32. Inputs and errors as for `warp_forward`.
+    The key is int64 y * Wk + x, the first of equals; the probability float32. Inputs and errors as for `warp_forward`.
     """
     require_runnable(theta, phi)
     with torch.cuda.device_of(theta):
@@ -142,10 +140,9 @@ def match_forward(
         shape = (theta.shape[0], query.height, query.width)
         index = torch.empty(shape, dtype=torch.int64, device=theta.device)
         probability = torch.empty(shape, dtype=torch.float32, device=theta.device)
-        entropy = torch.empty_like(probability)
         nine_tap = _nine_tap_blocks(query, key, 1, patch, split=False)
-        _launch(query, key, None, (None, None, index, probability, entropy), 1, patch, temperature, nine_tap)
-    return index, probability, entropy
+        _launch(query, key, None, (None, None, index, probability), 1, patch, temperature, nine_tap)
+    return index, probability
 
 
 def warp_backward(
@@ -229,11 +226,11 @@ def _forward(
     nine_tap = _nine_tap_blocks(query, key, channels, patch)
     count = 1 if nine_tap is None else _splits(query, key, channels, nine_tap)
     if nine_tap is None or (count == 1 and out.dtype == torch.float32):
-        _launch(query, key, packed, (out, lse, None, None, None), channels, patch, temperature, nine_tap)
+        _launch(query, key, packed, (out, lse, None, None), channels, patch, temperature, nine_tap)
         return out, lse
     parts = torch.empty((count, *out.shape), dtype=torch.float32, device=out.device)
     part_lse = torch.empty((count, *lse.shape), dtype=torch.float32, device=out.device)
-    results = parts, part_lse, None, None, None
+    results = parts, part_lse, None, None
     _launch(query, key, packed, results, channels, patch, temperature, nine_tap, count)
     merge = configs.MERGE
     grid = (triton.cdiv(query.positions, merge.queries), batch, triton.cdiv(channels, merge.channels))

@@ -91,7 +91,7 @@ for sm, dtype in ((80, "float16"), (90, "bfloat16"), (120, "float16")):
     del types["index"], types["probability"]
     types["lse"] = "*fp32"
     constants = configs.warp_constants(3, 256, 151, blocks, configs.SPLIT_BAND)
-    constants |= dict.fromkeys(("index", "probability", "entropy"))
+    constants |= dict.fromkeys(("index", "probability"))
     job = aot._Job(f"split_{dtype}", kernels.nine_tap_kernel, blocks, types, constants)
     aot._compile(Path(sys.argv[1]), sm, dtype, job)
 sizes = dict.fromkeys(("height_q", "width_q", "height_k", "width_k"), 1)
@@ -101,7 +101,7 @@ aot._compile(Path(sys.argv[1]), 120, "float16", pixel)
 whole = configs.warp_constants(3, 256, 1, blocks, configs.WHOLE_BAND)
 match = {name: kind for name, kind in arguments("warp", "float16").items() if name not in ("values", "out")}
 unwanted = dict.fromkeys(("values", "out", "lse"))
-job = aot._Job("match_float16", kernels.nine_tap_kernel, blocks, match | {"entropy": "*fp32"}, whole | unwanted)
+job = aot._Job("match_float16", kernels.nine_tap_kernel, blocks, match, whole | unwanted)
 aot._compile(Path(sys.argv[1]), 120, "float16", job)
 types = {"parts": "*fp32", "part_lse": "*fp32", "out": "*fp16", "lse": "*fp32", "positions": "i32", "splits": "i32"}
 blocks = configs.MERGE

@@ -116,8 +116,6 @@ def test_match_finds_the_first_of_equals(device):
     assert weights[0, 4, [1 * 70 + 65, 4 * 70 + 3]].tolist() == pytest.approx([0.5, 0.5])
     assert found.index[0, 1, 1] == 1 * 70 + 65
     assert_close("probability", found.probability.flatten(1), weights.amax(-1), TRITON["out", SINGLE])
-    entropy = logits.logsumexp(-1) - (weights * logits).sum(-1)
-    assert_close("entropy", found.entropy.flatten(1), entropy, TRITON["out", SINGLE])
 
 
 @pytest.mark.parametrize("kernel", ["nine_tap", "straightforward"])
@@ -132,7 +130,7 @@ def test_one_launch_gives_warp_and_match(kernel, device, monkeypatch):
     def launch(packed, *, out=None, lse=None, match=False):
         empty = torch.empty(2, 15, dtype=torch.int64, device=device), torch.empty(2, 15, device=device)
         index, probability = empty if match else (None, None)
-        results = out, lse, index, probability, None
+        results = out, lse, index, probability
         triton_warp._launch(query, key, packed, results, 3, 3, 0.01, blocks)
         return out, index, probability
 
