@@ -35,8 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub = commands.add_parser(name, help=summary)
         sub.add_argument("--group", action="append", default=[], choices=GROUPS, help="repeat for several")
         sub.add_argument("--only", action="append", default=[], metavar="PATTERN", help="names, as in 'warp/numba-*'")
-        sub.add_argument("--all", action="store_true", help="also the cases that are not published")
-        sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         sub.add_argument(
             "--bundle",
             action="append",
@@ -95,7 +93,7 @@ def _model(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    cases = select(all_cases(options.device, list(_bundles(options))), options.group, options.only, every=options.all)
+    cases = select(all_cases(list(_bundles(options))), options.group, options.only)
     for group, summary in GROUPS.items():
         if members := [case for case in cases if case.group == group]:
             print(f"{group}: {summary}")
@@ -109,10 +107,10 @@ def _run(options: argparse.Namespace) -> int:
     from .runner import open_assets, run_cases
 
     bundles = _bundles(options)
-    assets = open_assets(options.model, bundles, device=options.device, threads=options.threads)
+    assets = open_assets(options.model, bundles, threads=options.threads)
     config = ModelConfig.from_json(assets.config) if assets.config else None
-    cases = all_cases(options.device, list(bundles), config)
-    selected = select(cases, options.group, options.only, every=options.all)
+    cases = all_cases(list(bundles), config)
+    selected = select(cases, options.group, options.only)
     rows = run_cases(selected, assets, options.output, known=cases, command=_command(), fresh=options.fresh)
     return _ended(rows, options.output)
 

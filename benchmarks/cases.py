@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..config import ModelConfig
@@ -10,125 +10,125 @@ from .registry import CHANNELS, Case, Gate
 
 # bounds in dB: float32 reaches more than 70; bfloat16; any bundle of the same model
 EXACT, ROUNDED, SIMILAR = 40.0, 30.0, 20.0
-_BOUNDS = {"float32": EXACT, "float16": ROUNDED, "bfloat16": SIMILAR}  # of what is not ours
 TRANSLATION = ".speed.translation:prepare"
 TILE = 288  # pixels; two a side at 512 px, four at 1024
 
 
-def ablation_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def ablation_cases(extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """256 px, step by step; about 15 s a case, and a minute for the compiler."""
     size = 256
-    yield _eager("ablation/eager-256", "eager", size, config, device, repeats=3)
-    yield _eager("ablation/eager-tiled-256", "eager-tiled", size, config, device, repeats=2)
-    yield _eager("ablation/compiled-256", "compiled", size, config, device, repeats=2)
-    if device == "cuda":
-        for method in ("eager", "eager-tiled", "compiled"):
-            yield _eager(f"ablation/{method}-float16-256", method, size, config, device, dtype="float16")
-    else:
-        for method in ("eager", "compiled"):
-            yield _eager(f"ablation/{method}-bfloat16-256", method, size, config, device, dtype="bfloat16", repeats=2)
+    yield _eager("ablation/eager-256", "eager", size, config, repeats=3)
+    yield _eager("ablation/eager-tiled-256", "eager-tiled", size, config, repeats=2)
+    yield _eager("ablation/compiled-256", "compiled", size, config, repeats=2)
+    for method in ("eager", "compiled"):
+        yield _eager(f"ablation/{method}-bfloat16-256", method, size, config, dtype="bfloat16", repeats=2)
     yield _naive("ablation/naive-256", "naive", size, config, repeats=3)
-    if device == "cpu":
-        yield _naive("ablation/naive-openvino-256", "naive-openvino", size, config, repeats=3)
-        yield _naive(
-            "ablation/naive-openvino-bfloat16-256", "naive-openvino", size, config, precision="bfloat16", repeats=3
-        )
-    yield _runtime("ablation/runtime-256", size, cached=False, published=True)
-    yield _runtime("ablation/runtime-cached-256", size, published=True)
-    yield _runtime("ablation/runtime-label-256", size, label_cached=True, published=True)
-    if device == "cpu":
-        yield _runtime("ablation/openvino-256", size, backend="openvino", published=True)
-        yield _runtime("ablation/openvino-bfloat16-256", size, backend="openvino", precision="bfloat16", published=True)
+    yield _naive("ablation/naive-openvino-256", "naive-openvino", size, config, repeats=3)
+    name = "ablation/naive-openvino-bfloat16-256"
+    yield _naive(name, "naive-openvino", size, config, precision="bfloat16", repeats=3)
+    yield _runtime("ablation/runtime-256", size, cached=False)
+    yield _runtime("ablation/runtime-cached-256", size)
+    yield _runtime("ablation/runtime-label-256", size, label_cached=True)
+    yield _runtime("ablation/openvino-256", size, backend="openvino")
+    yield _runtime("ablation/openvino-bfloat16-256", size, backend="openvino", precision="bfloat16")
     for bundle in extra_bundles:
-        yield _runtime(f"ablation/{bundle}-256", size, bundle=bundle, published=True)
-        if device == "cpu":
-            yield _runtime(f"ablation/{bundle}-openvino-256", size, bundle=bundle, backend="openvino")
+        yield _runtime(f"ablation/{bundle}-256", size, bundle=bundle)
 
 
-def resolution_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def resolution_cases(extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
     """512 to 1024 px: half a minute to four a run on two cores, so one run each.
 
     All are compared with flashcocos's own networks in PyTorch, the only ones that need no matrix.
     """
     for size in (512, 768, 1024):
-        reference = f"resolution/eager-tiled-{size}"
-        options: dict[str, Any] = {"reference": reference, "repeats": 1, "warmup": False}
+        options: dict[str, Any] = {"reference": f"resolution/eager-tiled-{size}", "repeats": 1, "warmup": False}
         for method in ("eager-tiled", "eager"):
-            yield _eager(f"resolution/{method}-{size}", method, size, config, device, **options)
+            yield _eager(f"resolution/{method}-{size}", method, size, config, **options)
         yield _naive(f"resolution/naive-{size}", "naive", size, config, **options)
-        yield _runtime(f"resolution/runtime-{size}", size, cached=False, published=size == 512, **options)
-        yield _runtime(f"resolution/runtime-cached-{size}", size, published=True, **options)
-        yield _runtime(f"resolution/runtime-tiled-{size}", size, tile=TILE, published=True, **options)
-        for bundle in extra_bundles:
-            yield _runtime(f"resolution/{bundle}-{size}", size, bundle=bundle, published=size == 512, **options)
+        if size == 512:
+            yield _runtime("resolution/runtime-512", size, cached=False, **options)
+        yield _runtime(f"resolution/runtime-cached-{size}", size, **options)
+        yield _runtime(f"resolution/runtime-tiled-{size}", size, tile=TILE, **options)
+        for bundle in extra_bundles if size == 512 else ():
+            yield _runtime(f"resolution/{bundle}-{size}", size, bundle=bundle, **options)
 
 
-def throughput_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def throughput_cases() -> Iterator[Case]:
     """Batches of 1, 4 and 16 at 256 px: 20 and 75 s a run on two cores for the latter two."""
-    for batch in (1, 4, 16):
-        name = f"throughput/runtime-batch{batch}"
-        once: dict[str, Any] = {"repeats": 1, "warmup": False} if batch > 1 and device == "cpu" else {}
-        yield _runtime(name, 256, batch=batch, published=True, **once)
-        if device == "cuda":
-            yield _eager(f"throughput/eager-tiled-batch{batch}", "eager-tiled", 256, config, device, batch=batch)
+    yield _runtime("throughput/runtime-batch1", 256)
+    for batch in (4, 16):
+        yield _runtime(f"throughput/runtime-batch{batch}", 256, batch=batch, repeats=1, warmup=False)
 
 
-def _eager(
-    name: str,
-    method: str,
-    size: int,
-    config: ModelConfig,
-    device: str,
-    *,
-    dtype: str = "float32",
-    batch: int = 1,
-    reference: str = "ablation/eager-256",
-    published: bool = True,
-    **options: Any,
-) -> Case:
-    width = 4 if dtype == "float32" else 2
+def _eager(name: str, method: str, size: int, config: ModelConfig, *, dtype: str = "float32", **options: Any) -> Case:
     matrix = 0 if method == "eager-tiled" else _largest_matrix(size, config)
-    is_reference = reference == name
-    return Case(
+    return _translation(
         name,
-        TRANSLATION,
-        f"{method} PyTorch, {size} px, batch {batch}, {dtype}{' autocast' if dtype == 'bfloat16' else ''}",
-        {"method": method, "size": size, "dtype": dtype, "batch": batch},
-        None if is_reference else Gate("psnr_db", _BOUNDS[dtype]),
-        "" if is_reference else reference,
-        seconds=40.0,
-        memory=2 * matrix * width * batch,  # logits and weights
+        f"{method} PyTorch, {size} px, {dtype}{' autocast' if dtype == 'bfloat16' else ''}",
+        {"method": method, "size": size, "dtype": dtype},
+        bound=EXACT if dtype == "float32" else SIMILAR,
+        memory=2 * matrix * (4 if dtype == "float32" else 2),  # logits and weights
         requires=("torch", "model", *(["c++"] if method == "compiled" else []), *_needs(dtype)),
-        published=published,
         **options,
     )
 
 
 def _naive(
-    name: str,
-    method: str,
-    size: int,
-    config: ModelConfig,
-    *,
-    precision: str = "float32",
-    reference: str = "ablation/eager-256",
-    published: bool = True,
-    **options: Any,
+    name: str, method: str, size: int, config: ModelConfig, *, precision: str = "float32", **options: Any
 ) -> Case:
     engine = "openvino" if method == "naive-openvino" else "onnxruntime"
-    return Case(
+    return _translation(
         name,
-        TRANSLATION,
         f"the published form as one ONNX graph in {engine} in {precision}, {size} px",
         {"method": method, "size": size, "precision": precision},
-        Gate("psnr_db", _BOUNDS[precision]),
-        reference,
-        seconds=40.0,
+        bound=EXACT if precision == "float32" else SIMILAR,
         memory=4 * _largest_matrix(size, config),
         requires=(engine, "naive", *_needs(precision)),
-        published=published,
         **options,
     )
+
+
+def _runtime(
+    name: str,
+    size: int,
+    *,
+    reference: str = "ablation/eager-256",
+    repeats: int = 5,
+    warmup: bool = True,
+    **changes: Any,
+) -> Case:
+    parameters = runtime_parameters(size, **changes)
+    backend, precision, bundle, tile = (parameters[key] for key in ("backend", "precision", "bundle", "tile"))
+    exemplar = "its exemplar encoded before" if parameters["cached"] else "with its exemplar"
+    exemplar += ", its label too" if parameters["label_cached"] else ""
+    tiles = "" if tile is None else f", in tiles of {tile}"
+    what = f"bundle {bundle}, {size} px, batch {parameters['batch']}, {exemplar}{tiles}"
+    return _translation(
+        name,
+        f"the runtime on {backend} in {precision}, {what}",
+        parameters,
+        reference=reference,
+        bound=SIMILAR if bundle != "model" else EXACT if precision == "float32" else ROUNDED,
+        seconds=25.0,
+        repeats=repeats,
+        warmup=warmup,
+        requires=(backend, "bundle", *_needs(precision)),
+    )
+
+
+def _translation(
+    name: str,
+    measures: str,
+    parameters: Mapping[str, Any],
+    *,
+    bound: float,
+    reference: str = "ablation/eager-256",
+    seconds: float = 40.0,
+    **options: Any,
+) -> Case:
+    """A case whose picture is compared with that of the case `reference`, if it is not that one."""
+    compared: dict[str, Any] = {"gate": Gate("psnr_db", bound), "reference": reference} if name != reference else {}
+    return Case(name, TRANSLATION, measures, parameters, seconds=seconds, **compared, **options)
 
 
 def _needs(precision: str) -> list[str]:
@@ -140,46 +140,6 @@ def _largest_matrix(size: int, config: ModelConfig) -> int:
     return max((size // config.warp_stride) ** 4, (size // 2) ** 2 * (size // 4) ** 2 * config.attention)
 
 
-def _runtime(
-    name: str,
-    size: int,
-    *,
-    bundle: str = "model",
-    backend: str = "onnxruntime",
-    precision: str = "float32",
-    cached: bool = True,
-    label_cached: bool = False,
-    batch: int = 1,
-    tile: int | None = None,
-    reference: str = "ablation/eager-256",
-    **options: Any,
-) -> Case:
-    bound = SIMILAR if bundle != "model" else EXACT if precision == "float32" else ROUNDED
-    exemplar = "its exemplar encoded before" if cached else "with its exemplar"
-    exemplar += ", its label too" if label_cached else ""
-    tiles = "" if tile is None else f", in tiles of {tile}"
-    return Case(
-        name,
-        TRANSLATION,
-        f"the runtime on {backend} in {precision}, bundle {bundle}, {size} px, batch {batch}, {exemplar}{tiles}",
-        runtime_parameters(
-            size,
-            bundle=bundle,
-            backend=backend,
-            precision=precision,
-            cached=cached,
-            label_cached=label_cached,
-            batch=batch,
-            tile=tile,
-        ),
-        Gate("psnr_db", bound),
-        reference,
-        seconds=25.0,
-        requires=(backend, "bundle", *_needs(precision)),
-        **options,
-    )
-
-
 def runtime_parameters(size: int, **changes: Any) -> dict[str, Any]:
     """Parameters of the runtime at `size` pixels: everything that `speed/translation.py` reads, with `changes`."""
     parameters = {"method": "runtime", "size": size, "bundle": "model", "backend": "onnxruntime"}
@@ -187,44 +147,34 @@ def runtime_parameters(size: int, **changes: Any) -> dict[str, Any]:
     return {**parameters, **changes}
 
 
-def warp_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
-    """N = 32^2 to 256^2 positions, all methods; patch 1 and 3; 3, 48 and 151 values; with the backward pass."""
-    arrays, trained = ("numba", "numpy"), ["cpu", "sdpa", "reference"]
-    if device == "cuda":
-        # the forward pass has two kernels, of which plain "triton" takes one by a rule
-        arrays, trained = ("triton-nine-tap", "triton-straightforward"), ["triton", "sdpa", "reference", "compiled"]
-    plain = [*arrays, *trained]
-    for size in (32, 64, 128, 256):
-        for method in plain:
-            published = size < 256 or method not in ("numpy", "cpu", "compiled")
-            yield warp_case(method, size, device=device, published=published)
-    for method in ("numba", "numpy") if device == "cpu" else ():
+def warp_cases() -> Iterator[Case]:
+    """N = 32^2 to 256^2 positions; then inputs that match, the backward pass, 48 and 151 values, patch 1."""
+    for size in (32, 64, 128):
+        for method in ("numba", "numpy", "cpu", "sdpa", "reference"):
+            yield warp_case(method, size)
+    for method in ("numba", "sdpa", "reference"):
+        yield warp_case(method, 256)
+    for method in ("numba", "numpy"):
         for size in (64, 128):
-            yield warp_case(method, size, device=device, inputs="shifted", published=True)
-    for method in trained if device == "cuda" else ["numba", *trained]:
-        for size in (32, 64, 128):
-            yield warp_case(method, size, device=device, backward=True, published=size == 64)
+            yield warp_case(method, size, inputs="shifted")
+    for method in ("numba", "cpu", "sdpa", "reference"):
+        yield warp_case(method, 64, backward=True)
     for values in (48, 151):
-        for method in plain:
-            yield warp_case(
-                method, 64, device=device, values=values, published=method in ("numba", "triton", "reference")
-            )
-    for method in plain:
-        if method == "triton-nine-tap":
-            continue  # for patch 3 alone
-        yield warp_case(method, 64, device=device, patch=1, published=method in ("numba", "triton", "reference"))
+        for method in ("numba", "reference"):
+            yield warp_case(method, 64, values=values)
+    for method in ("numba", "reference"):
+        yield warp_case(method, 64, patch=1)
 
 
 def warp_case(
     method: str,
     size: int,
     *,
-    device: str,
+    device: str = "cpu",
     patch: int = 3,
     values: int = 3,
     inputs: str = "noise",
     backward: bool = False,
-    published: bool = False,
 ) -> Case:
     """The warp by `method`, a name of `speed/warp.py`, on maps of `size` x `size`."""
     parameters: dict[str, Any] = {"method": method, "size": size, "patch": patch, "values": values}
@@ -250,13 +200,12 @@ def warp_case(
         warmup=device == "cuda" or size < 256,
         memory=matrices * positions**2 * width,
         requires=needs,
-        published=published,
     )
 
 
-def stride_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def stride_cases() -> Iterator[Case]:
     """The small network at 128 and 256 px and a published one at 256, with a correspondence ever finer."""
-    for preset, size in (("avatars-128", 128), ("avatars-128", 256), ("ade20k", 256)) if device == "cpu" else ():
+    for preset, size in (("avatars-128", 128), ("avatars-128", 256), ("ade20k", 256)):
         for stride in (4, 2, 1):
             yield Case(
                 f"strides/{preset.partition('-')[0]}-{size}-{stride}",
@@ -266,36 +215,32 @@ def stride_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig)
                 Gate("largest", 1.0, at_least=False),
                 seconds=30.0,
                 requires=("torch", "numba"),
-                published=True,
             )
 
 
-def training_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def training_cases(device: str, config: ModelConfig) -> Iterator[Case]:
     """The published objective of ade20k with one sample a step; on two cores 40 s at 256 px and four minutes at 512.
 
-    With whole matrices 512 px take 30 GiB, so that case is not published.
+    With whole matrices 512 px take 30 GiB, so there is no such case.
     """
-    for size in (256, 512):
-        for method, matrices, text in (
-            ("tiled", 0, "no matrix formed"),
-            ("matrix", 3 * _largest_matrix(size, config), "whole matrices, as published"),
-        ):
-            yield Case(
-                f"training/{method}-{size}",
-                ".speed.training:prepare",
-                f"one step of ade20k's training, {size} px, batch 1, {text}",
-                {"method": method, "preset": "ade20k", "size": size, "batch": 1, "changes": []},
-                Gate("largest_term", 1e6, at_least=False),
-                repeats=1 if device == "cpu" else 10,
-                warmup=device != "cpu",
-                seconds=20.0,
-                memory=4 * matrices,  # logits, weights and the gradient of either
-                requires=("torch",),
-                published=size == 256 or method == "tiled",
-            )
+    for size, method in ((256, "tiled"), (256, "matrix"), (512, "tiled")):
+        matrices = 3 * _largest_matrix(size, config) if method == "matrix" else 0
+        text = "whole matrices, as published" if method == "matrix" else "no matrix formed"
+        yield Case(
+            f"training/{method}-{size}",
+            ".speed.training:prepare",
+            f"one step of ade20k's training, {size} px, batch 1, {text}",
+            {"method": method, "preset": "ade20k", "size": size, "batch": 1, "changes": []},
+            Gate("largest_term", 1e6, at_least=False),
+            repeats=1 if device == "cpu" else 10,
+            warmup=device != "cpu",
+            seconds=20.0,
+            memory=4 * matrices,  # logits, weights and the gradient of either
+            requires=("torch",),
+        )
 
 
-def estimate_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def estimate_cases() -> Iterator[Case]:
     """A minute each, whatever the size: nothing runs."""
     for size in (256, 512):
         for checkpointing in (False, True):
@@ -306,11 +251,10 @@ def estimate_cases(device: str, extra_bundles: Sequence[str], config: ModelConfi
                 {"preset": "ade20k", "size": size, "checkpointing": checkpointing}
                 | {"budgets_gib": [8, 12, 24], "changes": []},
                 requires=("torch",),
-                published=True,
             )
 
 
-def serving_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def serving_cases() -> Iterator[Case]:
     """The shipped model behind HTTP: a minute or two each, the soak of 10 000 requests five."""
     common = {"size": 128, "pairs": 6}
     batches = [(1, 4), (4, 8)]  # with their clients: as many again must wait as run, for batches to be full
@@ -343,13 +287,12 @@ def serving_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig
             {"kind": name, **parameters},
             limit=1800.0,
             requires=("onnxruntime", "fastapi", "psutil", *(["simpy"] if name == "arrivals" else [])),
-            published=True,
         )
 
 
-def startup_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
+def startup_cases() -> Iterator[Case]:
     """From the start of a process, files in the system's cache, and what an installation takes on the disk."""
-    shared: dict[str, Any] = {"repeats": 3, "seconds": 30.0, "published": True}
+    shared: dict[str, Any] = {"repeats": 3, "seconds": 30.0}
     light = Gate("mean", 1.0)  # of a picture that is not black
     for bundle, size in (("default", 128), ("model", 256)):
         yield Case(
@@ -365,7 +308,7 @@ def startup_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig
         "startup/eager-256",
         ".speed.machine:startup",
         "process start to the first picture of eager PyTorch, 256 px",
-        {"method": "eager", "size": 256, "dtype": "float32", "batch": 1},
+        {"method": "eager", "size": 256, "dtype": "float32"},
         light,
         requires=("torch", "model"),
         **shared,
@@ -377,40 +320,30 @@ def startup_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig
             f"what pip installs for flashcocos[{extra}]",
             {"extra": extra},
             requires=("packaging", *needs),
-            published=True,
         )
 
 
-def machine_cases(device: str, extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
-    """Seconds."""
-    yield Case(
-        "machine/rates",
-        ".speed.machine:roofline",
-        "copy bandwidth and matrix rate",
-        {"side": 2048 if device == "cpu" else 8192},
-        published=True,
-    )
+def machine_case(side: int = 2048) -> Case:
+    """Seconds; `side` of the products."""
+    return Case("machine/rates", ".speed.machine:roofline", "copy bandwidth and matrix rate", {"side": side})
 
 
-CASE_FACTORIES = (
-    machine_cases,
-    ablation_cases,
-    resolution_cases,
-    warp_cases,
-    stride_cases,
-    training_cases,
-    estimate_cases,
-    throughput_cases,
-    serving_cases,
-    startup_cases,
-)
-
-
-def all_cases(device: str = "cpu", extra_bundles: Sequence[str] = (), config: ModelConfig | None = None) -> list[Case]:
-    """Every case of every group for `device`, "cpu" or "cuda".
+def all_cases(extra_bundles: Sequence[str] = (), config: ModelConfig | None = None) -> list[Case]:
+    """Every case of every group.
 
     extra_bundles: names of further bundles of the same model, each a step of the ablation. config: of the model, whose
     matrices the memory of a case depends on; the published ade20k network's by default.
     """
     config = config or ModelConfig.preset("ade20k")
-    return [case for make in CASE_FACTORIES for case in make(device, extra_bundles, config)]
+    return [
+        machine_case(),
+        *ablation_cases(extra_bundles, config),
+        *resolution_cases(extra_bundles, config),
+        *warp_cases(),
+        *stride_cases(),
+        *training_cases("cpu", config),
+        *estimate_cases(),
+        *throughput_cases(),
+        *serving_cases(),
+        *startup_cases(),
+    ]

@@ -18,7 +18,7 @@ from ..bundle.default_model import default_model_path
 from ..config import ModelConfig
 from ..errors import InputError
 from ..files import require_target
-from .cases import EXACT, ROUNDED, machine_cases, runtime_parameters, training_cases, warp_case
+from .cases import EXACT, ROUNDED, machine_case, runtime_parameters, training_cases, warp_case
 from .registry import Assets, Case, Gate
 from .runner import Row, run_cases
 from .tables import WARPS, duration, grouped, memory, seconds, table, unmeasured
@@ -92,7 +92,7 @@ def run_gpu(
 def gpu_cases() -> Iterator[Case]:
     """The cases in order of value: is it right, how fast is the warp, the rest."""
     yield _case("device", "the GPU and what is installed", requires=("torch",))
-    yield from machine_cases("cuda", (), ADE20K)
+    yield machine_case(8192)
     yield _case(
         "repeats",
         "forward, match and backward by each kernel, and 50 repeats with the same bits",
@@ -178,10 +178,9 @@ def _cubins() -> Iterator[Case]:
 
 
 def _training() -> Iterator[Case]:
-    for case in training_cases("cuda", (), ADE20K):
+    for case in training_cases("cuda", ADE20K):
         case = dataclasses.replace(case, benchmark=".speed.gpu:training_step", seconds=10.0, limit=150.0)
-        if case.published:
-            yield case
+        yield case
         if case.parameters["method"] == "tiled":
             parameters = {**case.parameters, "changes": ["run.precision=bfloat16"]}
             name, measures = f"{case.name}-bfloat16", f"{case.measures}, bfloat16"

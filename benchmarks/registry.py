@@ -3,8 +3,7 @@
 A case is data: which benchmark runs, with which parameters, compared with what, how often. Benchmarks are functions
 `prepare(case, assets) -> Benchmark` in `speed/`; `worker` runs one in a process of its own, `runner` runs many.
 
-Names are GROUP/METHOD-PARAMETERS, and `--only` takes patterns of them. `published` marks the cases whose numbers
-docs/benchmarks.md shows; together they take about 25 minutes on two cores.
+Names are GROUP/METHOD-PARAMETERS, and `--only` takes patterns of them. All together take about 25 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -76,7 +75,6 @@ class Case:
     warmup: bool = True
     memory: int = 0
     requires: tuple[str, ...] = ()
-    published: bool = False
 
     @property
     def group(self) -> str:
@@ -143,16 +141,13 @@ class Task:
     timed: bool = True
 
 
-def select(
-    cases: Sequence[Case], groups: Sequence[str] = (), only: Sequence[str] = (), *, every: bool = False
-) -> list[Case]:
-    """The cases of `groups` (all by default) that are wanted.
+def select(cases: Sequence[Case], groups: Sequence[str] = (), only: Sequence[str] = ()) -> list[Case]:
+    """The cases that are wanted.
 
     Args:
         cases: Where to choose from.
-        groups: Names in `GROUPS`.
-        only: Patterns of names, as in "warp/numba-*".
-        every: Without patterns, select also the cases that are not published.
+        groups: Names in `GROUPS`; all by default.
+        only: Patterns of names, as in "warp/numba-*"; all by default.
 
     Returns:
         The cases in their order.
@@ -165,7 +160,7 @@ def select(
             raise InputError(f"unknown group {group!r}; expected some of {', '.join(GROUPS)}")
     members = [case for case in cases if not groups or case.group in groups]
     if not only:
-        return [case for case in members if every or case.published]
+        return members
     for pattern in only:
         if not fnmatch.filter([case.name for case in members], pattern):
             raise InputError(f"no case matches {pattern!r}; `python -m flashcocos.benchmarks list` names them")

@@ -107,14 +107,13 @@ def full_page(results: Path = RESULTS) -> str:
     """docs/benchmarks.md: a section for the default model and for each group that has a results file."""
     parts = [TITLE, shipped_models({name: _load(results / f"{name}.json") for name in _scores(results)})]
     for group in GROUPS:
-        for path in sorted(results.glob(f"{group}*.jsonl")):
-            if rows := read_rows(path):
-                text = SECTIONS[group](rows)
-                if group == "warp":
-                    text += shares(rows, read_rows(path.with_name(path.name.replace("warp", "machine", 1))))
-                if group == "strides":
-                    text += trained_strides({stride: _load(path) for stride, path in _trained(results).items()})
-                parts += [text, origin(rows)]
+        if rows := read_rows(results / f"{group}.jsonl"):
+            text = SECTIONS[group](rows)
+            if group == "warp":
+                text += shares(rows, read_rows(results / "machine.jsonl"))
+            if group == "strides":
+                text += trained_strides({stride: _load(path) for stride, path in _trained(results).items()})
+            parts += [text, origin(rows)]
     if rows := read_rows(results / FILE):
         parts += [gpu_section(rows), origin(rows)]
     return "\n\n".join([*parts, CAVEATS]) + "\n"

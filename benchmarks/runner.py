@@ -72,7 +72,7 @@ def run_cases(
     environment = {name: os.environ[name] for name in _THREADS if name in os.environ}
     setup = {**provenance(), "threads": assets.threads or environment or None, "device": assets.device}
     models = _hashes(assets, {name for case in cases for name in _used(case)})
-    files = {case.group: _file(output, case.group, assets.device) for case in cases}
+    files = {case.group: _file(output, case.group) for case in cases}
     done: dict[str, Row] = {}
     for path in {path for path in files.values() if path is not None}:
         if fresh:
@@ -100,11 +100,7 @@ def run_cases(
 
 
 def open_assets(
-    folder: str | os.PathLike[str] | None,
-    bundles: Mapping[str, str],
-    *,
-    device: str = "cpu",
-    threads: int | None = None,
+    folder: str | os.PathLike[str] | None, bundles: Mapping[str, str], *, threads: int | None = None
 ) -> Assets:
     """What is in `folder`, which `python -m flashcocos.benchmarks model` filled, and further `bundles` by name.
 
@@ -114,7 +110,7 @@ def open_assets(
 
     bundles = {"default": str(default_model_path()), **bundles}
     if folder is None:
-        return Assets(bundles=bundles, device=device, threads=threads)
+        return Assets(bundles=bundles, threads=threads)
     from ..train.checkpoint import read_metadata
 
     folder = Path(folder)
@@ -132,7 +128,6 @@ def open_assets(
         naive=str(naive) if naive.exists() else "",
         bundles={**({"model": str(bundle)} if bundle.exists() else {}), **bundles},
         references=str(pictures),
-        device=device,
         threads=threads,
     )
 
@@ -265,11 +260,11 @@ def _append(path: Path | None, row: Row) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _file(output: str | os.PathLike[str] | None, group: str, device: str) -> Path | None:
+def _file(output: str | os.PathLike[str] | None, group: str) -> Path | None:
     if output is None:
         return None
     path = Path(output)
-    return path if path.suffix == ".jsonl" else path / f"{group}{'' if device == 'cpu' else f'-{device}'}.jsonl"
+    return path if path.suffix == ".jsonl" else path / f"{group}.jsonl"
 
 
 def _refused(path: Path | None, keys: Iterable[str]) -> InputError:

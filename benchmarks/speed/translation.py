@@ -8,7 +8,7 @@
     runtime          Translator on a bundle
 
 Inputs are seeded noise of the right kind; files are neither read nor decoded in the timed part. Pictures are compared
-as uint8. On a GPU, PyTorch and ONNX Runtime's CUDA provider run the same cases.
+as uint8.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from ...config import ModelConfig
-from ...errors import BackendError
 from ..registry import Assets, Benchmark, Case, Sample
 from .inputs import UInt8Array, differences, inputs, network_inputs, similarity
 
@@ -33,7 +32,7 @@ def prepare(case: Case, assets: Assets) -> Benchmark:
     """A translation; its results are uint8 pictures (H, W, 3).
 
     parameters: method and size; of the runtime also bundle, backend, precision, cached, label_cached, batch and tile;
-    of PyTorch also dtype, where bfloat16 means autocast, and batch; of the naive graph also precision.
+    of PyTorch also dtype, where bfloat16 means autocast; of the naive graph also precision.
     """
     methods: dict[str, Callable[[Mapping[str, Any], Assets], tuple[Callable[[], Sample], dict[str, Any]]]] = {
         **dict.fromkeys(("eager", "eager-tiled", "compiled"), _eager),
@@ -65,11 +64,9 @@ def _eager(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], 
     from ...train.checkpoint import load_model
     from .naive import Published
 
-    method, batch, rounded = parameters["method"], parameters["batch"], parameters["dtype"] == "bfloat16"
-    dtype = torch.float32 if rounded else getattr(torch, parameters["dtype"])
-    model = load_model(assets.model).to(assets.device, dtype).eval()
-    tensors = [torch.from_numpy(array).to(assets.device) for array in network_inputs(model.config, parameters["size"])]
-    tensors = [x.repeat(batch, *[1] * (x.ndim - 1)).to(dtype if x.is_floating_point() else x.dtype) for x in tensors]
+    method, rounded = parameters["method"], parameters["dtype"] == "bfloat16"
+    model = load_model(assets.model)
+    tensors = [torch.from_numpy(array) for array in network_inputs(model.config, parameters["size"])]
     network: Callable[..., Any] = Published(model)
     if method == "compiled":
         torch.compiler.config.force_disable_caches = True  # else only the machine's first run compiles
@@ -77,9 +74,9 @@ def _eager(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], 
 
     @torch.inference_mode()
     def run() -> Sample:
-        with torch.autocast(assets.device, torch.bfloat16, enabled=rounded):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
             picture = model(*tensors).image if method == "eager-tiled" else network(*tensors)
-        return Sample(to_uint8(picture[0].float().cpu().numpy()))
+        return Sample(to_uint8(picture[0].float().numpy()))
 
     return run, {}
 
@@ -89,13 +86,10 @@ def _naive(parameters: Mapping[str, Any], assets: Assets) -> tuple[Callable[[], 
 
     from ...preprocess import to_uint8
 
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[assets.device]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = assets.threads or 0
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(assets.naive, options, providers=[provider])
-    if provider not in session.get_providers():
-        raise BackendError(f"onnxruntime could not start {provider}; pip install 'flashcocos[gpu]'")
+    session = onnxruntime.InferenceSession(assets.naive, options, providers=["CPUExecutionProvider"])
     feeds = _feeds(parameters, assets, [value.name for value in session.get_inputs()])
     return lambda: Sample(to_uint8(session.run(["image"], feeds)[0][0])), {}
 

@@ -17,7 +17,7 @@ from exported import CLASSES, exported_stage, exported_stages, model_file, seede
 
 from flashcocos.benchmarks import worker
 from flashcocos.benchmarks.__main__ import main
-from flashcocos.benchmarks.cases import all_cases
+from flashcocos.benchmarks.cases import all_cases, warp_case
 from flashcocos.benchmarks.registry import Assets, Case
 from flashcocos.benchmarks.runner import References, open_assets
 from flashcocos.benchmarks.speed import machine, naive, translation, warp
@@ -136,7 +136,7 @@ def _here(case: Case, assets: Assets, *, timed: bool) -> dict[str, Any]:
 def test_the_cases_of_a_gpu_run_in_triton(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="times the Triton kernels")
     monkeypatch.setattr(warp, "SMALL", 4)
-    (case,) = [one for one in all_cases("cuda") if one.name == f"warp/{method}-p3-n4096"]
+    case = warp_case(method, 64, device="cuda")
     case = dataclasses.replace(shrunk(case), parameters={**case.parameters, "size": 4, "channels": 16})
     row = worker.measure(case, Assets(device="cuda" if torch.cuda.is_available() else "cpu"))
     assert row["status"] == "timed", row

@@ -15,6 +15,7 @@ import pytest
 from flashcocos import __version__
 from flashcocos.benchmarks import provenance, worker
 from flashcocos.benchmarks.cases import all_cases
+from flashcocos.benchmarks.gpu import gpu_cases
 from flashcocos.benchmarks.registry import Assets, Case, Gate, Task, select
 from flashcocos.benchmarks.runner import _lacks, open_assets, read_rows, run_cases
 from flashcocos.errors import BackendError, InputError
@@ -202,11 +203,10 @@ def test_missing_assets_is_refused(tmp_path: Path) -> None:
 
 
 def test_selection() -> None:
-    cases = all_cases("cpu", ["int8"])
+    cases = all_cases(["int8"])
     assert len({one.name for one in cases}) == len(cases)
-    published = select(cases)
-    assert 0 < len(published) < len(select(cases, every=True)) == len(cases)
-    assert "ablation/int8-256" in [one.name for one in published]
+    assert select(cases) == cases
+    assert "ablation/int8-256" in [one.name for one in cases]
     assert {one.group for one in select(cases, ["warp", "startup"])} == {"warp", "startup"}
     assert all(one.name.startswith("warp/numba-p1") for one in select(cases, ["warp"], ["warp/numba-p1-*"]))
     with pytest.raises(InputError, match="unknown group 'all'"):
@@ -215,25 +215,18 @@ def test_selection() -> None:
         select(cases, only=["wrap/*"])
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_case_survives_the_trip_to_its_process(device: str) -> None:
-    for one in all_cases(device, ["int8"]):
+def test_every_case_survives_the_trip_to_its_process() -> None:
+    for one in all_cases(["int8"]):
         task = Task(one, Assets(bundles={"model": "a folder"}, threads=2), timed=False)
         assert msgspec.json.decode(msgspec.json.encode(task), type=Task) == task
-        assert one.reference == "" or one.reference in {other.name for other in all_cases(device)}
+        assert one.reference == "" or one.reference in {other.name for other in all_cases()}
 
 
 def test_what_is_not_there_is_said_and_no_error() -> None:
-    needs = {need for device in ("cpu", "cuda") for case in all_cases(device) for need in case.requires}
+    needs = {need for case in (*all_cases(), *gpu_cases()) for need in case.requires}
     assert {"bfloat16", "openvino", "cuda"} <= needs
     for need in needs:
         assert isinstance(_lacks(need, NOTHING), str)
-
-
-def test_a_gpu_has_cases_of_its_own() -> None:
-    names = [one.name for one in select(all_cases("cuda"))]
-    assert "warp/triton-p3-n65536" in names
-    assert not any("numba" in name or "openvino" in name for name in names)
 
 
 def test_the_revision_is_that_of_this_checkout_or_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
