@@ -23,7 +23,7 @@ from ..bundle.graph_check import refuse_external_data
 from ..bundle.stages import check_stages, stage_inputs
 from ..config import MIN_SIDE, SIZE_MULTIPLE, ModelConfig, is_side
 from ..errors import BundleError, InputError
-from ..kernels.corr_warp import corr_warp, warp_arrays
+from ..kernels.corr_warp import warp_arrays
 from ..runtime.cpu.onnxruntime import OnnxRuntimeEngine
 from ..runtime.engine import Engine
 from ..train.checkpoint import load_model
@@ -262,7 +262,8 @@ def _compare_model(
     with torch.inference_mode():
         theta = model.encode_query(label)
         phi, values = model.encode_exemplar(image, exemplar_label if config.condition_on_label else None)
-        warped = corr_warp(theta, phi, values, patch=config.patch, temperature=config.temperature, backend="cpu")
+        features = (tensor.numpy() for tensor in (theta, phi, values))
+        warped = torch.from_numpy(warp_arrays(*features, patch=config.patch, temperature=config.temperature).out)
         result, warped_image = model.synthesize(warped, label)
     expected = {"theta": theta, "phi": phi, "values": values, "image": result, "warped_image": warped_image}
     references = {name: tensor.numpy() for name, tensor in expected.items()}

@@ -2,7 +2,7 @@
 
     from flashcocos.kernels import corr_warp
     warped = corr_warp(theta, phi, values)      # torch tensors or numpy arrays; the same kind comes back
-    corr_warp(theta, phi, values, backend="cpu")
+    corr_warp(theta, phi, values, backend="numba")
 
 Source: arXiv 2004.05571, equations 2 and 3, with the 3 x 3 patches of its public code. Importing this
 folder loads neither torch, triton nor numba, and the array paths never load torch.

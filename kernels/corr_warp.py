@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 ARRAY_BACKENDS = ("auto", "numba", "numpy")
-TENSOR_BACKENDS = ("auto", "triton", "numba", "cpu", "reference")
+TENSOR_BACKENDS = ("auto", "triton", "numba", "reference")
 PATCHES = (1, 3, 5)
 NUMBA_MISSING = "backend 'numba' needs numba: pip install 'flashcocos[cpu]', or use backend='{other}'"
 
@@ -80,9 +80,9 @@ def corr_warp(
         patch: Side of the correlated patch, 1, 3 or 5, zero padded.
         temperature: The correlation, -1 to 1, is divided by it before the softmax.
         return_lse: Also return the log-sum-exp of each query's logits; it has no gradient.
-        backend: For tensors "triton" (CUDA), "numba" (float32 on the CPU), "cpu" (tiled torch), "reference" (the
-            definition; forms the matrix) or "auto": triton on CUDA; else numba for float32 where it is installed, and
-            cpu for the rest. For arrays "numba", "numpy" or "auto" (numba where installed).
+        backend: For tensors "triton" (CUDA), "numba" (on the CPU, in float32), "reference" (the definition; forms the
+            matrix) or "auto": triton on CUDA; else numba, or reference for float64. For arrays "numba", "numpy" or
+            "auto" (numba where installed).
 
     Returns:
         The warp (B, V, Hq, Wq) in the dtype of the values, differentiable in all three tensors. With `return_lse`
@@ -251,12 +251,12 @@ def _tensor_backend(inputs: Sequence[torch.Tensor], backend: str) -> str:
         raise InputError(f"backend for tensors: expected one of {', '.join(TENSOR_BACKENDS)}, got {backend!r}")
     device = inputs[0].device
     if backend == "auto":
-        single = all(tensor.dtype == sys.modules["torch"].float32 for tensor in inputs)
-        backend = "triton" if device.type == "cuda" else "numba" if single and _has_numba() else "cpu"
+        double = inputs[0].dtype == sys.modules["torch"].float64
+        backend = "triton" if device.type == "cuda" else "reference" if double else "numba"
+    if backend == "numba" and device.type != "cpu":
+        raise BackendError(f"backend 'numba' needs tensors on the CPU, got {device}; use 'triton' or 'reference'")
     if backend == "numba" and not _has_numba():
-        raise BackendError(NUMBA_MISSING.format(other="cpu"))
-    if backend in ("cpu", "numba") and device.type != "cpu":
-        raise BackendError(f"backend '{backend}' needs tensors on the CPU, got {device}; use 'triton' or 'reference'")
+        raise BackendError(NUMBA_MISSING.format(other="reference"))
     return backend
 
 

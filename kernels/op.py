@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import BackendError, InputError
 
-_MODULES = {"numba": "cpu.numba_tensors", "cpu": "cpu.torch_warp", "triton": "gpu.triton_warp"}
+_MODULES = {"numba": "cpu.numba_tensors", "triton": "gpu.triton_warp"}
 
 
 @torch.library.custom_op(
@@ -28,8 +28,8 @@ def corr_warp_op(
 ) -> tuple[Tensor, Tensor]:
     """The warp (B, V, Hq, Wq) in the dtype of the values and its lse (B, Hq, Wq), which carries no gradient.
 
-    theta (B, C, Hq, Wq), phi (B, C, Hk, Wk), values (B, V, Hk, Wk); backend "numba", "cpu" or "triton". Shapes are
-    those that `flashcocos.kernels.corr_warp` has checked. Raises `BackendError` where the backend cannot run.
+    theta (B, C, Hq, Wq), phi (B, C, Hk, Wk), values (B, V, Hk, Wk); backend "numba" or "triton". Shapes are those
+    that `flashcocos.kernels.corr_warp` has checked. Raises `BackendError` where the backend cannot run.
     """
     result: tuple[Tensor, Tensor] = implementation(backend).warp_forward(theta, phi, values, patch, temperature)
     return result
@@ -70,10 +70,9 @@ def corr_warp_backward_op(
 @corr_warp_backward_op.register_fake
 def _(theta: Tensor, phi: Tensor, values: Tensor, *others: Any) -> list[Tensor]:
     *_, backend, needs = others
+    like = [x.new_empty(x.shape) for x in (theta, phi, values)]
     if backend == "triton":
-        like = [_channels_last(theta), _channels_last(phi), values.new_empty(values.shape)]
-    else:
-        like = [x.new_empty(x.shape) if backend == "numba" else torch.empty_like(x) for x in (theta, phi, values)]
+        like[:2] = _channels_last(theta), _channels_last(phi)
     return [grad for grad, need in zip(like, needs, strict=True) if need]
 
 
@@ -110,5 +109,5 @@ def implementation(backend: str) -> ModuleType:
             raise
         raise BackendError(
             'backend="triton" needs the triton package, which CUDA builds of torch for Linux bring along '
-            '(elsewhere: pip install triton, or triton-windows); or use backend="cpu" or "reference"'
+            '(elsewhere: pip install triton, or triton-windows); or use backend="numba" or "reference"'
         ) from error

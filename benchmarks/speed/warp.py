@@ -1,7 +1,6 @@
 """The correspondence warp alone: flashcocos's implementations against the published form and torch's attention.
 
     numpy, numba    arrays, what the runtime has on a CPU; with the backward pass numba gets tensors, as in training
-    cpu             tensors: tiled torch
     triton          tensors on a GPU; triton-nine-tap and triton-straightforward name the kernel of the forward pass
     reference       the published form: unfold, center, normalize, N x N matrix, softmax, product
     compiled        torch.compile of the same
@@ -112,11 +111,10 @@ def _method(name: str, patch: int) -> Callable[..., Any]:
     if name == "compiled":
         compiled: Callable[..., Any] = torch.compile(published, dynamic=False)
         return compiled
-    on_cpu = functools.partial(corr_warp, patch=patch, temperature=TEMPERATURE)
     methods: dict[str, Callable[..., Any]] = {
         "reference": published,
         "sdpa": sdpa,
-        **{backend: functools.partial(on_cpu, backend=backend) for backend in ("cpu", "numba")},
+        "numba": functools.partial(corr_warp, patch=patch, temperature=TEMPERATURE, backend="numba"),
         **dict.fromkeys(TRITON_KERNELS, triton),
     }
     return methods[name]

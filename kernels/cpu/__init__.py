@@ -1,1 +1,1 @@
-"""The warp on the CPU, tile by tile: for numpy arrays and for torch tensors, with numba or without."""
+"""The warp on the CPU, tile by tile: for numpy arrays by numba or numpy, for torch tensors by numba."""

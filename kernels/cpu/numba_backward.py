@@ -1,7 +1,12 @@
 """The gradient of the warp on the CPU in numba: float32, fused, as `numba_warp`, whose docstring comes first.
 
-The mathematics is that of `torch_warp.warp_backward`. A task follows the diagonals of its query rows once more and does
-three things in each step, all in the second-level cache:
+Each tile of weights is formed again from the saved log-sum-exp (Dao et al., arXiv 2205.14135, section 3.1), and its
+gradient goes through the adjoint of the diagonal taps. The terms through norms and means are vectors over positions:
+  logits_ij = (taps_ij - D mu_i nu_j) a_i b_j / temperature,   a = 1 / |centered theta patch|,
+  d mu_i = -D sum_j d_taps_ij nu_j,   d a_i = sum_j d_logits_ij logits_ij / a_i,   d |theta|^2_i = -a_i^3 d a_i / 2.
+
+A task follows the diagonals of its query rows once more and does three things in each step, all in the second-level
+cache:
   1. products of query row r with key row r + diagonal,
   2. of the row half a patch before, whose taps are complete: logits, weights 2^(logit - lse), and gradients of taps,
   3. of the row another half before: the adjoint of the taps, and the matrix products with both maps.
@@ -320,7 +325,7 @@ def warp_backward(
     *,
     threads: int = 1,
 ) -> tuple[Array | None, Array | None, Array | None]:
-    """As `torch_warp.warp_backward`, for contiguous float32 arrays.
+    """Gradients of theta, phi and values from that of `out`, for contiguous float32 arrays; None without `needs`.
 
     Memory beside inputs and results: for each thread at work, copies of an item's theta (1), phi (2), values and
     `grad_out`, gradients of theta, phi and values, and 0.5 MiB of tiles.

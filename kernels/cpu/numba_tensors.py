@@ -1,4 +1,4 @@
-"""The warp by numba on float32 tensors of the CPU, which it reads as arrays, without a copy, on torch's threads."""
+"""The warp by numba on tensors of the CPU, float32 without a copy and 16 bits converted to it, on torch's threads."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from .numpy_warp import Array
 def warp_forward(
     theta: torch.Tensor, phi: torch.Tensor, values: torch.Tensor, patch: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `torch_warp.warp_forward`, for float32 alone."""
+    """The warp (B, V, Hq, Wq) in the dtype of the values and the lse (B, Hq, Wq) float32, no autograd."""
     out, lse, _ = numba_warp.warp_forward(
         _array(theta), _array(phi), _array(values), patch, temperature, threads=torch.get_num_threads()
     )
     batch, _, height, width = theta.shape
-    return torch.from_numpy(out).view(batch, -1, height, width), torch.from_numpy(lse).view(batch, height, width)
+    warped = torch.from_numpy(out).view(batch, -1, height, width).to(values.dtype)
+    return warped, torch.from_numpy(lse).view(batch, height, width)
 
 
 def warp_backward(
@@ -32,15 +33,21 @@ def warp_backward(
     temperature: float,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
-    """As `torch_warp.warp_backward`, for float32 alone; gradients are contiguous."""
+    """Gradients of theta, phi and values, each in its dtype and contiguous, from that of `out`.
+
+    None where `needs` says so.
+    """
     grads = numba_backward.warp_backward(
         _array(theta), _array(phi), _array(values), _array(out), _array(lse), _array(grad_out),
         patch, temperature, needs, threads=torch.get_num_threads(),
     )  # fmt: skip
-    return tuple(None if grad is None else torch.from_numpy(grad) for grad in grads)
+    return tuple(
+        None if grad is None else torch.from_numpy(grad).to(like.dtype)
+        for grad, like in zip(grads, (theta, phi, values), strict=True)
+    )
 
 
 def _array(tensor: torch.Tensor) -> Array:
-    if tensor.dtype != torch.float32:
-        raise InputError(f"backend 'numba' needs float32 tensors, got {tensor.dtype}; convert them, or use 'cpu'")
-    return np.ascontiguousarray(tensor.detach().numpy())
+    if tensor.dtype == torch.float64:
+        raise InputError("backend 'numba' computes in float32, got float64; convert it, or use 'reference'")
+    return np.ascontiguousarray(tensor.detach().float().numpy())

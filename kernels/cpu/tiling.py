@@ -17,17 +17,15 @@ class Tiles(NamedTuple):
     key_rows: int
 
 
-def fit_tiles(
-    query_map: tuple[int, int], key_map: tuple[int, int], patch: int, budget: int, *, buffers: int, itemsize: int = 4
-) -> Tiles:
-    """The largest tiles of which `buffers` copies of `itemsize` bytes an element stay within `budget` bytes.
+def fit_tiles(query_map: tuple[int, int], key_map: tuple[int, int], patch: int, budget: int, *, buffers: int) -> Tiles:
+    """The largest tiles of which `buffers` copies in float32 stay within `budget` bytes.
 
     query_map, key_map: (height, width). One row of each is always a tile, even where the budget is smaller.
     Where the whole matrix fits, it is one tile; else the rows are shared out so that the last tile is not a sliver.
     """
     halo = patch - 1
     (hq, wq), (hk, wk) = query_map, key_map
-    cell = (wq + halo) * (wk + halo) * itemsize * buffers  # bytes of one query row against one key row
+    cell = (wq + halo) * (wk + halo) * 4 * buffers  # bytes of one query row against one key row
     cells = max(budget // cell, 1)  # (query rows + halo) * (key rows + halo) of a tile
     side = max(math.isqrt(cells), halo + 1)
     # a map shorter than the square's side leaves its share of the budget to the other axis

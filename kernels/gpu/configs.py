@@ -115,7 +115,7 @@ def architecture(capability: int) -> Architecture:
     if not known:
         raise BackendError(
             f"the Triton kernels need compute capability {min(ARCHITECTURES)} or newer, got {capability}; "
-            'use backend="cpu" on CPU tensors'
+            'use backend="numba" on CPU tensors'
         )
     return ARCHITECTURES[max(known)]
 

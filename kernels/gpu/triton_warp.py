@@ -93,7 +93,7 @@ def require_runnable(theta: torch.Tensor, phi: torch.Tensor, values: torch.Tenso
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise InputError(
                 f"{name} is {tensor.dtype}; the Triton kernels take float32, float16 and bfloat16: "
-                'convert it, or use backend="cpu" or "reference"'
+                'convert it, or use backend="reference"'
             )
         if tensor.device != theta.device:
             raise InputError(f"theta is on {theta.device}, {name} on {tensor.device}; move them to one device")
@@ -101,7 +101,7 @@ def require_runnable(theta: torch.Tensor, phi: torch.Tensor, values: torch.Tenso
         return
     if theta.device.type != "cuda":
         raise BackendError(
-            f'backend="triton" needs CUDA tensors, got {theta.device.type}; move them to a GPU, use backend="cpu", '
+            f'backend="triton" needs CUDA tensors, got {theta.device.type}; move them to a GPU, use backend="numba", '
             "or set TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
         )
     line = configs.architecture(_capability(theta))

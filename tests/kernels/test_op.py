@@ -10,7 +10,7 @@ from flashcocos.kernels import corr_warp
 from flashcocos.kernels.op import corr_warp_op
 
 
-@pytest.fixture(params=["numba", "cpu", "triton"])
+@pytest.fixture(params=["numba", "triton"])
 def backend(request):
     if request.param == "triton":
         request.getfixturevalue("device")
@@ -80,7 +80,7 @@ def test_lse_carries_no_gradient(backend, inputs):
 
 def test_unknown_backend_is_refused():
     x = torch.zeros(1, 2, 2, 2)
-    with pytest.raises(InputError, match="expected one of numba, cpu, triton, got 'cuda'"):
+    with pytest.raises(InputError, match="expected one of numba, triton, got 'cuda'"):
         corr_warp_op(x, x, x, 3, 0.01, "cuda")
 
 

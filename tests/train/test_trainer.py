@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flashcocos.cli import main
 from flashcocos.errors import BackendError, CheckpointError, InputError
-from flashcocos.kernels.cpu import numba_warp, torch_warp
+from flashcocos.kernels import reference
+from flashcocos.kernels.cpu import numba_warp
 from flashcocos.train import trainer as trainer_module
 from flashcocos.train.batches import Batch
 from flashcocos.train.checkpoint import load_model, read_metadata, save_model
@@ -165,9 +166,8 @@ def test_the_discriminator_sees_the_pictures_of_the_models_step(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("warp", "unused"),
     [
-        ("reference", (torch_warp, "warp_forward")),
-        ("cpu", (numba_warp, "warp_forward")),
-        ("auto", (torch_warp, "warp_forward")),
+        ("reference", (numba_warp, "warp_forward")),
+        ("auto", (reference, "warp")),
     ],
 )
 def test_the_warps_backend_is_this_trainers(

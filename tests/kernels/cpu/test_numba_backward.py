@@ -1,4 +1,4 @@
-"""The gradient by numba: its tiles, strips, threads and left out tiles against the tiled path in float64."""
+"""The gradient by numba: its tiles, strips, threads and left out tiles against the oracle in float64."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from tolerances import CPU, assert_close
 
 from flashcocos.errors import InputError
-from flashcocos.kernels import corr_warp
-from flashcocos.kernels.cpu import numba_backward, numba_warp, tiling, torch_warp
+from flashcocos.kernels import corr_warp, reference
+from flashcocos.kernels.cpu import numba_backward, numba_warp, tiling
 
 SINGLE = torch.float32
 
@@ -26,9 +26,8 @@ def make(batch, channels, query, key, values, seed=0):
 
 
 def expected_gradients(theta, phi, values, grad, patch=3, temperature=0.01):
-    inputs = [tensor.double() for tensor in (theta, phi, values)]
-    out, lse = torch_warp.warp_forward(*inputs, patch, temperature)
-    return torch_warp.warp_backward(*inputs, out, lse, grad.double(), patch, temperature)
+    leaves = [tensor.double().requires_grad_() for tensor in (theta, phi, values)]
+    return torch.autograd.grad(reference.warp(*leaves, patch, temperature)[0], leaves, grad.double())
 
 
 def gradients(theta, phi, values, grad, patch=3, temperature=0.01, **options):
@@ -111,27 +110,21 @@ def test_nan_reaches_the_gradients():
     assert np.isnan(d_values).all()
 
 
-def test_auto_takes_numba_for_float32_alone(monkeypatch):
+def test_auto_takes_numba_but_for_float64(monkeypatch):
     ran = []
-    for module in (numba_warp, numba_backward, torch_warp):
-        for name in ("warp_forward", "warp_backward"):
-            if hasattr(module, name):
-                spied = getattr(module, name)
-                note = (module.__name__.split(".")[-1], name)
-                monkeypatch.setattr(
-                    module, name, lambda *a, spied=spied, note=note, **k: (ran.append(note), spied(*a, **k))[1]
-                )
+    for module, name in ((numba_warp, "warp_forward"), (numba_backward, "warp_backward"), (reference, "warp")):
+        spied = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, spied=spied, n=name, **k: (ran.append(n), spied(*a, **k))[1])
     theta, phi, values, _ = make(1, 4, (3, 4), (4, 3), 2)
     for dtypes in ((SINGLE, SINGLE), (torch.float64, torch.float64), (SINGLE, torch.float16)):
         leaf = theta.to(dtypes[0]).requires_grad_()
         corr_warp(leaf, phi.to(dtypes[0]), values.to(dtypes[1])).sum().backward()
-    fast = [("numba_warp", "warp_forward"), ("numba_backward", "warp_backward")]
-    assert ran == fast + [("torch_warp", "warp_forward"), ("torch_warp", "warp_backward")] * 2
+    assert ran == ["warp_forward", "warp_backward", "warp", "warp_forward", "warp_backward"]
 
 
-def test_numba_by_name_needs_float32():
+def test_numba_by_name_refuses_float64():
     theta, phi, values, _ = make(1, 4, (3, 4), (4, 3), 2)
-    with pytest.raises(InputError, match=r"backend 'numba' needs float32 tensors, got torch\.float64"):
+    with pytest.raises(InputError, match=r"backend 'numba' computes in float32, got float64"):
         corr_warp(theta.double(), phi.double(), values.double(), backend="numba")
 
 
