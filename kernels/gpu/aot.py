@@ -1,10 +1,5 @@
 """Compile the Triton forward ahead of time, without a GPU: a cubin and a JSON description per kernel and architecture.
 
-    python -m flashcocos.kernels.gpu.aot --sm 80 89 -o cubins
-    sm80 pack float16: 34 registers, 0 bytes spilled, 8.0 KiB shared
-    ...
-    cubins
-
 `kernels/signatures.py` says what a torch-free runtime launches, and with which arguments and grids. The warp is
 `nine_tap_kernel` where `configs.nine_tap_blocks` chooses it for walks that are not split over the keys, with smaller
 bands of queries for it, else `forward_kernel`. Strides and sizes are in elements. Shared memory is dynamic: from 48 KiB
@@ -14,7 +9,6 @@ which a driver for an older major version of CUDA refuses.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -24,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import BackendError, FlashcocosError, InputError
+from ...errors import BackendError, InputError
 from ...files import atomic_path
 from .. import signatures
 from . import configs
@@ -54,9 +48,9 @@ def compile_kernels(
 ) -> Iterator[dict[str, Any]]:
     """Compile, write `<name>.cubin` and `<name>.json` into `output`, and yield each description once it is written.
 
-    architectures: of `TARGETS`; values: V of each warp, 1 to 256; patch: 1, 3 or 5; channels: C.
-    Raises `InputError` for options that do not fit, `BackendError` where Triton is missing or interpreted, or where a
-    kernel needs more shared memory than its architecture has.
+    architectures: of `TARGETS`; values: V of each warp, 1 to 256; patch: 1, 3 or 5; channels: C; dtypes: of `ELEMENTS`.
+    Raises `InputError` for another architecture or one without a dtype, `BackendError` where Triton is missing or
+    interpreted, or where a kernel needs more shared memory than its architecture has.
     """
     for sm in architectures:
         if sm not in TARGETS:
@@ -64,14 +58,6 @@ def compile_kernels(
                 f"architecture {sm} is not one of {', '.join(map(str, TARGETS))}; below 90, cubins also run on later "
                 "chips of the same major version"
             )
-    for dtype in dtypes:
-        if dtype not in signatures.ELEMENTS:
-            raise InputError(f"dtype {dtype!r} is not one of {', '.join(signatures.ELEMENTS)}")
-    if patch not in (1, 3, 5) or channels < 1 or not all(1 <= v <= configs.MAX_VALUES for v in values):
-        raise InputError(
-            f"expected patch 1, 3 or 5, channels of at least 1 and values of 1 to {configs.MAX_VALUES}, "
-            f"got {patch}, {channels} and {list(values)}"
-        )
     jobs = []
     for sm in architectures:
         for dtype in dtypes:
@@ -177,46 +163,3 @@ def _resources(cubin: Path) -> tuple[int, int]:
     if usage is None:
         raise BackendError(f"{tool} reported no registers for {cubin.name}; its output was {report!r}")
     return int(usage[1]), int(usage[2]) + int(usage[3])
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; see `--help`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flashcocos.kernels.gpu.aot",
-        description="Compile the correlation warp to cubin + JSON for GPUs that need not be present.",
-        epilog="example: python -m flashcocos.kernels.gpu.aot --sm 80 89 --values 3 48 -o cubins",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    known, names = list(configs.ARCHITECTURES), ", ".join(signatures.ELEMENTS)
-    parser.add_argument(
-        "--sm", type=int, nargs="+", default=known, metavar="N", help=f"compute capabilities, of {list(TARGETS)}"
-    )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write into")
-    parser.add_argument(
-        "--values", type=int, nargs="+", default=[3, 48], metavar="V", help="value channels of each warp"
-    )
-    parser.add_argument("--patch", type=int, default=3, help="side of the patch: 1, 3 or 5")
-    parser.add_argument("--channels", type=int, default=256, metavar="C", help="channels of theta and phi")
-    parser.add_argument("--dtype", nargs="+", default=["float16"], metavar="NAME", help=f"of {names}")
-    options = parser.parse_args(arguments)
-    try:
-        for done in compile_kernels(
-            options.output,
-            options.sm,
-            values=options.values,
-            patch=options.patch,
-            channels=options.channels,
-            dtypes=options.dtype,
-        ):
-            print(
-                f"sm{done['architecture']} {done['kernel']}: {done['registers']} registers, "
-                f"{done['spilled_bytes']} bytes spilled, {done['shared_bytes'] / 1024:.1f} KiB shared",
-                flush=True,
-            )
-    except FlashcocosError as error:
-        parser.error(str(error))
-    print(options.output)
-
-
-if __name__ == "__main__":
-    main()

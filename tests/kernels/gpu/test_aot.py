@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from flashcocos.errors import BackendError
+from flashcocos.errors import BackendError, InputError
 from flashcocos.kernels import signatures
 from flashcocos.kernels.gpu import aot, configs
 
@@ -30,23 +30,18 @@ def python(*arguments, **variables):
     return subprocess.run(command, capture_output=True, text=True, env={**environment, **variables})
 
 
-def run(*arguments, **variables):
-    return python("-m", "flashcocos.kernels.gpu.aot", *arguments, **variables)
-
-
-COMMANDS = f"""
+FORWARD = f"""
 import sys
+from pathlib import Path
 from flashcocos.kernels.gpu import aot
 
-for words in (
-    "--sm 80 --values 48",
-    "--sm 90 --values 48 151",
-    "--sm 86 89 120 {" ".join(map(str, OTHERS))} --values 48",
-    "--sm 75 --values 48 151",
-    "--sm 80 90 120 --patch 5 --values 48 151",
-    "--sm 80 --values 48 151 --dtype float32",
+for architectures, values, options in (
+    ([80, 86, 89, 120, *{OTHERS}], [48], {{}}),
+    ([75, 90], [48, 151], {{}}),
+    ([80, 90, 120], [48, 151], {{"patch": 5}}),
+    ([80], [48, 151], {{"dtypes": ["float32"]}}),
 ):
-    aot.main(["-o", sys.argv[1], *words.split()])
+    list(aot.compile_kernels(Path(sys.argv[1]), architectures, values=values, **options))
 """
 
 BACKWARD = """
@@ -116,7 +111,7 @@ def compiled(tmp_path_factory):
     """The descriptions of all kernels: the warp of 48 channels everywhere, the rest once for each different tile."""
     folder = tmp_path_factory.mktemp("cubins")
     # in one process, for each takes seconds to import Triton
-    done = python("-c", COMMANDS + BACKWARD + SPLIT, folder, TRITON_CACHE_DIR=str(folder / "cache"))
+    done = python("-c", FORWARD + BACKWARD + SPLIT, folder, TRITON_CACHE_DIR=str(folder / "cache"))
     assert done.returncode == 0, done.stderr
     return folder, [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
@@ -182,35 +177,24 @@ def test_grids(kernel, constants, sizes, grid):
     assert signatures.grid(kernel, constants, sizes, 3) == grid
 
 
-def test_help_has_an_example():
-    done = run("--help")
-    assert done.returncode == 0
-    assert "example: python -m flashcocos.kernels.gpu.aot --sm 80 89" in " ".join(done.stdout.split())
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("architecture", "dtype", "message"),
     [
-        (("--sm", 70), "architecture 70 is not one of 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121"),
-        (("--dtype", "int8"), "dtype 'int8' is not one of float16, bfloat16, float32"),
-        (("--sm", 75, "--dtype", "bfloat16"), "architecture 75 has no bfloat16"),
-        (("--patch", 2), "expected patch 1, 3 or 5"),
-        (("--values", 300), "values of 1 to 256"),
+        (70, "float16", "architecture 70 is not one of 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121"),
+        (75, "bfloat16", "architecture 75 has no bfloat16"),
     ],
 )
-def test_wrong_options_are_refused_before_any_work(arguments, message, tmp_path, capsys, monkeypatch):
+def test_wrong_options_are_refused_before_any_work(architecture, dtype, message, tmp_path, monkeypatch):
     monkeypatch.setattr(aot, "_compile", lambda *_: pytest.fail("compiled something"))
-    monkeypatch.setattr(aot, "_jobs", lambda *_: iter(()))
-    with pytest.raises(SystemExit, match="2"):
-        aot.main(["-o", str(tmp_path / "out"), *map(str, arguments)])
-    assert message in capsys.readouterr().err
+    with pytest.raises(InputError, match=message):
+        next(aot.compile_kernels(tmp_path / "out", [architecture], dtypes=[dtype]))
     assert not (tmp_path / "out").exists()
 
 
 def test_interpreted_triton_cannot_compile(tmp_path):
-    done = run("-o", tmp_path / "out", TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET is set" in done.stderr
+    script = f"from flashcocos.kernels.gpu import aot; next(aot.compile_kernels({str(tmp_path)!r}))"
+    done = python("-c", script, TRITON_INTERPRET="1")
+    assert "BackendError: TRITON_INTERPRET is set" in done.stderr
 
 
 def test_missing_triton_is_named(tmp_path, monkeypatch):

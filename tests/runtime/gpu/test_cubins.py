@@ -177,9 +177,12 @@ def test_files_that_are_too_large_or_changed(tmp_path: Path) -> None:
 def test_what_the_compiler_writes(tmp_path: Path) -> None:
     """The real compiler, in a process of its own, because this one may have Triton in interpreter mode."""
     pytest.importorskip("triton", reason="compiling the kernels needs the triton package")
-    command = [sys.executable, "-m", "flashcocos.kernels.gpu.aot", "-o", tmp_path, "--sm", "86"]
+    script = (
+        "from pathlib import Path; from flashcocos.kernels.gpu.aot import compile_kernels;"
+        f"list(compile_kernels(Path({str(tmp_path)!r}), [86], channels=16, values=[3]))"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([*map(str, command), "--channels", "16", "--values", "3"], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
     kernels = find(tmp_path, capability=89)
     assert [cubin.code[:4] for cubin in kernels.values()] == [b"\x7fELF"] * 3
     assert kernels["warp"].dtype == "float16"
