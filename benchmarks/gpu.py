@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle.default_model import default_model_path
+from ..bundle.default_model import MODEL
 from ..config import ModelConfig
 from ..errors import InputError
 from ..files import require_target
@@ -82,8 +82,8 @@ def run_gpu(
     device = "cpu" if dry_run else torch_device("cuda")
     files = Path(output) / FILES
     files.mkdir(parents=True, exist_ok=True)
-    bundle = files / default_model_path().name  # a copy, for engines lie beside it
-    shutil.copyfile(default_model_path(), bundle)
+    bundle = files / MODEL.name  # a copy, for engines lie beside it
+    shutil.copyfile(MODEL, bundle)
     assets = Assets(bundles={"default": str(bundle)}, references=str(files), device=device)
     cases, known = dry_cases() if dry_run else gpu_cases(), [cpu_picture()]
     return run_cases(list(cases), assets, Path(output) / FILE, known=known, command=command, fresh=fresh, seconds=limit)

@@ -106,9 +106,9 @@ def open_assets(
 
     folder: None for the default model alone. Raises `InputError` where there is no model in it.
     """
-    from ..bundle.default_model import default_model_path
+    from ..bundle.default_model import resolve_model
 
-    bundles = {"default": str(default_model_path()), **bundles}
+    bundles = {"default": str(resolve_model()), **bundles}
     if folder is None:
         return Assets(bundles=bundles, threads=threads)
     from ..train.checkpoint import read_metadata

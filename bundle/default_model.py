@@ -18,11 +18,6 @@ SOURCE = FOLDER / f"{NAME}.safetensors"
 PAIRS = FOLDER / "demo" / "pairs.csv"  # input,exemplar,exemplar_label a line, all beside it
 
 
-def default_model_path() -> Path:
-    """Path of the bundle of the default model; `InputError` where the installation lacks it."""
-    return _shipped(MODEL)
-
-
 def resolve_model(model: str | os.PathLike[str] | None = None) -> Path:
     """The path of the bundle that a user means.
 
@@ -35,18 +30,13 @@ def resolve_model(model: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         InputError: the name is also that of a file or folder here, or the installation lacks the shipped model.
     """
-    if model is None:
-        return default_model_path()
-    if model not in NAMES:
+    if model is not None and model not in NAMES:
         return Path(model)
-    if Path(model).exists():
+    if model is not None and Path(model).exists():
         raise InputError(
             f"{model} is the name of a shipped model and also lies here; write ./{model} for what lies here"
         )
-    return _shipped(FOLDER / f"{model}.zip")
-
-
-def _shipped(path: Path) -> Path:
+    path = MODEL if model is None else FOLDER / f"{model}.zip"
     if not path.is_file():
         raise InputError(f"this installation has no model at {path}; name a bundle, or install flashcocos again")
     return path

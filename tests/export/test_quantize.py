@@ -11,7 +11,7 @@ from tiny_bundle import random_label, random_picture
 
 from flashcocos import cli
 from flashcocos.bundle import Bundle
-from flashcocos.bundle.default_model import PAIRS, default_model_path
+from flashcocos.bundle.default_model import PAIRS, resolve_model
 from flashcocos.errors import BackendError, InputError
 from flashcocos.export.bundle import export_bundle
 from flashcocos.export.quantize import MIN_PSNR, quantize_bundle
@@ -22,7 +22,7 @@ from flashcocos.runtime.jobs import FolderRequest, match_files
 
 @pytest.fixture(scope="module")
 def quantized(pairs, tmp_path_factory):
-    return quantize_bundle(default_model_path(), tmp_path_factory.mktemp("bundle") / "int8.zip", pairs)
+    return quantize_bundle(resolve_model(), tmp_path_factory.mktemp("bundle") / "int8.zip", pairs)
 
 
 def weights(path):
@@ -81,7 +81,7 @@ def test_too_little_quality_is_refused_and_nothing_written(pairs, tmp_path, capl
     with pytest.raises(
         BackendError, match=r"int8 gives \d+\.\d dB on a held-out pair, expected 90 or more; calibrate on"
     ):
-        quantize_bundle(default_model_path(), tmp_path / "int8.zip", pairs[:2], min_psnr=90)
+        quantize_bundle(resolve_model(), tmp_path / "int8.zip", pairs[:2], min_psnr=90)
     assert list(tmp_path.iterdir()) == []
     (warning,) = caplog.messages
     assert warning.startswith("measured on 1 held-out pairs: ")
@@ -90,7 +90,7 @@ def test_too_little_quality_is_refused_and_nothing_written(pairs, tmp_path, capl
 
 def test_what_cannot_be_quantized_is_refused(quantized, pairs, tmp_path):
     with pytest.raises(InputError, match="1 pairs: expected at least 2"):
-        quantize_bundle(default_model_path(), tmp_path / "int8", pairs[:1])
+        quantize_bundle(resolve_model(), tmp_path / "int8", pairs[:1])
     with pytest.raises(InputError, match="would overwrite the input"):
         quantize_bundle(quantized.path, quantized.path, pairs)
     with pytest.raises(InputError, match="its generator is int8 already"):
@@ -101,11 +101,9 @@ def test_what_cannot_be_quantized_is_refused(quantized, pairs, tmp_path):
 
 def test_the_command(tmp_path, capsys):
     output = tmp_path / "int8.zip"
-    assert (
-        cli.main(["quantize", str(default_model_path()), "--pairs", str(PAIRS), "--count", "2", "-o", str(output)]) == 0
-    )
+    assert cli.main(["quantize", str(resolve_model()), "--pairs", str(PAIRS), "--count", "2", "-o", str(output)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("54 of 74 convolutions in int8; ")
     assert printed.splitlines()[-1] == str(output)
-    assert cli.main(["quantize", str(default_model_path()), "-o", str(output)]) == 1
+    assert cli.main(["quantize", str(resolve_model()), "-o", str(output)]) == 1
     assert "nothing to translate" in capsys.readouterr().err

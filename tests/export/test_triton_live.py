@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from real_triton import RealServer, real_server
 
-from flashcocos.bundle.default_model import PAIRS, default_model_path
+from flashcocos.bundle.default_model import PAIRS, resolve_model
 from flashcocos.export.triton_server import MAX_QUEUE, MODELS, export_triton
 from flashcocos.preprocess.images import to_uint8
 from flashcocos.runtime import Translation, Translator
@@ -31,7 +31,7 @@ TYPES = {"uint8": "UINT8", "float32": "FP32", "object": "BYTES"}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     folder = tmp_path_factory.mktemp("triton")
-    repository = export_triton(default_model_path(), folder / "models", platform="python")
+    repository = export_triton(resolve_model(), folder / "models", platform="python")
     with real_server(repository, folder) as running:
         yield running
 

@@ -11,7 +11,7 @@ from kernel_twins import kernel_files, write_kernels
 from tiny_bundle import CHANNELS, CLASSES, write_tiny_bundle
 
 from flashcocos.bundle import STAGES, Bundle, write_bundle
-from flashcocos.bundle.default_model import default_model_path
+from flashcocos.bundle.default_model import resolve_model
 from flashcocos.cli import main
 from flashcocos.errors import InputError
 from flashcocos.export.triton_server import MODELS, export_triton
@@ -31,7 +31,7 @@ def configurations(folder: Path) -> dict[str, str]:
 
 
 def test_the_configurations_are_the_golden_ones(tmp_path: Path) -> None:
-    made = configurations(export_triton(default_model_path(), tmp_path / "models"))
+    made = configurations(export_triton(resolve_model(), tmp_path / "models"))
     golden = {path.stem: path.read_text() for path in GOLDEN.glob("*.pbtxt")}
     assert set(made) == set(MODELS) == set(golden)
     for model, text in golden.items():

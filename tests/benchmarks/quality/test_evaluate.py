@@ -16,7 +16,7 @@ from flashcocos.benchmarks.quality.contact_sheet import ContactSheet
 from flashcocos.benchmarks.quality.evaluate import evaluate_exact, evaluate_model, evaluate_photos
 from flashcocos.benchmarks.quality.photo_metrics import PhotoMetrics, open_metrics
 from flashcocos.benchmarks.quality.predictors import BundlePredictor, ModelPredictor, Prediction, open_predictor
-from flashcocos.bundle.default_model import default_model_path
+from flashcocos.bundle.default_model import resolve_model
 from flashcocos.cli import main
 from flashcocos.config import ModelConfig
 from flashcocos.errors import BackendError, InputError
@@ -197,7 +197,7 @@ def test_the_command_scores_photographs(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_shipped_model_beats_the_class_mean_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("dicebear", reason="needs the extra `avatars`")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    scores = evaluate_model(default_model_path(), "avatars", count=8, device="cpu", sheet=tmp_path / "sheet.png")
+    scores = evaluate_model(resolve_model(), "avatars", count=8, device="cpu", sheet=tmp_path / "sheet.png")
     assert scores["pairs"] == 8
     assert scores["psnr"] > scores["psnr_baseline"] > 15
     assert scores["correspondence"] > 0.9

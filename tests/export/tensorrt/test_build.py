@@ -11,7 +11,7 @@ import pytest
 
 from flashcocos import cli
 from flashcocos.bundle import STAGES, Bundle
-from flashcocos.bundle.default_model import default_model_path
+from flashcocos.bundle.default_model import resolve_model
 from flashcocos.errors import BackendError, InputError
 from flashcocos.export.tensorrt import build as build_module
 from flashcocos.export.tensorrt.build import build, parse_profile
@@ -32,7 +32,7 @@ def built(rtx, tmp_path_factory):
     """The shipped model for three architectures at once, in a static and a dynamic profile."""
     folder = tmp_path_factory.mktemp("engines")
     profiles = [SQUARE, parse_profile("64:64:128", "1:1:2")]
-    return folder, list(build(default_model_path(), targets=[120, 86, 89], profiles=profiles, output=folder))
+    return folder, list(build(resolve_model(), targets=[120, 86, 89], profiles=profiles, output=folder))
 
 
 def test_every_stage_and_profile_becomes_an_engine(rtx, built):
@@ -55,7 +55,7 @@ def test_the_runtime_finds_them_for_each_architecture(rtx, built):
     folder, _ = built
     for architecture in (86, 89, 120):
         found = find_engines(
-            Bundle(default_model_path()),
+            Bundle(resolve_model()),
             folder,
             variant="tensorrt-rtx",
             version=rtx.__version__,
@@ -69,7 +69,7 @@ def test_what_is_built_is_kept_unless_it_was_damaged(built):
     damaged = next(one for one in engines if one.record.key.profile.static and one.record.key.stage == "query")
     whole = damaged.path.read_bytes()
     damaged.path.write_bytes(whole[:-1])
-    again = list(build(default_model_path(), targets=[86, 89, 120], profiles=[SQUARE], output=folder))
+    again = list(build(resolve_model(), targets=[86, 89, 120], profiles=[SQUARE], output=folder))
     assert {one.record.key.stage: one.kept for one in again} == {stage: stage != "query" for stage in STAGES}
     assert read_engine(folder, again[0].record)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
@@ -77,9 +77,9 @@ def test_what_is_built_is_kept_unless_it_was_damaged(built):
 
 def test_weights_take_what_the_precision_says(built, tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "STAGES", ("fine",))
-    (single,) = build(default_model_path(), targets=[89], precision="float32", profiles=[SQUARE], output=tmp_path)
+    (single,) = build(resolve_model(), targets=[89], precision="float32", profiles=[SQUARE], output=tmp_path)
     half = next(one for one in built[1] if one.record.key.stage == "fine")
-    generator = Generator(Bundle(default_model_path()).manifest.config)
+    generator = Generator(Bundle(resolve_model()).manifest.config)
     elements = sum(p.numel() for part in (generator.up_2, generator.up_3, generator.last) for p in part.parameters())
     assert single.record.weight_bytes == pytest.approx(4 * elements, rel=0.1)
     assert half.record.weight_bytes == pytest.approx(2 * elements, rel=0.1)
@@ -87,7 +87,7 @@ def test_weights_take_what_the_precision_says(built, tmp_path, monkeypatch):
 
 def test_the_plan_adds_up(built):
     _, engines = built
-    config = Bundle(default_model_path()).manifest.config
+    config = Bundle(resolve_model()).manifest.config
     records = [one.record for one in engines]
     estimate = estimate_memory(config, records, 64, 64)
     static = {one.record.key.stage: one.record for one in engines if one.record.key.profile.static}
@@ -142,20 +142,20 @@ def test_other_profiles_are_refused(size, batch, message):
 
 def test_an_architecture_that_the_variant_does_not_know_is_refused(rtx):
     with pytest.raises(BackendError, match=r"builds for sm_75, .*not for sm_90; use variant tensorrt on such a GPU"):
-        next(build(default_model_path(), targets=[90]))
+        next(build(resolve_model(), targets=[90]))
 
 
 def test_other_options_that_do_not_fit_are_refused(rtx):
     with pytest.raises(InputError, match="precision 'int4' is unknown; expected one of float32, float16"):
-        next(build(default_model_path(), targets=[89], precision="int4"))
+        next(build(resolve_model(), targets=[89], precision="int4"))
     with pytest.raises(BackendError, match=r"the GPU at hand is unknown .*name a target: sm_89"):
-        next(build(default_model_path()))
+        next(build(resolve_model()))
 
 
 def test_a_build_that_fails_says_why_and_leaves_nothing(rtx, tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "STAGES", ("coarse",))
     with pytest.raises(BackendError, match=r"64 x 64, batch 1 for sm_75: the build failed: .*FP32 GEMM is not"):
-        list(build(default_model_path(), targets=[75], precision="float32", profiles=[SQUARE], output=tmp_path))
+        list(build(resolve_model(), targets=[75], precision="float32", profiles=[SQUARE], output=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,7 +170,7 @@ def test_memory_is_read_from_the_log_of_every_version(rtx, unit):
 def test_a_version_that_logs_no_memory_is_refused(rtx, tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "_FIGURES", ("Total Activation Memory", "Total Other Memory"))
     with pytest.raises(BackendError, match="did not log its Total Other Memory"):
-        list(build(default_model_path(), targets=[89], profiles=[SQUARE], output=tmp_path))
+        list(build(resolve_model(), targets=[89], profiles=[SQUARE], output=tmp_path))
 
 
 def test_flags_that_a_version_has_are_set():
@@ -194,7 +194,7 @@ def test_the_command_builds_engines_kernels_and_a_plan(rtx, tmp_path):
     """In a process of its own, for this one's Triton interprets and cannot compile."""
     command = [
         "build",
-        str(default_model_path()),
+        str(resolve_model()),
         "--target",
         "sm_89",
         "--precision",
@@ -217,7 +217,7 @@ def test_the_command_builds_engines_kernels_and_a_plan(rtx, tmp_path):
 
 
 def test_the_command_refuses_what_cannot_be(capsys):
-    assert cli.main(["build", str(default_model_path()), "--target", "ada"]) == 1
+    assert cli.main(["build", str(resolve_model()), "--target", "ada"]) == 1
     assert "target 'ada': expected a compute capability as sm_89" in capsys.readouterr().err
     assert cli.main(["build", "nowhere.zip", "--target", "sm_89"]) == 1
     assert "no model bundle at nowhere.zip" in capsys.readouterr().err
@@ -225,6 +225,6 @@ def test_the_command_refuses_what_cannot_be(capsys):
 
 def test_engines_lie_beside_the_bundle_by_default(rtx, tmp_path):
     path = tmp_path / "model.zip"
-    path.write_bytes(default_model_path().read_bytes())
+    path.write_bytes(resolve_model().read_bytes())
     first = next(build(path, targets=[89], profiles=[SQUARE]))
     assert first.path.parent == default_folder(path) == tmp_path / "model.engines"

@@ -9,7 +9,7 @@ import pytest
 from exported import CHANNELS, CLASSES, exported_stage
 
 from flashcocos.bundle import STAGES, Bundle
-from flashcocos.bundle.default_model import default_model_path
+from flashcocos.bundle.default_model import resolve_model
 from flashcocos.bundle.stages import axis_sizes, concrete_shape, stage_inputs, stage_tensors
 from flashcocos.errors import BackendError, BundleError
 from flashcocos.export.tensorrt import check
@@ -115,7 +115,7 @@ def test_float16_is_declared_with_islands_of_float32(config, stage):
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_the_shipped_model_keeps_its_picture(precision):
-    found = agreement(Bundle(default_model_path()), precision, 128)
+    found = agreement(Bundle(resolve_model()), precision, 128)
     print(f"{precision}: {found:.1f} dB")
     assert found >= check.MIN_PSNR[precision]
 
@@ -123,7 +123,7 @@ def test_the_shipped_model_keeps_its_picture(precision):
 def test_too_little_agreement_is_refused(monkeypatch):
     monkeypatch.setitem(check.MIN_PSNR, "float16", 200.0)
     with pytest.raises(BackendError, match=r"float16 gives \d+\.\d dB .* expected 200 or more; use precision float32"):
-        require_agreement(Bundle(default_model_path()), "float16", 64)
+        require_agreement(Bundle(resolve_model()), "float16", 64)
 
 
 def test_features_beyond_float16_are_refused(monkeypatch):
@@ -138,7 +138,7 @@ def test_features_beyond_float16_are_refused(monkeypatch):
         np.errstate(invalid="ignore"),
         pytest.raises(BackendError, match=r"gives NaN in float16: .*features"),
     ):
-        agreement(Bundle(default_model_path()), "float16", 64)
+        agreement(Bundle(resolve_model()), "float16", 64)
 
 
 def test_nan_is_flagged(rng):

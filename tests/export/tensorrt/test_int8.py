@@ -11,7 +11,7 @@ import pytest
 
 from flashcocos import cli
 from flashcocos.bundle import STAGES, Bundle
-from flashcocos.bundle.default_model import default_model_path
+from flashcocos.bundle.default_model import resolve_model
 from flashcocos.errors import BackendError
 from flashcocos.export.quantize import MIN_PSNR as QUALITY
 from flashcocos.export.quantize import quantize_bundle
@@ -41,7 +41,7 @@ def rtx():
 
 @pytest.fixture(scope="module")
 def quantized(pairs, tmp_path_factory):
-    return quantize_bundle(default_model_path(), tmp_path_factory.mktemp("bundle") / "int8.zip", pairs[:4]).path
+    return quantize_bundle(resolve_model(), tmp_path_factory.mktemp("bundle") / "int8.zip", pairs[:4]).path
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_the_rewriting_and_float16_cost_what_they_do_without_int8(quantized, pre
 
 def test_the_quality_bound_holds_for_what_tensorrt_is_given(quantized, half, pairs):
     """Against the float bundle, on pairs that calibration did not see."""
-    small, large = Bundle(quantized), Bundle(default_model_path())
+    small, large = Bundle(quantized), Bundle(resolve_model())
     for pair in (pairs[0], *pairs[4:]):
         arrays = warped(large, pair)
         expected, on_cpu = (
@@ -157,7 +157,7 @@ def test_int8_is_an_island_in_what_is_half(half):
 
 def test_other_stages_are_those_of_the_float_bundle(quantized):
     for stage in ("query", "exemplar"):
-        graphs = [bundle_graph(Bundle(path), stage, "float16") for path in (quantized, default_model_path())]
+        graphs = [bundle_graph(Bundle(path), stage, "float16") for path in (quantized, resolve_model())]
         assert graphs[0].SerializeToString(deterministic=True) == graphs[1].SerializeToString(deterministic=True)
         assert int8_convolutions(graphs[0]) == 0
 
@@ -208,7 +208,7 @@ def test_a_failed_build_leaves_nothing_to_the_next(rtx, quantized, half, tmp_pat
 def test_engines_are_built_and_say_that_they_are_int8(rtx, quantized, tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "STAGES", GENERATOR)
     targets, weights = [86, 89, 120], {}
-    for name, path in (("float", default_model_path()), ("int8", quantized)):
+    for name, path in (("float", resolve_model()), ("int8", quantized)):
         for precision in ("float16", "float32"):
             engines = build(path, targets=targets, precision=precision, profiles=[SQUARE], output=tmp_path / name)
             records = [one.record for one in engines]

@@ -12,7 +12,7 @@ import pytest
 from tiny_bundle import CHANNELS, CLASSES, random_label, random_picture, write_tiny_bundle
 
 from flashcocos.bundle import STAGES, Bundle
-from flashcocos.bundle.default_model import default_model_path
+from flashcocos.bundle.default_model import resolve_model
 from flashcocos.bundle.stages import axis_sizes, concrete_shape, stage_inputs, stage_tensors
 from flashcocos.config import ModelConfig
 from flashcocos.errors import BackendError
@@ -54,7 +54,7 @@ def inputs(config: ModelConfig, stage: str, height: int, width: int, batch: int)
 def test_equals_onnxruntime(tmp_path: Path, model: str, stage: str) -> None:
     """At sizes that change from run to run."""
     if model == "shipped":
-        opened = Bundle(default_model_path())
+        opened = Bundle(resolve_model())
     else:
         opened = Bundle(write_tiny_bundle(tmp_path / "b", CLASSES if model == "classes" else CHANNELS))
     engines = OpenVinoEngine(opened, stage, num_threads=1), OnnxRuntimeEngine(opened, stage, num_threads=1)
@@ -82,7 +82,7 @@ def test_describe(bundle: Bundle) -> None:
     info = OpenVinoEngine(bundle, "query").describe()
     assert info.backend == f"openvino {openvino.__version__.split('-')[0]}"
     assert (info.device, info.precision, info.arithmetic) == ("cpu", "float32", "float32")
-    stored = OpenVinoEngine(Bundle(default_model_path()), "query").describe()
+    stored = OpenVinoEngine(Bundle(resolve_model()), "query").describe()
     assert (stored.precision, stored.arithmetic) == ("float16", "float32")
     assert "arithmetic              float32" in describe_bundle()
 
