@@ -53,9 +53,7 @@ def open_data(settings: Settings) -> PairData:
 
         if (settings.model.label_kind, settings.model.label_channels) != ("classes", len(CLASSES)):
             raise InputError(f"data.kind avatars needs a model of {len(CLASSES)} label classes, as preset avatars-128")
-        # rounded, for the shares name the file of rendered pairs
-        share = data.retrieved_share
-        avatars = AvatarOptions(size=size, retrieved_share=share, pseudo_share=round(1 - share, 6))
+        avatars = AvatarOptions(size, data.retrieved_share)
         return AvatarPairs("train", avatars, count=data.count or None, folder=data.cache or None)
     from .data.photos import PhotoOptions, PhotoPairs
 

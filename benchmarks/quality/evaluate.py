@@ -147,7 +147,7 @@ def evaluate_model(
         from ...train.data.avatars import AvatarOptions, AvatarPairs
         from ...train.data.avatars_paint import CLASSES
 
-        avatars = AvatarOptions(size=predictor.config.image_size, retrieved_share=1.0, pseudo_share=0.0)
+        avatars = AvatarOptions(predictor.config.image_size, retrieved_share=1.0)
         exact_pairs = AvatarPairs(split, avatars, count=count)
         scores = evaluate_exact(predictor, exact_pairs, CLASSES, repaint=hand_drawn, sheet=contact_sheet)
     else:

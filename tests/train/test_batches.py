@@ -120,7 +120,7 @@ def test_batches_that_do_not_fit() -> None:
 def test_avatars_have_targets_and_the_models_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(split: str, options: avatars.AvatarOptions, *, count: int, folder: str) -> FlatPairs:
         assert (split, options.size, count, folder) == ("train", 64, 3, str(tmp_path))
-        assert (options.retrieved_share, options.pseudo_share) == (0.8, 0.2)
+        assert options.retrieved_share == 0.8
         return FlatPairs(count)
 
     monkeypatch.setattr(avatars, "AvatarPairs", fake)

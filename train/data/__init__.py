@@ -21,7 +21,7 @@ class Item(TypedDict):
     image, exemplar: float32 (3, H, W), RGB in [-1, 1].
     self_reference: float32, 1 where the exemplar is the image itself or a distorted copy of it, else 0.
     has_target: whether `image` is the exact answer for (label, exemplar). Where it is not, `image` is the photograph
-        that the label was made of, in a look of its own, or blank where there is none.
+        that the label was made of, in a look of its own.
     """
 
     label: npt.NDArray[Any]

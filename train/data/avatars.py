@@ -1,12 +1,12 @@
 """flashcocos-avatars: the built-in paired data set, rendered on the user's machine and kept in a file.
 
 A pair is (label, exemplar, exemplar label, target): target = structure s under look L, exemplar = structure s' under L,
-so the target of the translation is exact. By share: retrieved pairs (another structure, mostly of the same style),
-pseudo pairs (the exemplar is the target, warped at random) and free pairs (an exemplar of another look; no target).
+so the target of the translation is exact. By share: retrieved pairs (another structure, mostly of the same style) and
+pseudo pairs (the exemplar is the target, warped at random).
 Coverage: a class that fills over 1 % of the target must fill over 0.4 % of the exemplar; else the exemplar is drawn
 again, eight times at most, and then such classes get a fixed paint in both pictures.
 Splits share no structure and no look, and training shows none of the held-out hair variants.
-Every pair follows from (seed, split, index) alone. Flat synthetic art: it says nothing of quality on photographs.
+Every pair follows from split and index alone. Flat synthetic art: it says nothing of quality on photographs.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ SPLITS = {"train": 20_000, "validation": 1_000, "test": 1_000}
 FORMAT = 1  # raise it when a change of this code changes any pair
 MAX_REDRAWS = 8
 TARGET_SHARE, EXEMPLAR_SHARE = 0.01, 0.004
+ACROSS_SHARE = 0.1  # of the retrieved pairs, those whose exemplar may be of another style
+_SEED = 0  # another would be another data set
 _COVERED = np.array([name != "trim" for name in CLASSES])  # the trim keeps the artist's colors under every look
 _REMEDY = "the pairs are rendered again"
 _CHUNK = 64  # pairs per work unit and per transaction
@@ -49,38 +51,18 @@ class AvatarOptions:
 
     Attributes:
         size: side in pixels, 8 to 4096.
-        seed: another seed is another data set.
-        retrieved_share, pseudo_share: of these kinds of pairs; the rest is free.
-        across_share: of the retrieved pairs, those whose exemplar may be of another style.
+        retrieved_share: of the pairs; the others are pseudo pairs.
     """
 
-    size: int = 128
-    seed: int = 0
-    retrieved_share: float = 0.6
-    pseudo_share: float = 0.3
-    across_share: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("retrieved_share", "pseudo_share", "across_share"):
-            object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 name the same file of pairs
-        shares = (self.retrieved_share, self.pseudo_share, self.across_share)
-        if any(not 0 <= share <= 1 for share in shares) or self.retrieved_share + self.pseudo_share > 1 + 1e-9:
-            raise InputError(
-                "avatar pairs: retrieved_share, pseudo_share and across_share are 0 to 1, also the first two added; "
-                f"got {self.retrieved_share}, {self.pseudo_share}, {self.across_share}"
-            )
-        if not 8 <= self.size <= 4096:
-            raise InputError(f"avatar size: expected 8 to 4096 pixels, got {self.size}")
+    size: int
+    retrieved_share: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One rendered pair, all uint8: labels (H, W), pictures (H, W, 3). A free pair's target is blank.
+    """One rendered pair, all uint8: labels (H, W), pictures (H, W, 3). pseudo: the exemplar is the target, warped."""
 
-    kind: "retrieved", "pseudo" or "free".
-    """
-
-    kind: str
+    pseudo: bool
     label: np.ndarray
     target: np.ndarray
     exemplar_label: np.ndarray
@@ -89,36 +71,27 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What pair number `index` of a split shows, before it is drawn. `partner` is None for a pseudo pair."""
+    """What a pair shows, before it is drawn. `partner` is the exemplar's structure, None for a pseudo pair."""
 
-    kind: str
     structure: Structure
     look: Look
     partner: Structure | None
-    partner_look: Look
 
 
 def choose_pair(split: str, index: int, options: AvatarOptions) -> Recipe:
-    """The structures and looks of one pair; draws labels, as the coverage rule needs them.
+    """The structures and the look of one pair; draws labels, as the coverage rule needs them.
 
-    Raises `InputError` for an unknown split or an index outside it, `BackendError` without the extra `avatars`.
+    Raises `BackendError` without the extra `avatars`.
     """
-    if split not in SPLITS:
-        raise InputError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    if not 0 <= index < SPLITS[split]:
-        raise InputError(f"{split} has the structures 0 to {SPLITS[split] - 1}, got {index}")
-    key = f"{options.seed}/{split}/{index}"
+    key = f"{_SEED}/{split}/{index}"
     held_out = None if split == "test" else False
     structure = random_structure(f"{key}/structure", held_out=held_out)
     look = random_look(f"{key}/look")
     rng = random.Random(f"{key}/kind")
     kind_draw, across_draw = rng.random(), rng.random()
     if kind_draw >= options.retrieved_share:
-        if kind_draw < options.retrieved_share + options.pseudo_share:
-            return Recipe("pseudo", structure, look, None, look)
-        partner = random_structure(f"{key}/free", style=structure.style, held_out=held_out)
-        return Recipe("free", structure, look, partner, random_look(f"{key}/free look"))
-    style = None if across_draw < options.across_share else structure.style
+        return Recipe(structure, look, None)
+    style = None if across_draw < ACROSS_SHARE else structure.style
     label = render_label(structure, options.size)
     best, missing = None, np.ones(len(CLASSES), dtype=bool)
     for draw in range(1 + MAX_REDRAWS):
@@ -130,7 +103,7 @@ def choose_pair(split: str, index: int, options: AvatarOptions) -> Recipe:
             break
     for place in np.flatnonzero(missing):
         look = look.replace(CLASSES[place], DEFAULT_LOOK.paints[place])
-    return Recipe("retrieved", structure, look, best, look)
+    return Recipe(structure, look, best)
 
 
 def uncovered(label: np.ndarray, exemplar_label: np.ndarray) -> np.ndarray:
@@ -145,17 +118,12 @@ def render_pair(split: str, index: int, options: AvatarOptions) -> Pair:
     """Draw one pair; same arguments and package versions, same bytes."""
     recipe, size = choose_pair(split, index, options), options.size
     label = render_label(recipe.structure, size)
-    if recipe.kind == "free":
-        target = np.zeros((size, size, 3), dtype=np.uint8)
-    else:
-        target = render_image(recipe.structure, recipe.look, size)
+    target = render_image(recipe.structure, recipe.look, size)
     if recipe.partner is None:
-        flow = random_flow(f"{options.seed}/{split}/{index}/flow", size)
-        return Pair(recipe.kind, label, target, warp_nearest(label, flow), warp_bilinear(target, flow))
-    partner = recipe.partner
-    return Pair(
-        recipe.kind, label, target, render_label(partner, size), render_image(partner, recipe.partner_look, size)
-    )
+        flow = random_flow(f"{_SEED}/{split}/{index}/flow", size)
+        return Pair(True, label, target, warp_nearest(label, flow), warp_bilinear(target, flow))
+    exemplar = render_image(recipe.partner, recipe.look, size)
+    return Pair(False, label, target, render_label(recipe.partner, size), exemplar)
 
 
 def random_flow(key: str, size: int) -> np.ndarray:
@@ -220,9 +188,10 @@ def prepare_pairs(
     count = SPLITS[split] if count is None else count
     if not 1 <= count <= SPLITS[split]:
         raise InputError(f"count: {split} has 1 to {SPLITS[split]} pairs, got {count}")
-    # the options' first names, under which pairs are kept already
-    named = {name.removesuffix("_share"): value for name, value in dataclasses.asdict(options).items()}
-    identity = {"format": FORMAT, "split": split, **named, **package_versions()}
+    # by names and numbers under which pairs are kept already
+    shares = {"retrieved": options.retrieved_share, "pseudo": round(1 - options.retrieved_share, 6)}
+    identity = {"format": FORMAT, "split": split, "size": options.size, "seed": _SEED, "across": ACROSS_SHARE, **shares}
+    identity |= package_versions()
     text = json.dumps(identity, sort_keys=True)
     name = f"avatars-{split}-{options.size}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.sqlite"
     path = Path(cache_folder() if folder is None else folder) / name
@@ -240,7 +209,7 @@ def prepare_pairs(
 
 
 class AvatarPairs:
-    """The pairs of a split as a map-style data set, its items as the package says; the image of a free pair is blank.
+    """The pairs of a split as a map-style data set, its items as the package says.
 
     Renders what is missing on construction, as `prepare_pairs` does and with its arguments and errors.
     """
@@ -248,13 +217,13 @@ class AvatarPairs:
     def __init__(
         self,
         split: str,
-        options: AvatarOptions | None = None,
+        options: AvatarOptions,
         *,
         count: int | None = None,
         folder: str | os.PathLike[str] | None = None,
         workers: int | None = None,
     ) -> None:
-        self.options = options or AvatarOptions()
+        self.options = options
         self.path = prepare_pairs(split, self.options, count=count, folder=folder, workers=workers)
         self._count = SPLITS[split] if count is None else count
         self._reader: tuple[int, sqlite3.Connection] | None = None
@@ -269,8 +238,8 @@ class AvatarPairs:
             "exemplar": _to_float(pair.exemplar),
             "exemplar_label": pair.exemplar_label.copy(),
             "image": _to_float(pair.target),
-            "self_reference": np.float32(pair.kind == "pseudo"),
-            "has_target": pair.kind != "free",
+            "self_reference": np.float32(pair.pseudo),
+            "has_target": True,
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -295,12 +264,9 @@ class AvatarPairs:
             raise _damaged(self.path, str(error)) from error
 
 
-_KINDS = ("retrieved", "pseudo", "free")
-
-
 def _pack(pair: Pair) -> bytes:
     arrays = (pair.label, pair.target, pair.exemplar_label, pair.exemplar)
-    return zlib.compress(bytes([_KINDS.index(pair.kind)]) + b"".join(array.tobytes() for array in arrays), 1)
+    return zlib.compress(bytes([pair.pseudo]) + b"".join(array.tobytes() for array in arrays), 1)
 
 
 def _unpack(blob: bytes, size: int) -> Pair:
@@ -308,7 +274,7 @@ def _unpack(blob: bytes, size: int) -> Pair:
     label, target, exemplar_label, exemplar = np.split(data[1:], np.cumsum([1, 3, 1]) * size * size)
     plane, picture = (size, size), (size, size, 3)
     return Pair(
-        _KINDS[data[0]],
+        bool(data[0]),
         label.reshape(plane),
         target.reshape(picture),
         exemplar_label.reshape(plane),
