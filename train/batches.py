@@ -55,23 +55,11 @@ def open_data(settings: Settings) -> PairData:
             raise InputError(f"data.kind avatars needs a model of {len(CLASSES)} label classes, as preset avatars-128")
         avatars = AvatarOptions(size, data.retrieved_share)
         return AvatarPairs("train", avatars, count=data.count or None, folder=data.cache or None)
-    from .data.photos import PhotoOptions, PhotoPairs
+    from .data.photos import PhotoPairs
 
     if not data.root:
         raise InputError("data.root: expected the folder of the photographs, got ''; give --set data.root=FOLDER")
-    options: dict[str, Any] = {"flip": data.flip, "seed": settings.run.seed}
-    options |= {"retrieved_share": data.retrieved_share, "hard_share": data.hard_share}
-    if data.load_size:
-        options["load_size"] = data.load_size
-    return PhotoPairs(
-        settings.model,
-        data.root,
-        data.pairs or None,
-        samples=data.samples or None,
-        same=data.same or None,
-        labels=data.labels or None,
-        options=PhotoOptions.for_model(settings.model, **options),
-    )
+    return PhotoPairs(settings.model, data, seed=settings.run.seed)
 
 
 class Steps(Dataset[list[Batch]]):

@@ -44,10 +44,12 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         kind: "avatars", rendered on this machine, or "photos": the published data set of the model's task, or a folder
             of the user's own for any other task (`data.photos`).
-        root, pairs, samples, same, labels: of photos, paths as `PhotoPairs` takes them; empty for its defaults.
+        root, pairs, samples, same, labels: of photos, paths as `PhotoPairs` says; empty for its defaults.
         retrieved_share: share of the samples whose exemplar is another picture; the others show the picture itself (of
             the avatars a warped copy).
-        hard_share, flip, load_size: of photos, as in `PhotoOptions`; load_size 0 for 286 / 256 of the model's size.
+        hard_share: of photos, share of the samples whose exemplar is the hard one.
+        flip: of photos, whether half of the pictures are mirrored, exemplars independently.
+        load_size: of photos, side that they are resized to before a square is cut out; 0 for 286 / 256 of the model's.
         count, cache: of the avatars, the number of pairs, 0 for all, and the folder that keeps them.
         mirror, recolor: chances of mirroring a whole sample and of permuting its red, green and blue.
         hand_drawn: share of the samples whose label is painted anew as if by hand (`data.hand_drawn`).

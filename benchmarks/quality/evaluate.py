@@ -153,9 +153,11 @@ def evaluate_model(
     else:
         from ...train.data.photos import PhotoPairs
         from ...train.device import torch_device
+        from ...train.settings import DataSettings
 
         config = msgspec.structs.replace(predictor.config, task=task or predictor.config.task)
-        photos = PhotoPairs(config, data, pairs, split="test", labels=labels)
+        files = DataSettings(root=str(data), pairs=str(pairs or ""), labels=str(labels or ""))
+        photos = PhotoPairs(config, files, split="test")
         photo_metrics = open_metrics(
             metrics, vgg, inception, torch_device(engine.device) if vgg or inception else "cpu"
         )

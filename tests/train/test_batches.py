@@ -142,8 +142,6 @@ def test_photos_get_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     chosen |= {"retrieved_share": 0.5, "hard_share": 0.25}
     made = settings(data=chosen, run={"seed": 7})
     open_data(made)
-    assert seen["positional"] == (made.model, "here", "list.txt")
-    assert seen["samples"] is seen["same"] is seen["labels"] is None
-    assert seen["options"] == photos.PhotoOptions(64, 80, 0.5, 0.25, True, 7)
+    assert seen == {"positional": (made.model, made.data), "seed": 7}
     with pytest.raises(InputError, match=r"data\.root: expected the folder"):
         open_data(settings(data={"kind": "photos"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch.utils.data import DataLoader
 from flashcocos.config import ModelConfig
 from flashcocos.errors import InputError
 from flashcocos.preprocess import load_image, load_raw, prepare_folder
-from flashcocos.train.data.photos import PhotoOptions, PhotoPairs
+from flashcocos.train.data.photos import PhotoPairs
+from flashcocos.train.settings import DataSettings
 
 CONFIG = ModelConfig("mine", "classes", 200, image_size=64)
 PUBLISHED = {
@@ -31,12 +33,12 @@ PUBLISHED = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Nine photographs of 64 x 64 whose label is the red channel, and a list with an easy and a hard exemplar each."""
+    """Nine photographs of 96 x 96 whose label is the red channel, and a list with an easy and a hard exemplar each."""
     for sub in ("images", "labels"):
         (tmp_path / sub).mkdir()
     lines = []
     for number in range(9):
-        ids = np.random.default_rng(number).integers(0, 200, (64, 64), np.uint8)
+        ids = np.random.default_rng(number).integers(0, 200, (96, 96), np.uint8)
         picture = np.stack([ids, np.full_like(ids, number), np.zeros_like(ids)], -1)
         Image.fromarray(picture).save(tmp_path / "images" / f"{number}.png")
         Image.fromarray(ids).save(tmp_path / "labels" / f"{number}.png")
@@ -45,12 +47,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def options(**changes: object) -> PhotoOptions:
-    return PhotoOptions(**{"size": 48, "load_size": 64, **changes})  # type: ignore[arg-type]
-
-
-def opened(folder: Path, **arguments: object) -> PhotoPairs:
-    return PhotoPairs(CONFIG, folder, folder / "pairs.txt", **{"options": options(), **arguments})  # type: ignore[arg-type]
+def opened(folder: Path, config: ModelConfig = CONFIG, split: str = "train", seed: int = 0, **data: Any) -> PhotoPairs:
+    paths = {"root": folder, "pairs": folder / "pairs.txt", "load_size": 96, **data}
+    settings = DataSettings(**{name: str(x) if isinstance(x, Path) else x for name, x in paths.items()})
+    return PhotoPairs(config, settings, split=split, seed=seed)
 
 
 def number_of(picture: np.ndarray) -> int:
@@ -62,7 +62,7 @@ def test_published_layouts_give_what_preprocessing_gives(task: str, shared: Path
     samples = shared / "samples"
     root, pairs, photo, exemplar = PUBLISHED[task]
     config = ModelConfig.preset(task)
-    data = PhotoPairs(config, samples / root, samples / pairs, split="test")
+    data = opened(samples / root, config, "test", pairs=samples / pairs)
     names = [sample.photo.relative_to(samples / root).as_posix() for sample in data._samples]
     assert len(data) == (6 if task == "ade20k" else 4)
     item = data[names.index(photo)]
@@ -81,7 +81,7 @@ def test_ade20k_training_cuts_a_square_out_of_286(shared: Path, tmp_path: Path) 
     training = shared / "samples" / "ade20k" / "training"
     names = sorted(path.stem for path in training.glob("*.jpg"))
     (tmp_path / "list.txt").write_text("\n".join(f"{name}.jpg,{names[0]}.jpg" for name in names))
-    data = PhotoPairs(ModelConfig.preset("ade20k"), training.parent, tmp_path / "list.txt")
+    data = opened(training.parent, ModelConfig.preset("ade20k"), pairs=tmp_path / "list.txt", load_size=0)
     assert len(data) == 6
     for index in range(2):
         item, photo = data[index], training / f"{names[index]}.jpg"
@@ -105,7 +105,7 @@ def test_ade20k_as_it_is_downloaded_and_flat(flat: bool, tmp_path: Path) -> None
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new(mode, (80, 70), 7 * (number + 1) if mode == "L" else "gray").save(file)
     (tmp_path / "list.txt").write_text("ADE_validation_1.jpg,ADE_training_1.jpg\n")
-    item = PhotoPairs(config, tmp_path, tmp_path / "list.txt", split="test")[0]
+    item = opened(tmp_path, config, "test", pairs=tmp_path / "list.txt")[0]
     assert (item["label"] == 14).all()
     assert (item["exemplar_label"] == 7).all()
 
@@ -116,8 +116,8 @@ def test_prepared_labels_stand_for_raw_ones(shared: Path, tmp_path: Path) -> Non
     prepare_folder("celebahq", samples / root, tmp_path / "labels", size=None)
     config = ModelConfig.preset("celebahq")
     raw, prepared = (
-        PhotoPairs(config, samples / root, samples / pairs, split="test", labels=labels)[0]
-        for labels in (None, tmp_path / "labels")
+        opened(samples / root, config, "test", pairs=samples / pairs, labels=labels)[0]
+        for labels in ("", tmp_path / "labels")
     )
     assert np.array_equal(raw["label"], prepared["label"])
     assert np.array_equal(raw["exemplar_label"], prepared["exemplar_label"])
@@ -144,7 +144,7 @@ def test_items_follow_from_seed_epoch_and_index(folder: Path) -> None:
     assert any(not np.array_equal(a["image"], data[index]["image"]) for index, a in enumerate(first))
     data.set_epoch(0)
     again = pickle.loads(pickle.dumps(data))
-    reseeded = opened(folder, options=options(seed=1))
+    reseeded = opened(folder, seed=1)
     for index in (8, 0, 4):  # in any order
         for name, value in first[index].items():
             assert np.array_equal(value, again[index][name])
@@ -152,7 +152,7 @@ def test_items_follow_from_seed_epoch_and_index(folder: Path) -> None:
 
 
 def test_label_and_picture_are_cut_and_mirrored_alike_and_exemplars_apart(folder: Path) -> None:
-    data = opened(folder, options=options(retrieved_share=0.0, hard_share=0.0))
+    data = opened(folder, retrieved_share=0.0, hard_share=0.0)
     mirrored = set()
     for index in range(9):
         item = data[index]
@@ -160,35 +160,28 @@ def test_label_and_picture_are_cut_and_mirrored_alike_and_exemplars_apart(folder
             red = np.rint((item[kind][0] + 1) * 127.5)  # type: ignore[literal-required]
             assert np.array_equal(red, item[label])  # type: ignore[literal-required]
         whole = np.asarray(Image.open(folder / "labels" / f"{index}.png"))
-        windows = np.lib.stride_tricks.sliding_window_view(whole, (48, 48)).reshape(-1, 48, 48)
+        windows = np.lib.stride_tricks.sliding_window_view(whole, (64, 64)).reshape(-1, 64, 64)
         mirrored.add(
             tuple((windows == item[label][:, ::-1]).all((1, 2)).any() for label in ("label", "exemplar_label"))  # type: ignore[literal-required]
         )
     assert len(mirrored) > 2  # both, either and neither
-    unflipped = opened(folder, options=options(flip=False, size=64))
+    unflipped = opened(folder, ModelConfig("mine", "classes", 200, image_size=96), flip=False)
     assert np.array_equal(unflipped[3]["label"], np.asarray(Image.open(folder / "labels" / "3.png")))
 
 
 def test_the_same_person_stands_for_the_photograph(folder: Path) -> None:
     (folder / "same.txt").write_text("0,images\\7.png,8\n")
-    data = opened(folder, same=folder / "same.txt", options=options(retrieved_share=0.0, hard_share=0.0))
+    data = opened(folder, same=folder / "same.txt", retrieved_share=0.0, hard_share=0.0)
     assert number_of(data[0]["exemplar"]) == 7
     assert data[0]["has_target"]
     assert data[0]["self_reference"] == 1
     assert number_of(data[1]["exemplar"]) == 1
 
 
-def test_deepfashion_is_not_flipped_and_shows_no_retrieved_exemplar() -> None:
-    deepfashion = PhotoOptions.for_model(ModelConfig.preset("deepfashion"))
-    assert (deepfashion.retrieved_share, deepfashion.flip, deepfashion.load_size) == (0.0, False, 286)
-    assert PhotoOptions.for_model(ModelConfig.preset("ade20k"), seed=3) == PhotoOptions(seed=3)
-    assert PhotoOptions.for_model(CONFIG).load_size == 72
-
-
 def test_data_loader_workers(folder: Path) -> None:
     data = opened(folder)
     batches = list(DataLoader(data, batch_size=3, num_workers=1))  # type: ignore[arg-type]
-    assert [batch["image"].shape for batch in batches] == [(3, 3, 48, 48)] * 3
+    assert [batch["image"].shape for batch in batches] == [(3, 3, 64, 64)] * 3
     assert batches[0]["self_reference"].tolist() == [float(data[index]["self_reference"]) for index in range(3)]
     assert np.array_equal(batches[2]["exemplar"][2], data[8]["exemplar"])
 
@@ -198,14 +191,12 @@ def test_which_samples_are_shown(folder: Path) -> None:
     shown = opened(folder, split="test")
     assert [sample.photo.name for sample in shown._samples] == ["1.png", "3.png"]
     assert len(shown) == 2
-    assert shown[0]["label"].shape == (48, 48)
+    assert shown[0]["label"].shape == (64, 64)
     assert number_of(shown[0]["exemplar"]) == 2
     assert len(opened(folder)) == 9
     (folder / "few.txt").write_text("5\n")
     assert len(opened(folder, samples=folder / "few.txt")) == 1
-    alone = PhotoPairs(
-        CONFIG, folder, None, samples=folder / "few.txt", options=options(retrieved_share=0.0, hard_share=0.0)
-    )
+    alone = opened(folder, pairs="", samples=folder / "few.txt", retrieved_share=0.0, hard_share=0.0)
     assert alone[0]["has_target"]
 
 
@@ -226,17 +217,15 @@ def test_what_is_missing_is_named(folder: Path) -> None:
     (folder / "few.txt").write_text("1\n")
     (folder / "short.txt").write_text("1\n2,1\n")
     with pytest.raises(InputError, match=r"short\.txt: no line with an exemplar for 1"):
-        PhotoPairs(CONFIG, folder, folder / "short.txt", samples=folder / "few.txt")
+        opened(folder, pairs=folder / "short.txt", samples=folder / "few.txt")
     with pytest.raises(InputError, match="names no samples"):
-        PhotoPairs(CONFIG, folder, None)
+        opened(folder, pairs="")
 
 
 def test_bad_options(folder: Path) -> None:
-    with pytest.raises(InputError, match="got 'dev'"):
-        opened(folder, split="dev")
     with pytest.raises(InputError, match="not a folder"):
-        PhotoPairs(CONFIG, folder / "nowhere", None)
-    with pytest.raises(InputError, match=r"hard_share <= retrieved_share <= 1, got 0\.9 and 0\.7"):
-        PhotoOptions(hard_share=0.9)
-    with pytest.raises(InputError, match="size 300, load_size 286"):
-        PhotoOptions(size=300)
+        opened(folder / "nowhere", pairs="")
+    with pytest.raises(InputError, match=r"hard_share <= retrieved_share, got 0\.9 and 0\.7"):
+        opened(folder, hard_share=0.9)
+    with pytest.raises(InputError, match="load_size >= 64, got 63"):
+        opened(folder, load_size=63)

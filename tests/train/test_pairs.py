@@ -20,6 +20,7 @@ from flashcocos.train.checkpoint import save_model
 from flashcocos.train.data.photos import PhotoPairs
 from flashcocos.train.networks import CoCosNet, Vgg19
 from flashcocos.train.pairs import Extractor, nearest, write_pairs
+from flashcocos.train.settings import DataSettings
 
 
 class Colors:
@@ -162,7 +163,8 @@ def test_the_command_writes_a_list_that_the_loader_reads(
     command = ["pairs", str(folder), "-o", str(output), "-k", "2", "--device", "cpu"]
     assert main([*command, "--model", str(tmp_path / "model.safetensors")]) == 0
     assert capsys.readouterr().out == f"5 listed, 0 left out: {output}\n"
-    data = PhotoPairs(ModelConfig("mine", "classes", 3, image_size=64), folder, output)
+    files = DataSettings(root=str(folder), pairs=str(output))
+    data = PhotoPairs(ModelConfig("mine", "classes", 3, image_size=64), files)
     assert len(data) == 5
     (folder / "broken.png").write_bytes(b"no picture")
     assert main([*command, "--model", str(tmp_path / "model.safetensors")]) == 1

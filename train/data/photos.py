@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,82 +30,45 @@ from ...preprocess.prepare import load_raw
 from ...remote import list_files
 from . import Item
 
+if TYPE_CHECKING:
+    from ..settings import DataSettings
+
 _LISTS = {"train": "train.txt", "test": "val.txt"}
 _FOLDERS = {"ade20k": {"train": "training", "test": "validation"}}
-
-
-@dataclasses.dataclass(frozen=True)
-class PhotoOptions:
-    """What decides the items of a photo data set in training; a test has its size and nothing random.
-
-    Attributes:
-        size: side of the items.
-        load_size: side that pictures are resized to before a square of `size` is cut out.
-        retrieved_share: of the items, those whose exemplar is of the list; the others show the photograph itself.
-        hard_share: of all items, those whose exemplar is the hard one.
-        flip: whether half of the pictures are mirrored, exemplars independently.
-    """
-
-    size: int = 256
-    load_size: int = 286
-    retrieved_share: float = 0.7
-    hard_share: float = 0.2
-    flip: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.hard_share <= self.retrieved_share <= 1:
-            raise InputError(
-                "photo pairs: expected 0 <= hard_share <= retrieved_share <= 1, "
-                f"got {self.hard_share} and {self.retrieved_share}"
-            )
-        if not 1 <= self.size <= self.load_size:
-            raise InputError(
-                f"photo pairs: expected 1 <= size <= load_size, got size {self.size}, load_size {self.load_size}"
-            )
-
-    @classmethod
-    def for_model(cls, config: ModelConfig, **changes: Any) -> PhotoOptions:
-        """The published options of `config.task` at the model's size, fields replaced by `changes`.
-
-        DeepFashion is never flipped and shows another photograph of the same person, or itself, but no retrieved one.
-        """
-        fields: dict[str, Any] = {"size": config.image_size, "load_size": round(config.image_size * 286 / 256)}
-        if config.task == "deepfashion":
-            fields.update(retrieved_share=0.0, hard_share=0.0, flip=False)
-        return cls(**{**fields, **changes})
 
 
 class PhotoPairs:
     """A data set of photographs, its items as the package says: `image` is the photograph that the label belongs to.
 
-    config: of the model, for its task and the form of its labels. folder: the data set, in a layout of the module.
-    pairs: the retrieval list. samples: a list that names the photographs to show, by default `train.txt` or `val.txt`
-        where the folder has it, else every line of `pairs`.
-    same: lines of `name,another,...`, photographs of one person, as the published `deepfashion_self_pair.txt`: the
-        first is shown where the photograph itself would be, and counts as it (`self_reference`, `has_target`).
-    labels: folder of prepared labels, named as `flashcocos prepare` names them; by default raw label files are
-        prepared for the published tasks, and `labels/` is read for others.
+    In training pictures are resized to `load_size` and a square of the model's size is cut out; a test has that size
+    and nothing random.
+
+    Args:
+        config: of the model, for its task, its size and the form of its labels.
+        data: `root` is the folder, in a layout of the module, and `pairs` the retrieval list. `samples` names the
+            photographs to show, by default `train.txt` or `val.txt` where the folder has it, else every line of
+            `pairs`. `same` has lines of `name,another,...`, photographs of one person, as the published
+            `deepfashion_self_pair.txt`: the first is shown where the photograph itself would be, and counts as it
+            (`self_reference`, `has_target`). `labels` is a folder of prepared labels, named as `flashcocos prepare`
+            names them; by default raw label files are prepared for the published tasks, and `labels/` is read for
+            others.
+        split: "train" or "test".
+        seed: of what is drawn in training.
+
     Names in lists may have Windows separators, and need no suffix. Raises `InputError` naming the list and the
     photograph or line that is missing; label files are looked for when they are read.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        folder: PathLike,
-        pairs: PathLike | None,
-        *,
-        split: str = "train",
-        samples: PathLike | None = None,
-        same: PathLike | None = None,
-        labels: PathLike | None = None,
-        options: PhotoOptions | None = None,
-    ) -> None:
-        if split not in _LISTS:
-            raise InputError(f"split: expected one of {', '.join(_LISTS)}, got {split!r}")
-        self.config, self.options, self._training = config, options or PhotoOptions.for_model(config), split == "train"
-        root = Path(folder)
+    def __init__(self, config: ModelConfig, data: DataSettings, *, split: str = "train", seed: int = 0) -> None:
+        self.config, self.data, self.seed, self._training = config, data, seed, split == "train"
+        self._load_size = data.load_size or round(config.image_size * 286 / 256)
+        if self._training and data.hard_share > data.retrieved_share:
+            raise InputError(
+                f"photo pairs: expected hard_share <= retrieved_share, got {data.hard_share} and {data.retrieved_share}"
+            )
+        if self._training and self._load_size < config.image_size:
+            raise InputError(f"photo pairs: expected load_size >= {config.image_size}, got {self._load_size}")
+        root = Path(data.root)
         if not root.is_dir():
             raise InputError(f"{root}: not a folder")
         published = config.task in ROLES
@@ -113,21 +76,21 @@ class PhotoPairs:
             self._base = find_layout(config.task, root).images
         else:
             self._base = root / "images" if (root / "images").is_dir() else root
-        self._labels = Path(labels) if labels is not None else None if published else root / "labels"
+        self._labels = Path(data.labels) if data.labels else None if published else root / "labels"
         # a raw label may lie beside its photograph, and then the photograph is the JPEG
         suffixes = (".jpg", ".jpeg") if published else SUFFIXES
         photos = find_photos(self._base / self._part(split), suffixes)
         exemplars = find_photos(self._base / self._part("train"), suffixes)
-        retrieval = _Names(pairs, exemplars, self._base.name)
-        shown = samples if samples is not None else root / _LISTS[split] if (root / _LISTS[split]).is_file() else None
-        wanted = _Names(pairs if shown is None else shown, photos, self._base.name)
-        together = _Names(same, exemplars, self._base.name)
+        retrieval = _Names(data.pairs, exemplars, self._base.name)
+        listed = root / _LISTS[split]
+        wanted = _Names(data.samples or (listed if listed.is_file() else data.pairs), photos, self._base.name)
+        together = _Names(data.same, exemplars, self._base.name)
         if not wanted.lines:
             raise InputError(f"{wanted.path or root}: names no samples; give a list of `name,exemplar,...` as `pairs`")
         self._samples: list[_Sample] = []
         for name in sorted(wanted.lines):
             photo = wanted.photo(name)
-            retrieved = retrieval.line(name) if self.options.retrieved_share or not self._training else []
+            retrieved = retrieval.line(name) if data.retrieved_share or not self._training else []
             itself = together.line(name)[0] if name in together.lines else photo
             self._samples.append(_Sample(photo, itself, retrieved))
         self._epoch = 0
@@ -143,7 +106,7 @@ class PhotoPairs:
         if not 0 <= index < len(self._samples):
             raise IndexError(f"item {index} of {len(self._samples)}")
         sample = self._samples[index]
-        rng = random.Random(f"{self.options.seed}/{self._epoch}/{index}")
+        rng = random.Random(f"{self.seed}/{self._epoch}/{index}")
         exemplar = self._choose(sample, rng)
         itself = exemplar in (sample.photo, sample.itself)
         label, image = self._load(sample.photo, rng)
@@ -166,18 +129,18 @@ class PhotoPairs:
         if not self._training:
             return sample.retrieved[0]
         draw = rng.random()
-        if draw < self.options.hard_share:
+        if draw < self.data.hard_share:
             return sample.retrieved[-1]
-        return sample.retrieved[0] if draw < self.options.retrieved_share else sample.itself
+        return sample.retrieved[0] if draw < self.data.retrieved_share else sample.itself
 
     def _load(self, photo: Path, rng: random.Random) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
         """Label and picture of one file, cut and mirrored alike."""
-        size = self.options.size
-        side = self.options.load_size if self._training else size
+        size = self.config.image_size
+        side = self._load_size if self._training else size
         image, label = load_image(photo, (side, side)), self._label(photo, side)
         if self._training:
             top, left = rng.randint(0, side - size), rng.randint(0, side - size)
-            step = -1 if self.options.flip and rng.random() < 0.5 else 1
+            step = -1 if self.data.flip and rng.random() < 0.5 else 1
             label, image = (x[..., top : top + size, left : left + size][..., ::step] for x in (label, image))
         return np.ascontiguousarray(label), np.ascontiguousarray(image)
 
@@ -205,9 +168,9 @@ class _Sample:
 class _Names:
     """The lines of a list by their first name, and the photographs that names mean."""
 
-    def __init__(self, path: PathLike | None, photos: dict[str, list[Path]], folder: str) -> None:
+    def __init__(self, path: PathLike, photos: dict[str, list[Path]], folder: str) -> None:
         self.path, self.photos = path, photos
-        listed = [] if path is None else read_list(path)
+        listed = read_list(path) if path else []
         keys = [[key_of(name, folder) for name in line] for line in listed]
         self.lines: dict[str, list[str]] = {first: rest for first, *rest in keys}
 
