@@ -12,7 +12,7 @@ shared memory (`diagonal_taps`), after which its outermost lanes miss a neighbor
 Lanes. A tile's rows are BN lanes of queries, its columns BM lanes of keys. A query lane is a column of a band of at
 most BAND rows, and the lanes of all bands follow one another; a key lane is a column of a segment of the key map, and
 the lanes of all segments likewise, so that a narrow map fills its tiles. What lies outside a map is loaded as zero, the
-padding of the definition. `tile_products` counts what all this multiplies beyond the scores.
+padding of the definition.
 
 State. Of each query the running maximum stays in registers; the denominator and the unfinished output and match wait
 in memory where the result will be, in float32. With few tiles of queries the walks are split over programs, each with
@@ -28,7 +28,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..signatures import query_tiles
 from .triton_kernels import LN_2, WIDEN
 
 SEGMENT = tl.constexpr(32)  # most key rows of a segment
@@ -323,18 +322,3 @@ def walks(height_q: int, height_k: int, width_k: int, band: int, lanes: int) -> 
     tiles, rows = key_tiles(height_k, width_k, lanes)
     bands = -(-height_q // band)
     return tiles * (rows + -(-height_q // bands) - 1)
-
-
-def tile_products(
-    query: tuple[int, int], key: tuple[int, int], band: int, queries: int, keys: int
-) -> tuple[int, float]:
-    """Tiles of queries x keys multiplied over the channels for one image, and their elements for each score.
-
-    query, key: (height, width) of the maps. The second is the multiply-adds a score, in units of the channels, where
-    `forward_kernel` takes 9.
-    """
-    tiles, rows = key_tiles(*key, keys)
-    bands = -(-query[0] // band)
-    depth = -(-query[0] // bands)
-    count = query_tiles(*query, band, queries) * tiles * (depth * rows + 2 * (depth + rows - 1))
-    return count, count * queries * keys / (query[0] * query[1] * key[0] * key[1])
