@@ -19,7 +19,7 @@ from ...train.data import Item, PairData
 from ...train.data import hand_drawn as painting
 from .contact_sheet import ContactSheet
 from .metrics import ExactSums, class_mean_baseline, correspondence_accuracy
-from .photo_metrics import METRICS, PhotoMetrics, check_networks, open_metrics
+from .photo_metrics import METRICS, PhotoMetrics, check_networks
 from .predictors import Predictor, open_predictor
 
 
@@ -158,9 +158,8 @@ def evaluate_model(
         config = msgspec.structs.replace(predictor.config, task=task or predictor.config.task)
         files = DataSettings(root=str(data), pairs=str(pairs or ""), labels=str(labels or ""))
         photos = PhotoPairs(config, files, split="test")
-        photo_metrics = open_metrics(
-            metrics, vgg, inception, torch_device(engine.device) if vgg or inception else "cpu"
-        )
+        device = torch_device(engine.device) if vgg or inception else "cpu"
+        photo_metrics = PhotoMetrics(metrics, vgg=vgg, inception=inception, device=device)
         scores = evaluate_photos(predictor, photos, photo_metrics, count=count, sheet=contact_sheet)
     if sheet is not None and contact_sheet is not None:
         contact_sheet.write(sheet)

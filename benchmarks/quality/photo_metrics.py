@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +12,6 @@ from ...preprocess.images import PathLike, to_uint8
 from ...train.data import Item
 from .metrics import PatchSet, sliced_wasserstein_levels
 from .predictors import Prediction
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ...train.networks import Vgg19
 
 METRICS = ("fid", "swd", "semantic", "style")
 _INCEPTION = (
@@ -34,12 +29,12 @@ class PhotoMetrics:
 
     Args:
         names: Some of `METRICS`.
-        vgg: For "semantic" and "style".
-        inception: For "fid", as `feature_metrics.Inception`.
+        vgg: File with the weights of VGG19, for "semantic" and "style".
+        inception: File with an Inception network as TorchScript, for "fid".
         device: PyTorch's, where the networks run.
 
     Raises:
-        InputError: A name is unknown, or a network is missing.
+        InputError: A name is unknown, or a file is missing or damaged.
         BackendError: torchmetrics is missing.
     """
 
@@ -47,19 +42,22 @@ class PhotoMetrics:
         self,
         names: Collection[str] = METRICS,
         *,
-        vgg: Vgg19 | None = None,
-        inception: nn.Module | None = None,
+        vgg: PathLike | None = None,
+        inception: PathLike | None = None,
         device: str = "cpu",
     ) -> None:
         check_networks(names, vgg, inception)
         self.names, self.device = set(names), device
         self.patches = (PatchSet(0), PatchSet(1))
-        self.vgg = None if vgg is None else vgg.to(device).eval()
         self.rows: list[dict[str, float]] = []
         if inception is not None and "fid" in names:
-            from .feature_metrics import FrechetDistance
+            from .feature_metrics import FrechetDistance, Inception
 
-            self.frechet = FrechetDistance(inception, device)
+            self.frechet = FrechetDistance(Inception(inception), device)
+        if vgg is not None and {"semantic", "style"} & set(names):
+            from ...train.networks.vgg_weights import load_vgg
+
+            self.vgg = load_vgg(vgg).to(device)
 
     def add(self, item: Item, prediction: Prediction) -> None:
         """Count one pair."""
@@ -88,7 +86,6 @@ class PhotoMetrics:
 
         from .feature_metrics import semantic_consistency, style_relevance
 
-        assert self.vgg is not None  # checked on construction
         image = torch.as_tensor(prediction.image).permute(2, 0, 1).float() / 127.5 - 1
         pictures = (image, torch.as_tensor(item["image"]), torch.as_tensor(item["exemplar"]))
         output, photo, exemplar = (picture[None].to(self.device) for picture in pictures)
@@ -112,30 +109,3 @@ def check_networks(names: Collection[str], vgg: object, inception: object) -> No
         if network is None and (unusable := sorted(users & set(names))):
             others = ",".join(name for name in METRICS if name in names and name not in users) or "swd"
             raise InputError(f"{' and '.join(unusable)}: needs {what}; or leave it out: --metrics {others}")
-
-
-def open_metrics(names: Collection[str], vgg: PathLike | None, inception: PathLike | None, device: str) -> PhotoMetrics:
-    """Open `PhotoMetrics` with the networks in these files.
-
-    Args:
-        names: Some of `METRICS`.
-        vgg: File with the weights of VGG19.
-        inception: File with an Inception network as TorchScript.
-        device: PyTorch's.
-
-    Returns:
-        The metrics, without any picture.
-
-    Raises:
-        InputError: A name is unknown, or a file is missing or damaged.
-    """
-    networks: dict[str, Any] = {}
-    if "fid" in names and inception is not None:
-        from .feature_metrics import Inception
-
-        networks["inception"] = Inception(inception)
-    if {"semantic", "style"} & set(names) and vgg is not None:
-        from ...train.networks.vgg_weights import load_vgg
-
-        networks["vgg"] = load_vgg(vgg)
-    return PhotoMetrics(names, device=device, **networks)

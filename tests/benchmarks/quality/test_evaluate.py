@@ -14,7 +14,7 @@ from tiny_bundle import CHANNELS, CLASSES, write_tiny_bundle
 
 from flashcocos.benchmarks.quality.contact_sheet import ContactSheet
 from flashcocos.benchmarks.quality.evaluate import evaluate_exact, evaluate_model, evaluate_photos
-from flashcocos.benchmarks.quality.photo_metrics import PhotoMetrics, open_metrics
+from flashcocos.benchmarks.quality.photo_metrics import PhotoMetrics
 from flashcocos.benchmarks.quality.predictors import BundlePredictor, ModelPredictor, Prediction, open_predictor
 from flashcocos.bundle.default_model import resolve_model
 from flashcocos.cli import main
@@ -140,33 +140,34 @@ def test_which_source_a_path_is(copier: ModelPredictor, tmp_path: Path) -> None:
             open_predictor(tmp_path / "model.safetensors", EngineOptions(device="cuda"))
 
 
-def test_measures_on_photographs(copier: ModelPredictor, tmp_path: Path) -> None:
+def test_measures_on_photographs(copier: ModelPredictor, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     vgg = Vgg19().eval()
-    measures = PhotoMetrics(("semantic", "style", "swd"), vgg=vgg)
+    monkeypatch.setattr("flashcocos.train.networks.vgg_weights.load_vgg", lambda path: vgg)
+    measures = PhotoMetrics(("semantic", "style", "swd"), vgg="vgg19.pth")
     scores = evaluate_photos(copier, FlatPairs(), measures, count=2)
     assert scores["pairs"] == 2
     assert set(scores) == {"pairs", "swd", "semantic_consistency", "style_color", "style_texture"}
     for name in ("semantic_consistency", "style_color", "style_texture"):
         assert 0.9 < scores[name] <= 1
-    assert set(evaluate_photos(copier, FlatPairs(), PhotoMetrics(("semantic",), vgg=vgg), count=1)) == {
+    assert set(evaluate_photos(copier, FlatPairs(), PhotoMetrics(("semantic",), vgg="vgg19.pth"), count=1)) == {
         "pairs", "semantic_consistency",
     }  # fmt: skip
 
 
 def test_measures_without_their_networks_name_the_options(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"fid: needs .*--inception-weights PATH.*--metrics swd,semantic,style"):
-        PhotoMetrics(vgg=Vgg19())
+        PhotoMetrics(vgg="vgg19.pth")
     with pytest.raises(InputError, match=r"semantic and style: needs .*--vgg PATH.*--metrics fid,swd"):
-        PhotoMetrics(inception=torch.nn.Identity())
+        PhotoMetrics(inception="inception.pt")
     with pytest.raises(InputError, match=r"style: needs .*--metrics swd"):
-        open_metrics(["style"], None, None, "cpu")
+        PhotoMetrics(["style"])
     with pytest.raises(InputError, match=r"\['ssim'\]: expected some of fid, swd, semantic, style"):
         PhotoMetrics(("ssim", "swd"))
     with pytest.raises(InputError, match="expected some of"):
         PhotoMetrics(())
     torch.save(Vgg19().state_dict(), tmp_path / "vgg19_conv.pth")
-    assert open_metrics(["style"], tmp_path / "vgg19_conv.pth", None, "cpu").vgg is not None
+    assert not PhotoMetrics(["style"], vgg=tmp_path / "vgg19_conv.pth").vgg.training
 
 
 def test_the_command_scores_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
