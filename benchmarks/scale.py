@@ -26,7 +26,6 @@ def simulate(
     devices: int = 1,
     queue: int = 32,
     requests: int = 20_000,
-    extra: float = 0.0,
     seed: int = 0,
 ) -> dict[str, float]:
     """Simulate a service under a steady load.
@@ -37,7 +36,6 @@ def simulate(
         devices: How many there are.
         queue: Most requests that wait at a device.
         requests: To simulate.
-        extra: Seconds of each request outside of the device and the queue.
         seed: Of the random numbers.
 
     Returns:
@@ -54,15 +52,18 @@ def simulate(
     rng = np.random.default_rng(seed)
     starts = np.cumsum(rng.exponential(1 / rate, requests))
     works = rng.choice(np.asarray(seconds), requests)
-    return _answered(list(zip(starts.tolist(), works.tolist(), strict=True)), devices, queue, extra)
+    return _answered(list(zip(starts.tolist(), works.tolist(), strict=True)), devices, queue)
 
 
-def replay(work: Sequence[tuple[float, float]], *, queue: int = 32, extra: float = 0.0) -> dict[str, float]:
+def replay(work: Sequence[tuple[float, float]], *, extra: float = 0.0) -> dict[str, float]:
     """Simulate the requests that one device has answered.
 
     Args:
         work: Of each request, when it began, in seconds of any clock, and the seconds that the device worked on it.
-        queue, extra: As for `simulate`, which says what comes back.
+        extra: Seconds of each request outside of the device and the queue.
+
+    Returns:
+        As `simulate`.
 
     Raises:
         InputError: There is no request.
@@ -71,10 +72,12 @@ def replay(work: Sequence[tuple[float, float]], *, queue: int = 32, extra: float
     if not work:
         raise InputError("work: expected requests that were answered, got none")
     ordered = sorted(work)
-    return _answered([(start - ordered[0][0], seconds) for start, seconds in ordered], 1, queue, extra)
+    return _answered([(start - ordered[0][0], seconds) for start, seconds in ordered], 1, extra=extra)
 
 
-def _answered(work: Sequence[tuple[float, float]], devices: int, queue: int, extra: float) -> dict[str, float]:
+def _answered(
+    work: Sequence[tuple[float, float]], devices: int, queue: int = 32, extra: float = 0.0
+) -> dict[str, float]:
     try:
         import simpy
     except ImportError as error:

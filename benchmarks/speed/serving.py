@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import csv
 import dataclasses
 import io
@@ -16,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -167,12 +166,18 @@ class Connection:
 
 
 class Load:
-    """Requests to a service, on connections that are used again."""
+    """Requests to a service, on connections that are used again and closed in the end; a context manager."""
 
-    def __init__(self, port: int, questions: Sequence[Question], *, exact: bool = True, seed: int = 0) -> None:
+    def __init__(self, port: int, questions: Sequence[Question], *, exact: bool = True) -> None:
         self.tally = Tally()
-        self._port, self._questions, self._exact, self._random = port, questions, exact, random.Random(seed)
+        self._port, self._questions, self._exact, self._random = port, questions, exact, random.Random(0)
         self._free: list[Connection] = []
+
+    async def __aenter__(self) -> Load:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
 
     async def ask(self, abort_within: float | None = None) -> str:
         """Send one request and note what comes; or hang up at some time within so many seconds."""
@@ -241,16 +246,6 @@ class Load:
         return outcome
 
 
-@contextlib.asynccontextmanager
-async def load(port: int, questions: Sequence[Question], *, exact: bool = True) -> AsyncIterator[Load]:
-    """A `Load`, closed in the end."""
-    requests = Load(port, questions, exact=exact)
-    try:
-        yield requests
-    finally:
-        requests.close()
-
-
 class Bare:
     """The shipped model without a service, `pairs` of its demo inputs, and the questions whose answers it knows."""
 
@@ -305,7 +300,7 @@ def overhead(*, size: int, count: int, pairs: int = 6) -> dict[str, float]:
     bare = Bare(size, pairs)
 
     async def run(server: Server) -> Tally:
-        async with load(server.port, bare.questions(server.url)) as requests:
+        async with Load(server.port, bare.questions(server.url)) as requests:
             await requests.loop(1, count=2 * pairs**2)  # encodes the exemplars
             requests.tally = Tally()
             await requests.loop(1, count=count)
@@ -329,7 +324,7 @@ def throughput(*, size: int, batch: int, clients: int, rounds: int, seconds: flo
     alone: list[float] = []
 
     async def run(server: Server) -> Tally:
-        async with load(server.port, bare.questions(server.url), exact=batch == 1) as requests:
+        async with Load(server.port, bare.questions(server.url), exact=batch == 1) as requests:
             await requests.loop(clients, count=2 * pairs**2)
             requests.tally = Tally()
             for _ in range(rounds):
@@ -356,7 +351,7 @@ def overload(*, size: int, times: float, seconds: float, queue: int = 32, pairs:
     memory: list[float] = []
 
     async def run(server: Server) -> Tally:
-        async with load(server.port, bare.questions(server.url)) as requests:
+        async with Load(server.port, bare.questions(server.url)) as requests:
             await requests.loop(4, count=2 * pairs**2)
             rate = await requests.loop(4, seconds=min(5, seconds))
             memory.append(server.resources()["rss_mib"])
@@ -389,7 +384,7 @@ def arrivals(*, size: int, load_share: float, seconds: float, pairs: int = 6) ->
     bare = Bare(size, pairs)
 
     async def run(server: Server) -> tuple[float, Tally]:
-        async with load(server.port, bare.questions(server.url)) as requests:
+        async with Load(server.port, bare.questions(server.url)) as requests:
             await requests.loop(4, count=2 * pairs**2)
             rate = await requests.loop(4, seconds=min(10, seconds))
             requests.tally = Tally()
@@ -419,7 +414,7 @@ def soak(*, size: int, count: int, clients: int, aborts: float, pairs: int = 6) 
     seen: list[dict[str, float]] = []
 
     async def run(server: Server) -> Tally:
-        async with load(server.port, bare.questions(server.url)) as requests:
+        async with Load(server.port, bare.questions(server.url)) as requests:
             await requests.loop(clients, count=count // 10)
             requests.tally = Tally()
             await _quiet(server, requests)
@@ -457,7 +452,7 @@ def drain(*, size: int, clients: int, times: int, pairs: int = 6) -> dict[str, f
     took = []
 
     async def run(server: Server) -> Counter[str]:
-        async with load(server.port, bare.questions(server.url)) as requests:
+        async with Load(server.port, bare.questions(server.url)) as requests:
             await requests.loop(clients, count=3 * clients)
             requests.tally = Tally()
             tasks = [asyncio.create_task(requests.ask()) for _ in range(clients)]

@@ -28,10 +28,6 @@ def test_a_full_queue_refuses_what_is_too_much() -> None:
     assert found["p99_ms"] <= 500.0 + 1e-6  # its own and four before it
 
 
-def test_extra_time_comes_on_top() -> None:
-    assert simulate([0.1], 0.001, extra=0.02, requests=10)["p50_ms"] == pytest.approx(120)
-
-
 def test_requests_that_were_seen_wait_for_each_other() -> None:
     found = replay([(10.3, 0.1), (10.0, 0.2), (10.1, 0.3)], extra=0.01)  # answered after 0.2, 0.4 and 0.3 s
     assert found["p50_ms"] == pytest.approx(310)
