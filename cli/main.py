@@ -35,6 +35,7 @@ _EXTRAS = {
     "resvg": "avatars",
     "tensorboard": "train",
     "tomli": "serve",
+    "h5py": "hed",
     "torchmetrics": "eval",
     "psutil": "cpu",
     "fastapi": "serve",

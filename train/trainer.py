@@ -43,7 +43,7 @@ from .networks import CoCosNet, Discriminator, Vgg19, initialize, spectral
 from .networks.correspondence import ResidualBlock
 from .networks.growth import GROWABLE, grown_state
 from .networks.layers import SpadeBlock, add_spectral_norm, folded_state
-from .networks.vgg_weights import load_vgg
+from .networks.vgg_weights import load_features
 from .objective import GeneratorPass, discriminator_pass, generator_pass
 from .settings import FRESH, Settings, read_settings
 from .supervised import class_shares, supervised_terms
@@ -214,7 +214,7 @@ class Trainer:
             self._place(self.average)
             self.average.load_state_dict(folded_state(self.model))
         self.discriminator = start_discriminator(settings) if settings.loss.adversarial else None
-        vgg = (vgg or load_vgg(settings.vgg)) if settings.needs_vgg else None
+        vgg = (vgg or load_features(settings.perceptual, settings.vgg)) if settings.needs_vgg else None
         for network in (self.discriminator, vgg):
             if network is not None:
                 self._place(network)

