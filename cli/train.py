@@ -40,6 +40,7 @@ def _add_prepare(command: AddCommand) -> None:
     parser.add_argument(
         "--canny", choices=("upstream", "modern"), default="upstream", help="edge detector of celebahqedge"
     )
+    parser.add_argument("--list", metavar="FILE", help="prepare only the samples that this list names")
     parser.add_argument(
         "--nearest", action="store_true", help="of avatars: colors not in the palette become the nearest"
     )
@@ -48,13 +49,16 @@ def _add_prepare(command: AddCommand) -> None:
 def _prepare(options: argparse.Namespace) -> int:
     from ..preprocess.prepare import prepare_folder
 
-    require_distinct(options.output, options.source)
+    require_distinct(options.output, options.source, options.list)
+    if options.list is not None:
+        require_file(options.list)
     summary = prepare_folder(
         options.task,
         options.source,
         options.output,
         size=options.size,
         canny=options.canny,
+        list_file=options.list,
         nearest=options.nearest,
     )
     for message in summary.messages:

@@ -132,3 +132,34 @@ def read_list(path: PathLike) -> list[tuple[str, ...]]:
     text = read_text(path, MAX_LIST_BYTES, "utf-8-sig")  # Windows editors add a byte order mark
     lines = ([name.strip().replace("\\", "/") for name in line.split(",")] for line in text.splitlines())
     return [tuple(filter(None, names)) for names in lines if any(names)]
+
+
+def select(samples: list[Sample], names: list[str]) -> tuple[list[Sample], list[str]]:
+    """Those of `samples` that `names` mean, and the names that mean none.
+
+    A name means every sample whose key it ends with, or that ends with it, whole path components compared and the
+    suffix of a picture ignored; leading zeros of a number do not count.
+    """
+    by_last: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_last.setdefault(_plain(sample.key)[-1], []).append(sample)
+    chosen: dict[str, Sample] = {}
+    unknown = []
+    for name in names:
+        path = PurePosixPath(name)
+        parts = _plain(str(path.with_suffix("")) if path.suffix.lower() in SUFFIXES else name)
+        found = False
+        for sample in by_last.get(parts[-1], []):
+            key = _plain(sample.key)
+            shared = min(len(key), len(parts))
+            if key[-shared:] == parts[-shared:]:
+                chosen[sample.key] = sample
+                found = True
+        if not found:
+            unknown.append(name)
+    return [chosen[key] for key in sorted(chosen)], unknown
+
+
+def _plain(path: str) -> tuple[str, ...]:
+    *folders, last = PurePosixPath(path).parts or ("",)
+    return (*folders, last.lstrip("0") or "0" if last.isdecimal() else last)

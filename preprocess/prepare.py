@@ -12,7 +12,7 @@ from ..remote import is_remote, to_path
 from . import ade20k, celebahq, edges, pose
 from .images import PathLike, UInt8Array, check_size
 from .labels import resize_nearest, save_label
-from .layouts import ROLES, Sample, find_layout, find_sample
+from .layouts import ROLES, Sample, find_layout, find_sample, read_list, select
 from .palette import CLASS_NAMES, read_drawing
 
 
@@ -59,6 +59,7 @@ def prepare_folder(
     *,
     size: tuple[int, int] | None,
     canny: str = "upstream",
+    list_file: PathLike | None = None,
     nearest: bool = False,
 ) -> Summary:
     """Write the prepared label of every sample in `source_folder` as `output_folder`/<key>.png or .npz.
@@ -71,6 +72,7 @@ def prepare_folder(
         output_folder: outside the source's folders.
         size: as for `load_raw`.
         canny: as for `load_raw`.
+        list_file: prepare only what it names.
         nearest: of avatars, whether a color that is not in the palette stands for the nearest that is.
 
     Returns:
@@ -93,6 +95,9 @@ def prepare_folder(
         raise InputError(f"{source_folder}: no {task} files; expected images/NAME.jpg and labels/{_ending(task)}")
     messages: list[Message] = []
     prepared = 0
+    if list_file is not None:
+        samples, unknown = select(samples, [name for line in read_list(list_file) for name in line])
+        messages += [Message(name, f"listed in {list_file}, but not found", failed=True) for name in unknown]
     some_images = any(sample.images for sample in samples)
     with tqdm(desc="prepare", total=len(samples), unit="file", disable=None) as progress:
         for sample in samples:

@@ -97,13 +97,17 @@ def test_labels_are_prepared_in_a_store(work: Path, store: Any, capsys: pytest.C
             (folder / name.replace("images", "labels").replace("jpg", "png")).write_bytes(
                 (work / "labels/a.png").read_bytes()
             )
-    said = []
-    for root in (work, URL):
-        code = main(["prepare", "ade20k", f"{root}/raw", "-o", f"{root}/prepared"])
-        said.append((code, capsys.readouterr().err.replace(str(root), "")))
-    assert said[0] == said[1]
-    assert content(f"{URL}/prepared") == content(work / "prepared")
-    assert sorted(content(work / "prepared")) == ["one.png", "sub/two.png"]
+    (work / "names.txt").write_text("one.jpg\nthree.jpg\n")
+    (store / "work/names.txt").write_text("one.jpg\nthree.jpg\n")
+    for more in ([], ["--list"]):
+        said = []
+        for root in (work, URL):
+            names = [*more, f"{root}/names.txt"][: 2 * len(more)]
+            code = main(["prepare", "ade20k", f"{root}/raw", "-o", f"{root}/prepared{len(more)}", *names])
+            said.append((code, capsys.readouterr().err.replace(str(root), "")))
+        assert said[0] == said[1]
+        assert content(f"{URL}/prepared{len(more)}") == content(work / f"prepared{len(more)}")
+    assert sorted(content(work / "prepared0")) == ["one.png", "sub/two.png"]
 
 
 def test_few_questions_are_asked(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from flashcocos.errors import InputError
 from flashcocos.preprocess import read_list
-from flashcocos.preprocess.layouts import find_layout, find_sample
+from flashcocos.preprocess.layouts import find_layout, find_sample, select
 
 FACES = "CelebAMask-HQ-mask-anno"
 
@@ -113,3 +113,22 @@ def test_unreadable_list_files_are_named(tmp_path: Path, data: bytes | None) -> 
         (tmp_path / "list.txt").write_bytes(data)
     with pytest.raises(InputError, match=r"list\.txt(: not a readable text file| does not exist)"):
         read_list(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("training/a.jpg", ["training/a"]),
+        ("data/ade/training/a.jpg", ["training/a"]),
+        ("a", ["training/a", "validation/a"]),
+        ("b.v2", ["b.v2"]),
+        ("00012.jpg", ["12"]),
+        ("aa.jpg", []),
+        ("other/a.jpg", []),
+    ],
+)
+def test_names_mean_samples_by_whole_components(tmp_path: Path, name: str, keys: list[str]) -> None:
+    touch(tmp_path, "training/a.png", "validation/a.png", "b.v2.png", "12.png")
+    chosen, unknown = select(find_layout("ade20k", tmp_path).samples(), [name])
+    assert [sample.key for sample in chosen] == keys
+    assert unknown == ([] if keys else [name])

@@ -65,6 +65,14 @@ def test_without_a_size_labels_keep_their_own(scenes: Path, tmp_path: Path) -> N
     np.testing.assert_array_equal(read_ids(tmp_path / "out/good.png"), read_ids(scenes / "labels/good.png"))
 
 
+def test_a_list_file_with_windows_paths_chooses(scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("images\\sub\\fine.jpg,gone.jpg\r\n")
+    summary = prepare_folder("ade20k", scenes, tmp_path / "out", size=None, list_file=tmp_path / "list.txt")
+    assert summary.prepared == 1
+    assert texts(summary) == {"gone.jpg": f"listed in {tmp_path / 'list.txt'}, but not found"}
+    assert (tmp_path / "out/sub/fine.png").is_file()
+
+
 def test_running_again_replaces_what_is_there(scenes: Path, tmp_path: Path) -> None:
     first = prepare_folder("ade20k", scenes, tmp_path / "out", size=(16, 16))
     (tmp_path / "out/good.png").write_bytes(b"stale")
