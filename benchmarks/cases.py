@@ -33,6 +33,7 @@ def ablation_cases(extra_bundles: Sequence[str], config: ModelConfig) -> Iterato
     yield _runtime("ablation/openvino-bfloat16-256", size, backend="openvino", precision="bfloat16")
     for bundle in extra_bundles:
         yield _runtime(f"ablation/{bundle}-256", size, bundle=bundle)
+        yield _runtime(f"ablation/{bundle}-openvino-256", size, bundle=bundle, backend="openvino")
 
 
 def resolution_cases(extra_bundles: Sequence[str], config: ModelConfig) -> Iterator[Case]:
