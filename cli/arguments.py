@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import printable
+from ..errors import InputError, printable
 from ..runtime.options import BACKENDS, DEVICES, MAX_THREADS, PRECISIONS, WARPS
 
 Run = Callable[[argparse.Namespace], int]
@@ -48,6 +49,14 @@ def thread_count(text: str) -> int:
 def names(text: str) -> list[str]:
     """Parse a list of names with commas between them."""
     return [name for name in text.split(",") if name]
+
+
+def parse_target(text: str) -> int:
+    """ "sm_89", "sm89", "89" or "8.9" as 89; raises `InputError`."""
+    match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text.strip().lower())
+    if not match:
+        raise InputError(f"target {text!r}: expected a compute capability as sm_89")
+    return int(match[1]) * 10 + int(match[2])
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:

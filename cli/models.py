@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import require_distinct, require_file
-from .arguments import BUNDLE, AddCommand, add_pairing, show, sides
+from .arguments import BUNDLE, AddCommand, add_pairing, parse_target, show, sides
 
 TITLE = "Models"
 
@@ -146,7 +146,6 @@ def _export(options: argparse.Namespace) -> int:
     if options.output.endswith(".onnx"):
         raise InputError(f"output {options.output}: a bundle is a folder or a .zip; --single writes one .onnx")
     from ..export.bundle import export_bundle
-    from ..runtime.gpu.store import parse_target
 
     targets = [parse_target(target) for target in options.aot or ()]
     show(
@@ -273,7 +272,7 @@ def _build(options: argparse.Namespace) -> int:
     from ..export.tensorrt.build import build, build_kernels, current_architecture, parse_profile
     from ..export.tensorrt.check import require_agreement
     from ..runtime.gpu.memory_estimate import estimate_memory
-    from ..runtime.gpu.store import default_folder, import_variant, parse_target
+    from ..runtime.gpu.store import default_folder, import_variant
 
     path = resolve_model(options.bundle)
     bundle, precision = Bundle(path), options.precision

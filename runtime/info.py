@@ -173,7 +173,6 @@ def _memory_lines(
         return [("memory", f"not known: there are no engines of this bundle in {folder}, which it depends on")]
     lines = []
     for (variant, version, _, precision), engines in sorted(sets.items()):
-        engines.sort(key=lambda record: not record.key.profile.static)
         try:
             memory = str(estimate_memory(bundle.manifest.config, engines, *size, tile=tile))
         except BackendError as error:

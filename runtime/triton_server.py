@@ -79,7 +79,7 @@ class Warp(_Batched):
         bundle = _bundle(arguments)
         config = bundle.manifest.config
         if arguments["model_instance_kind"] == "GPU":
-            from .gpu.host_warp import HostWarp
+            from .gpu.warp import HostWarp
 
             self.run = HostWarp(bundle, int(arguments["model_instance_device_id"])).run
         else:

@@ -173,9 +173,8 @@ def cubins(case: Case, assets: Assets) -> Benchmark:
     """
     from ...kernels.gpu.aot import compile_kernels
     from ...runtime.gpu.cubins import find_kernels
-    from ...runtime.gpu.device import Device
+    from ...runtime.gpu.device import Buffers, Device
     from ...runtime.gpu.warp import DeviceWarp, key_tensors, query_tensors
-    from ...runtime.gpu.workspace import Buffers
 
     config, size = ModelConfig.preset(case.parameters["preset"]), case.parameters["size"]
     maps, gpu = (size, size), Device()
@@ -197,9 +196,8 @@ def cubins(case: Case, assets: Assets) -> Benchmark:
         for name, array in planes.items():
             inputs.pinned[name][...] = array
         at, keys = inputs.addresses, buffers.addresses
-        for step in (*inputs.upload(*planes), *launched.pack_keys(at["phi"], at["values"], keys, 1, maps)):
-            step()
-        gpu.synchronize()
+        packing = launched.pack_keys(at["phi"], at["values"], keys, 1, maps)
+        gpu.run({"pack": [*inputs.upload(*planes), *packing]})
         work = launched.run(at["theta"], keys, keys, 1, maps, maps)
 
     def run() -> Sample:
@@ -211,9 +209,7 @@ def cubins(case: Case, assets: Assets) -> Benchmark:
 
     def check(_: int) -> dict[str, float]:
         with gpu.active():
-            for step in buffers.download("warped"):
-                step()
-            gpu.synchronize()
+            gpu.run({"download": buffers.download("warped")})
         return {"max_error": warp.largest_error(arrays, buffers.pinned["warped"], config.patch)}
 
     def close(_: int) -> dict[str, float]:

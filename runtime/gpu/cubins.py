@@ -32,11 +32,11 @@ _FORMATS = {"i32": "i", "fp32": "f"}
 Source = Path | Bundle  # where kernels lie: a folder, which may be missing, or a bundle's own
 
 
-class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A JSON file of `kernels/gpu/aot.py`; the fields with defaults are for people.
+class Cubin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A kernel and its description, a JSON file of `kernels/gpu/aot.py`.
 
     arguments: name and type of each in order; type is "*..." for a pointer, "i32", "fp32", or "null". cuda: the version
-    that its compiler came with.
+    that its compiler came with. registers, spilled_bytes, triton: for people. code: of the file `cubin`.
     """
 
     revision: int
@@ -55,12 +55,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     registers: int = 0
     spilled_bytes: int = 0
     triton: str = ""
-
-
-class Cubin(Description, frozen=True, kw_only=True):
-    """A kernel that was checked: launched with `grid(sizes, batch)` blocks of `threads` threads."""
-
-    code: bytes
+    code: Annotated[bytes, msgspec.Meta(max_length=0)] = b""  # a description has none
 
     @property
     def formats(self) -> str:
@@ -178,22 +173,22 @@ def _read(sources: Sequence[Source], name: str, architecture: int, dtype: str, c
         revision = fields.get("revision", 1) if isinstance(fields, dict) else None
         if revision != signatures.REVISION:
             raise BundleError(f"it is of revision {revision!r:.20}, expected {signatures.REVISION}")
-        description = from_fields(Description, fields)
-        stated = (description.kernel, description.cubin, description.architecture, description.dtype)
+        cubin = from_fields(Cubin, fields)
+        stated = (cubin.kernel, cubin.cubin, cubin.architecture, cubin.dtype)
         if stated != (name, f"{stem}.cubin", architecture, dtype):
             raise BundleError(f"it describes {stated}")
-        _check_constants(description.constants, name, config)
-        _check_arguments(description.arguments, signatures.arguments(_base(name), dtype))
+        _check_constants(cubin.constants, name, config)
+        _check_arguments(cubin.arguments, signatures.arguments(_base(name), dtype))
     except (ValueError, RecursionError, msgspec.DecodeError) as error:  # InputError and BundleError are ValueErrors
         raise BundleError(
             f"{_where(source)}: {stem}.json cannot be used: {error}; compile the kernels again"
         ) from error
     code = _content(source, f"{stem}.cubin", MAX_CUBIN_BYTES)
-    if hashlib.sha256(code).hexdigest() != description.sha256:
+    if hashlib.sha256(code).hexdigest() != cubin.sha256:
         raise BundleError(
             f"{_where(source)}: {stem}.cubin is not the cubin that its description states; compile it again"
         )
-    return Cubin(**msgspec.structs.asdict(description), code=code)
+    return msgspec.structs.replace(cubin, code=code)
 
 
 def _check_arguments(stated: Sequence[Mapping[str, str]], expected: Mapping[str, str]) -> None:

@@ -1,17 +1,14 @@
 """CUDA graphs through the driver library itself, for pycuda binds none of their functions.
 
-Work that is put on a stream is captured instead of run and becomes one executable graph. Source of the signatures:
-NVIDIA's CUDA Driver API reference, sections Stream Management and Graph Management. Checked against a library of
-stubs.
+Source of the signatures: NVIDIA's CUDA Driver API reference, sections Stream Management and Graph Management.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from ...errors import BackendError
@@ -37,24 +34,24 @@ class CudaGraph:
     """
 
     def __init__(self, stream: int, work: Callable[[], None]) -> None:
-        self._library = load_driver()
-        self._stream = stream
-        self._executable = ctypes.c_void_p()
-        graph = ctypes.c_void_p()
-        self._call("cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)
+        self._library, self._stream, self._executable = load_driver(), stream, ctypes.c_void_p()
+        graph, collects = ctypes.c_void_p(), gc.isenabled()
+        gc.disable()  # the collector may free device memory, and CUDA refuses that while it captures
         try:
-            with _no_collection():
+            self._call("cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)
+            try:
                 work()
-        except BaseException:
-            # its own result says only that the capture came to nothing
-            self._library.cuStreamEndCapture(stream, ctypes.byref(graph))
-            self._destroy(graph)
-            raise
-        try:
+            except BaseException:
+                # its own result says only that the capture came to nothing
+                self._library.cuStreamEndCapture(stream, ctypes.byref(graph))
+                raise
             self._call("cuStreamEndCapture", stream, ctypes.byref(graph))
             self._call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, 0)
         finally:
-            self._destroy(graph)
+            if graph:
+                self._library.cuGraphDestroy(graph)
+            if collects:
+                gc.enable()
 
     def replay(self) -> None:
         """Put the captured work on the stream."""
@@ -66,27 +63,11 @@ class CudaGraph:
             self._library.cuGraphExecDestroy(self._executable)
             self._executable = ctypes.c_void_p()
 
-    def _destroy(self, graph: ctypes.c_void_p) -> None:
-        if graph:
-            self._library.cuGraphDestroy(graph)
-
     def _call(self, function: str, *arguments: Any) -> None:
         if result := getattr(self._library, function)(*arguments):
             name = ctypes.c_char_p()
             self._library.cuGetErrorName(result, ctypes.byref(name))
             raise BackendError(f"{function}: {name.value.decode() if name.value else f'error {result}'}")
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Hold the garbage collector off: it may free device memory, and CUDA refuses that while it captures."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def load_driver() -> Any:

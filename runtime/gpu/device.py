@@ -3,20 +3,18 @@
 Addresses are plain integers, so that TensorRT, ONNX Runtime and our kernels share buffers. The context is the GPU's
 primary one, which those libraries use as well. pycuda frees what it owns in the context that is current, and warns and
 leaks where there is none; so everything runs within `active`, which pushes the context in whatever thread calls. The
-context itself is given back when the process ends, as every other CUDA library does.
-
-Written against pycuda 2026.1, and tested over a stand-in for `pycuda.driver` whose calls were checked against it.
+context itself is given back when the process ends, as every other CUDA library does. Written against pycuda 2026.1.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import importlib
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,20 +31,13 @@ _contexts: dict[int, Any] = {}
 _contexts_lock = threading.Lock()
 
 Launch = Callable[[tuple[int, int, int], Sequence[int | float]], None]  # (grid, arguments), pointers as addresses
-Event = Any  # of pycuda; freed with its last reference
+Work = Callable[[], object]  # something with all its arguments, put on the stream by calling it
+Array = npt.NDArray[Any]
+Tensors = Mapping[str, tuple[tuple[int, ...], Any]]  # name -> (shape, dtype)
 
 
 class OutOfMemory(BackendError):
     """Device memory or page-locked host memory ran out."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Buffer:
-    """Device memory, aligned to 256 bytes. free: gives it back, once no work on the stream still uses it."""
-
-    address: int
-    bytes: int
-    free: Callable[[], None]
 
 
 class Window(NamedTuple):
@@ -92,6 +83,7 @@ class Device:
                 self._stream: Any = self._driver.Stream(_NON_BLOCKING)
             self.stream = int(self._stream.handle)
         self._functions: list[Any] = []
+        self._events: list[Any] = []  # used again by every run
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -112,28 +104,24 @@ class Device:
             free, total = self._driver.mem_get_info()
         return int(free), int(total)
 
-    def allocate(self, size: int) -> Buffer:
-        """Uninitialized memory of `size` bytes; `OutOfMemory`."""
+    def allocate(self, size: int) -> tuple[int, Callable[[], None]]:
+        """The address of `size` uninitialized bytes, a multiple of 256, and what frees them; `OutOfMemory`."""
         with self._errors(f"no {mebibytes(size)} of device memory", OutOfMemory):
             allocation = self._driver.mem_alloc(size)
-        return Buffer(int(allocation), size, allocation.free)
+        return int(allocation), allocation.free
 
-    def pinned_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """An uninitialized array of page-locked host memory, which copies need not wait for; `OutOfMemory`."""
+    def allocate_pinned(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[Array, Callable[[], None]]:
+        """An uninitialized array of the host, which copies need not wait for, and what frees it; `OutOfMemory`."""
         with self._errors(f"no page-locked host memory for {shape}", OutOfMemory):
-            array: npt.NDArray[Any] = self._driver.pagelocked_empty(shape, np.dtype(dtype))
-        return array
+            array = self._driver.pagelocked_empty(shape, np.dtype(dtype))
+        return array, array.base.free  # the allocation, which is no array
 
-    def free_pinned(self, array: npt.NDArray[Any]) -> None:
-        """Give a `pinned_array` back; it is not to be used afterwards."""
-        array.base.free()  # type: ignore[union-attr]  # the allocation, which is no array
-
-    def upload(self, target: int, source: npt.NDArray[Any]) -> None:
+    def upload(self, target: int, source: Array) -> None:
         """Put a copy of `source`, a pinned array, to the address `target` on the stream."""
         with self._errors("a copy to the GPU failed"):
             self._driver.memcpy_htod_async(target, source, self._stream)
 
-    def download(self, target: npt.NDArray[Any], source: int) -> None:
+    def download(self, target: Array, source: int) -> None:
         """Put a copy from the address `source` to `target`, a pinned array, on the stream."""
         with self._errors("a copy from the GPU failed"):
             self._driver.memcpy_dtoh_async(target, source, self._stream)
@@ -177,20 +165,19 @@ class Device:
 
         return launch
 
-    def event(self) -> Event:
-        """A new point in time on the stream, once it is passed to `record`."""
-        with self._errors("no event"):
-            return self._driver.Event()
-
-    def record(self, event: Event) -> None:
-        """Let `event` be the point that the stream has reached."""
-        with self._errors("an event cannot be recorded"):
-            event.record(self._stream)
-
-    def milliseconds(self, start: Event, end: Event) -> float:
-        """The time between two events, both of which have passed."""
-        with self._errors("an event has not passed"):
-            return float(end.time_since(start))
+    def run(self, parts: Mapping[str, Sequence[Work]]) -> dict[str, float]:
+        """Put all `parts` on the stream, one after another, and wait: the milliseconds that each took."""
+        with self._errors("work cannot be timed"):
+            while len(self._events) <= len(parts):
+                self._events.append(self._driver.Event())
+            self._events[0].record(self._stream)
+            for event, part in zip(self._events[1:], parts.values(), strict=False):
+                for step in part:
+                    step()
+                event.record(self._stream)
+            self.synchronize()
+            spans = zip(parts, self._events, self._events[1:], strict=False)
+            return {name: float(end.time_since(start)) for name, start, end in spans}
 
     def capture(self, work: Callable[[], None]) -> CudaGraph:
         """Capture what `work` puts on the stream instead of running it; it may neither wait nor allocate."""
@@ -212,6 +199,7 @@ class Device:
             with self.active():
                 self.settle()
                 self._functions.clear()
+                self._events.clear()
                 self._stream = None
             self._closed = True
 
@@ -221,6 +209,49 @@ class Device:
             yield
         except self._driver.Error as error:
             raise kind(f"{what}: {error}") from error
+
+
+class Buffers:
+    """Device memory for `tensors`, and for those of the names `pinned` an array of the host; `OutOfMemory`.
+
+    addresses: of the device memory. pinned: the arrays, which go up or come down. bytes: of device memory.
+    """
+
+    def __init__(self, device: Device, tensors: Tensors, pinned: Iterable[str] = ()) -> None:
+        self.device, self.tensors, self.bytes = device, tensors, total_bytes(tensors)
+        self.addresses: dict[str, int] = {}
+        self.pinned: dict[str, Array] = {}
+        with contextlib.ExitStack() as stack:
+            for name, tensor in tensors.items():
+                self.addresses[name], free = device.allocate(nbytes(*tensor))
+                stack.callback(free)
+            for name in pinned:
+                shape, dtype = tensors[name]
+                self.pinned[name], free = device.allocate_pinned(shape or (1,), dtype)
+                stack.callback(free)
+            self._owned = stack.pop_all()
+
+    def upload(self, *names: str) -> list[Work]:
+        """Copies from the host."""
+        return [functools.partial(self.device.upload, self.addresses[name], self.pinned[name]) for name in names]
+
+    def download(self, *names: str) -> list[Work]:
+        """Copies to the host."""
+        return [functools.partial(self.device.download, self.pinned[name], self.addresses[name]) for name in names]
+
+    @contextlib.contextmanager
+    def freed_on_error(self) -> Iterator[None]:
+        """Wait and free all where the block fails."""
+        try:
+            yield
+        except BaseException:
+            self.device.settle()
+            self.free()
+            raise
+
+    def free(self) -> None:
+        """Give everything back; no work on the stream may still use it. Twice does no harm."""
+        self._owned.close()
 
 
 def _primary_context(driver: Any, ordinal: int) -> Any:
@@ -248,6 +279,11 @@ def import_driver(install: str) -> Any:
 def nbytes(shape: Sequence[int], dtype: npt.DTypeLike) -> int:
     """Bytes of an array."""
     return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def total_bytes(tensors: Tensors) -> int:
+    """Device memory for all tensors, each in an allocation of its own, which the driver rounds up further."""
+    return sum(-(-nbytes(*tensor) // 512) * 512 for tensor in tensors.values())
 
 
 def mebibytes(size: int) -> str:

@@ -1,10 +1,9 @@
 """How much device memory a translation takes with TensorRT engines, before a GPU is at hand.
 
 Weights of all stages lie on the device together. The stages run one after another and share their working memory, the
-most that one of them asks for, by TensorRT's own figure at the engine's largest shape. Between the stages lie the
-buffers of labels, features and pictures, and those of the warp; N = H W / 16 positions, so all grow with the picture
-and nothing with its square. What comes on top is not counted: the context of the driver, some 300 to 500 MiB, and the
-kernels that tensorrt-rtx compiles.
+most that one of them asks for, by TensorRT's own figure at the engine's largest shape. What lies between the stages
+grows with the picture, and nothing with its square. Not counted are the context of the driver, some 300 to 500 MiB, and
+the kernels that tensorrt-rtx compiles.
 
 Arithmetic alone: no estimate has been compared with a measurement.
 """
@@ -17,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from ...bundle import STAGES
 from ...config import ModelConfig
 from ...errors import BackendError
-from .device import mebibytes
+from .device import mebibytes, total_bytes
 from .engine import concrete, device_tensors
 from .store import EngineRecord
-from .warp import key_tensors, query_tensors, total_bytes
+from .warp import feature_map, key_tensors, query_tensors
 from .workspace import stage_shape, translate_tensors
 
 
@@ -74,15 +73,13 @@ def estimate_memory(
                 f"flashcocos build BUNDLE --size {height}x{width} --batch {batch}{tiled}"
             )
         engines[stage] = fitting[0]
-    dtype, feature_map = engines["query"].key.precision, (height // config.warp_stride, width // config.warp_stride)
-    fine = device_tensors(config, "fine", uint8_output=True)
-    results = query_tensors(config, dtype, batch, feature_map)
-    whole, own = translate_tensors(config, dtype, fine, (batch, height, width), tile)
-    inputs, outputs = device_tensors(config, "exemplar", uint8_output=True)
+    dtype, key_map = engines["query"].key.precision, feature_map(config, height, width)
+    fine, encoding = (device_tensors(config, stage, uint8_output=True) for stage in ("fine", "exemplar"))
+    results = total_bytes(query_tensors(config, dtype, batch, key_map))
     parts = {f"{stage} weights": record.weight_bytes for stage, record in engines.items()}
     parts["working memory"] = max(record.activation_bytes for record in engines.values())
-    parts["stages"] = total_bytes(whole) + total_bytes(own) - total_bytes(results)
-    parts["warp"] = total_bytes(results) + total_bytes(key_tensors(config, dtype, batch, feature_map))
-    parts["exemplar"] = total_bytes(key_tensors(config, dtype, 1, feature_map))
-    parts["encoding"] = total_bytes(concrete(config, (*inputs, *outputs), (1, height, width)))
+    parts["stages"] = total_bytes(translate_tensors(config, dtype, fine, (batch, height, width), tile)) - results
+    parts["warp"] = results + total_bytes(key_tensors(config, dtype, batch, key_map))
+    parts["exemplar"] = total_bytes(key_tensors(config, dtype, 1, key_map))
+    parts["encoding"] = total_bytes(concrete(config, sum(encoding, ()), (1, height, width)))
     return MemoryEstimate(batch, height, width, parts)

@@ -2,9 +2,7 @@
 
 Everything runs in order on one stream, under one lock. Each shape has a workspace, and encoded exemplars stay on the
 device up to a budget, the least recently used making room; what was evicted is uploaded again. Where memory runs out,
-everything that is not in use is evicted and the allocation is tried once more.
-
-Tested over a stand-in for the GPU, where its pictures equal the CPU's.
+everything is freed and the picture is tried once more.
 """
 
 from __future__ import annotations
@@ -27,24 +25,15 @@ from ..engine import EngineInfo
 from ..options import EXEMPLAR_CACHE_MIB, VARIANTS, EngineOptions
 from ..pipeline import Exemplar, PipelineOutput, require_finite
 from .cubins import FOLDER, find_kernels
-from .device import Buffer, Device, OutOfMemory, mebibytes, nbytes
+from .device import Buffers, Device, OutOfMemory, mebibytes, nbytes, total_bytes
 from .engine import DeviceEngine, Shape
 from .store import default_folder
-from .warp import DeviceWarp, Map, total_bytes
-from .workspace import (
-    Buffers,
-    GpuModel,
-    Workspace,
-    encode_workspace,
-    stage_shape,
-    translate_work,
-    translate_workspace,
-    upload_exemplar,
-)
+from .warp import DeviceWarp, Map, feature_map, key_tensors
+from .workspace import GpuModel, Workspace, encode_workspace, stage_shape, translate_workspace, upload_exemplar
 
 MAX_WORKSPACES = 16  # shapes whose buffers are kept
 MAX_BATCH = 256
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class GpuPipeline:
@@ -57,22 +46,16 @@ class GpuPipeline:
         self._name, self._model, self._device, self._budget = name, model, model.device, budget
         self._lock = threading.RLock()
         self._closed = False
-        self._workspaces: collections.OrderedDict[tuple[str, Shape], Workspace] = collections.OrderedDict()
+        self._workspaces: collections.OrderedDict[tuple[Any, Shape], Workspace] = collections.OrderedDict()
         self._exemplars: collections.OrderedDict[weakref.ref[Exemplar], Buffers] = collections.OrderedDict()
-        self._forgotten: collections.deque[weakref.ref[Exemplar]] = collections.deque()
-        self._scratch: Buffer | None = None
-        self._busy: Workspace | None = None  # not to be evicted
+        self._scratch, self._scratch_bytes = Buffers(self._device, {}), 0  # the working memory of all stages
 
     def encode(self, inputs: Mapping[str, npt.NDArray[Any]]) -> tuple[FloatArray, FloatArray]:
         """phi and values of one exemplar, from the inputs of its stage."""
         height, width = inputs["image"].shape[2:]
         with self._running():
             shape = (self._batch(("exemplar",), 1, height, width), height, width)
-            workspace = self._workspace("encode", shape, encode_workspace)
-            for name, array in inputs.items():
-                workspace.pinned[name][...] = array  # repeated over the batch
-            workspace.work[None].run()
-            outputs = {name: workspace.pinned[name][:1].copy() for name in ("phi", "values")}
+            outputs = self._with_room(shape, lambda: self._encode(inputs, shape))
         for name, array in outputs.items():
             self._require_finite("exemplar", name, np.isfinite(array).all())
         return outputs["phi"], outputs["values"]
@@ -92,20 +75,19 @@ class GpuPipeline:
             by_size.setdefault(exemplar.phi.shape[2:], []).append(index)
         results: dict[int, PipelineOutput] = {}
         with self._running():
-            for key_map, indices in by_size.items():
+            for indices in by_size.values():
                 while indices:
-                    batch = self._batch(("query", "coarse", "fine"), len(indices), height, width)
-                    part, indices = indices[:batch], indices[batch:]
-                    rendered = self._render(label[part], [exemplars[i] for i in part], (batch, height, width), key_map)
+                    shape = (self._batch(("query", "coarse", "fine"), len(indices), height, width), height, width)
+                    part, indices = indices[: shape[0]], indices[shape[0] :]
+                    rendered = self._render(label[part], [exemplars[i] for i in part], shape)
                     results.update(zip(part, rendered, strict=True))
         return [results[index] for index in range(len(label))]
 
     def describe(self) -> dict[str, EngineInfo]:
         """What runs each stage, and the warp."""
-        stages = {stage: self._model.engines[stage].describe() for stage in STAGES}
-        dtype = self._model.warp.dtype
-        backend = f"cubins for sm_{self._model.warp.architecture}"
-        return {**stages, "warp": EngineInfo(backend, "flashcocos", "cuda", dtype, dtype)}
+        dtype, chip = self._model.warp.dtype, f"sm_{self._model.warp.architecture}"
+        warp = EngineInfo(f"cubins for {chip}", "flashcocos", "cuda", dtype, dtype)
+        return {**{stage: self._model.engines[stage].info for stage in STAGES}, "warp": warp}
 
     def close(self) -> None:
         """Free everything; a running translation finishes."""
@@ -118,8 +100,7 @@ class GpuPipeline:
                 stack.enter_context(self._device.active())
                 for engine in self._model.engines.values():
                     stack.callback(engine.close)
-                self._busy = None
-                stack.callback(self._evict_all)
+                stack.callback(self._free_all)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
@@ -127,45 +108,68 @@ class GpuPipeline:
             if self._closed:
                 raise BackendError(f"{self._name}: the translator is closed")
             with self._device.active():
-                while self._forgotten:  # exemplars that nobody holds any more
-                    if exemplar := self._exemplars.pop(self._forgotten.popleft(), None):
-                        exemplar.free()
+                for key in [key for key in self._exemplars if key() is None]:  # nobody holds it any more
+                    self._exemplars.pop(key).free()
                 try:
                     yield
                 except BaseException:
                     self._device.settle()
                     raise
-                finally:
-                    self._busy = None
 
-    def _render(
-        self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar], shape: Shape, key_map: Map
-    ) -> list[PipelineOutput]:
-        """`render` for at most a batch, filled up with the last item."""
-        workspace = self._workspace("translate", shape, translate_workspace)
-        work = self._with_room(_words(shape), lambda: translate_work(self._model, workspace, shape, key_map))
-        last = len(label) - 1
-        for slot in range(shape[0]):
-            uploaded = self._uploaded(exemplars[min(slot, last)])
-            for name, address in uploaded.addresses.items():
-                size = nbytes(*uploaded.tensors[name])
-                self._device.copy(work.keys.addresses[name] + slot * size, address, size)
-            workspace.pinned["label"][slot] = label[min(slot, last)]
-        timings = {name: value / len(label) for name, value in work.run().items()}
-        pinned = workspace.pinned
+    def _with_room(self, shape: Shape, run: Callable[[], Result]) -> Result:
+        """What `run` gives; where memory runs out, everything is freed and it is tried once more."""
+        with contextlib.suppress(OutOfMemory):
+            return run()
+        self._free_all()
+        try:
+            return run()
+        except OutOfMemory as error:
+            free, total = self._device.memory()
+            tiles = "" if self._model.tile else ", or tile= makes pictures in parts"
+            raise BackendError(
+                f"batch {shape[0]} of {shape[1]} x {shape[2]} pixels does not fit on {self._device.name}: {error}; "
+                f"{mebibytes(free)} of {mebibytes(total)} are free; lower size, batch_size or exemplar_cache_mib{tiles}"
+                ", or close what else uses the GPU"
+            ) from error
+
+    def _encode(self, inputs: Mapping[str, npt.NDArray[Any]], shape: Shape) -> dict[str, FloatArray]:
+        workspace = self._workspace(encode_workspace, shape)
+        for name, array in inputs.items():
+            workspace.pinned[name][...] = array  # repeated over the batch
+        workspace.work[None].run()
+        return {name: workspace.pinned[name][:1].copy() for name in ("phi", "values")}
+
+    def _render(self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar], shape: Shape) -> list[PipelineOutput]:
+        """`render` for at most a batch, filled up with the last item, whose exemplars have one size."""
+        pinned, timings = self._with_room(shape, lambda: self._translate(label, exemplars, shape))
         if "invalid" in pinned:
             self._require_finite("fine", "image", not pinned["invalid"].any())
-        query_map = self._model.map(shape)
+        query_map = feature_map(self._model.config, *shape[1:])
         return [
             PipelineOutput(
                 self._picture("image", pinned["image"][item]),
                 self._picture("warped_image", pinned["warped_image"][item]),
                 pinned["index"][item].reshape(query_map).copy(),
                 pinned["probability"][item].reshape(query_map).copy(),
-                timings,
+                {name: value / len(label) for name, value in timings.items()},
             )
             for item in range(len(label))
         ]
+
+    def _translate(
+        self, label: npt.NDArray[Any], exemplars: Sequence[Exemplar], shape: Shape
+    ) -> tuple[Mapping[str, npt.NDArray[Any]], dict[str, float]]:
+        """What comes down, to be copied before the next run, and milliseconds."""
+        workspace = self._workspace(translate_workspace, shape)
+        work = workspace.translation(exemplars[0].phi.shape[2:])
+        for slot in range(shape[0]):
+            item = min(slot, len(label) - 1)
+            uploaded = self._uploaded(exemplars[item])
+            for name, address in uploaded.addresses.items():
+                size = nbytes(*uploaded.tensors[name])
+                self._device.copy(work.keys.addresses[name] + slot * size, address, size)
+            workspace.pinned["label"][slot] = label[item]
+        return workspace.pinned, work.run()
 
     def _picture(self, name: str, pinned: npt.NDArray[Any]) -> UInt8Array:
         if pinned.dtype == np.uint8:
@@ -192,34 +196,28 @@ class GpuPipeline:
         reasons = "; ".join(filter(None, (reason(stage, wanted) for stage in lacking)))
         raise InputError(f"{height} x {width} pixels (height x width), batch {wanted}: {reasons}")
 
-    def _workspace(self, kind: str, shape: Shape, make: Callable[[GpuModel, Shape], Workspace]) -> Workspace:
+    def _workspace(self, make: Callable[[GpuModel, Shape], Workspace], shape: Shape) -> Workspace:
         """The workspace of this kind and shape, made where it is missing, with its working memory."""
-        workspace = self._workspaces.get((kind, shape))
+        workspace = self._workspaces.get((make, shape))
         if workspace is None:
-            workspace = self._workspaces[kind, shape] = self._with_room(_words(shape), lambda: make(self._model, shape))
+            workspace = self._workspaces[make, shape] = make(self._model, shape)
             while len(self._workspaces) > MAX_WORKSPACES:
                 self._device.synchronize()
                 self._workspaces.popitem(last=False)[1].free()
-        self._workspaces.move_to_end((kind, shape))
-        self._busy = workspace
+        self._workspaces.move_to_end((make, shape))
         if size := workspace.scratch:
-            workspace.use_scratch(self._with_room(_words(shape), lambda: self._working_memory(size)))
+            if self._scratch_bytes < size:
+                self._device.synchronize()
+                self._free_scratch()
+                self._scratch, self._scratch_bytes = Buffers(self._device, {"scratch": ((size,), np.uint8)}), size
+            workspace.use_scratch(self._scratch.addresses["scratch"], self._scratch_bytes)
         return workspace
-
-    def _working_memory(self, size: int) -> Buffer:
-        if self._scratch is None or self._scratch.bytes < size:
-            self._device.synchronize()
-            if self._scratch is not None:
-                self._scratch.free()
-                self._scratch = None  # where the next line fails, nothing of it may be left
-            self._scratch = self._device.allocate(size)
-        return self._scratch
 
     def _uploaded(self, exemplar: Exemplar) -> Buffers:
         """The exemplar on the device, uploaded where it is missing."""
         key = weakref.ref(exemplar)
         if key not in self._exemplars:
-            size = total_bytes(self._model.exemplar_tensors(1, exemplar.phi.shape[2:]))
+            size = total_bytes(key_tensors(self._model.config, self._model.warp.dtype, 1, exemplar.phi.shape[2:]))
             if size > self._budget:
                 raise InputError(
                     f"exemplar of {exemplar.size[0]} x {exemplar.size[1]} pixels takes {mebibytes(size)} on the GPU, "
@@ -228,42 +226,21 @@ class GpuPipeline:
             while sum(kept.bytes for kept in self._exemplars.values()) + size > self._budget:
                 self._device.synchronize()
                 self._exemplars.popitem(last=False)[1].free()
-            uploaded = self._with_room("an exemplar", lambda: upload_exemplar(self._model, exemplar))
-            self._exemplars[weakref.ref(exemplar, self._forgotten.append)] = uploaded
+            self._exemplars[key] = upload_exemplar(self._model, exemplar)
         self._exemplars.move_to_end(key)
         return self._exemplars[key]
 
-    def _with_room(self, what: str, make: Callable[[], Made]) -> Made:
-        """What `make` gives; where memory runs out, all that is not in use is evicted and it is tried once more."""
-        with contextlib.suppress(OutOfMemory):
-            return make()
-        self._evict_all()
-        try:
-            return make()
-        except OutOfMemory as error:
-            free, total = self._device.memory()
-            tiles = "" if self._model.tile else ", or tile= makes pictures in parts"
-            raise BackendError(
-                f"{what} does not fit on {self._device.name}: {error}; {mebibytes(free)} of {mebibytes(total)} are "
-                f"free; lower size, batch_size or exemplar_cache_mib{tiles}, or close what else uses the GPU"
-            ) from error
-
-    def _evict_all(self) -> None:
-        """Free every workspace but the busy one with its last work, every exemplar, and working memory not in use."""
+    def _free_all(self) -> None:
+        """Free every workspace and exemplar, and the working memory."""
         self._device.settle()
-        if self._busy is not None:
-            self._busy.keep_work(1)
-        for key in [key for key, workspace in self._workspaces.items() if workspace is not self._busy]:
-            self._workspaces.pop(key).free()
-        while self._exemplars:
-            self._exemplars.popitem()[1].free()
-        if self._scratch is not None and self._busy is None:
-            self._scratch.free()
-            self._scratch = None
+        for kept in (self._workspaces, self._exemplars):
+            while kept:
+                kept.popitem()[1].free()
+        self._free_scratch()
 
-
-def _words(shape: Shape) -> str:
-    return f"batch {shape[0]} of {shape[1]} x {shape[2]} pixels"
+    def _free_scratch(self) -> None:
+        self._scratch.free()
+        self._scratch_bytes = 0
 
 
 def open_gpu_pipeline(bundle: Bundle, options: EngineOptions) -> GpuPipeline:

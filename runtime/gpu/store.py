@@ -4,13 +4,9 @@
 its key contains all of that: the graph's SHA-256, the variant of TensorRT and its version, the architectures, the
 precision, the range of shapes, and the revision of the rewriting that `export/` does before TensorRT sees a graph.
 An engine is two files named by its key, `STAGE-KEY.engine` and `STAGE-KEY.json`; the second is written last, so half
-of an engine is none. Engines are code for the machine that built them and are no part of a bundle: deserializing one
-from a stranger would run it.
-
-Inputs and outputs of an engine are those of the bundle's stage (`bundle/stages.py`); the fine stage gives instead
-
-    image, warped_image   (batch, height, width, 3) uint8, rounded as `preprocess.images.to_uint8` does
-    invalid               () float32, 1 where the network gave NaN, else 0
+of an engine is none.
+Engines are code for the machine that built them and are no part of a bundle: deserializing one from a stranger would
+run it. Their inputs and outputs are those of `engine.device_tensors`.
 """
 
 from __future__ import annotations
@@ -19,7 +15,6 @@ import hashlib
 import importlib
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -159,10 +154,9 @@ def read_engine(folder: str | os.PathLike[str], record: EngineRecord) -> bytes:
 
 
 def list_engines(folder: str | os.PathLike[str]) -> list[EngineRecord]:
-    """The engines in `folder`, by name; none without the folder. `BackendError` for a damaged description."""
-    return [
-        _read_record(path) for path in sorted(Path(folder).glob("*-*.json")) if path.with_suffix(".engine").exists()
-    ]
+    """The engines in `folder`, static ones first; none without the folder. `BackendError` for a damaged description."""
+    paths = [path for path in sorted(Path(folder).glob("*-*.json")) if path.with_suffix(".engine").exists()]
+    return sorted(map(_read_record, paths), key=lambda record: not record.key.profile.static)
 
 
 def find_engines(
@@ -204,7 +198,7 @@ def find_engines(
     for name in reversed(PRECISIONS):
         complete = [record for record in records if record.key.precision == name]
         if {record.key.stage for record in complete} == set(STAGES):
-            return sorted(complete, key=lambda record: (not record.key.profile.static, record.key.stem))
+            return complete
     available = ", ".join(sorted(f"{record.key.stage} in {record.key.precision}" for record in records))
     raise BackendError(f"no TensorRT engines of all stages in one precision in {folder}, only {available}; {build}")
 
@@ -227,11 +221,3 @@ def _read_record(path: Path) -> EngineRecord:
         raise BackendError(
             f"{path} cannot be used: {error}; remove it with its .engine, and run flashcocos build again"
         ) from error
-
-
-def parse_target(text: str) -> int:
-    """ "sm_89", "sm89", "89" or "8.9" as 89; raises `InputError`."""
-    match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text.strip().lower())
-    if not match:
-        raise InputError(f"target {text!r}: expected a compute capability as sm_89")
-    return int(match[1]) * 10 + int(match[2])

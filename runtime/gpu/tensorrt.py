@@ -4,8 +4,6 @@ Both variants, the packages tensorrt and tensorrt_rtx, have one Python API for t
 TensorRT, since the stages run one after another and can share it. A stage may have several engines; the one whose
 profile has a shape runs it, static ones first, and is deserialized when it is first needed. tensorrt-rtx compiles
 kernels when a context is made; they are kept in a file beside the engines, for the next process.
-
-Written against the documented API and tested with a stand-in for TensorRT's runtime.
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ from ...bundle import STAGES, Bundle
 from ...errors import BackendError
 from ...files import atomic_path
 from ..engine import EngineInfo, one_line
-from .device import Device, OutOfMemory, mebibytes
-from .engine import Shape, Tensors, concrete, device_tensors
+from .device import Device, OutOfMemory, Tensors, mebibytes
+from .engine import Binding, DeviceEngine, Shape, concrete
 from .store import EngineRecord, find_engines, import_variant, read_engine
 
 _log = logging.getLogger("flashcocos.runtime")
@@ -40,7 +38,7 @@ class TensorRt:
 
     def __init__(self, variant: str, folder: Path, capability: int) -> None:
         self.module: Any = import_variant(variant)
-        self.variant, self.version = variant, str(self.module.__version__)
+        self.variant, self.version, self.folder = variant, str(self.module.__version__), folder
         self._cache = folder / f"runtime-{self.version}-sm{capability}.cache"
         self._messages: collections.deque[str] = collections.deque(maxlen=3)
         self._logger = _logger(self.module, self._messages)
@@ -95,26 +93,17 @@ class TensorRt:
                 _log.warning("%s cannot be written: %s; the next start compiles again", self._cache, error.strerror)
 
 
-class TensorRtEngine:
-    """A stage of `bundle`, run by the engines of `records`; the first, or that of the model's own size, is loaded here.
-
-    folder: where the engines lie.
-    """
+class TensorRtEngine(DeviceEngine):
+    """A stage of `bundle`, run by the engines of `records`; of these that of the model's own size is loaded here."""
 
     uint8_output = True
 
     def __init__(
-        self,
-        bundle: Bundle,
-        stage: str,
-        device: Device,
-        tensorrt: TensorRt,
-        folder: Path,
-        records: Sequence[EngineRecord],
+        self, bundle: Bundle, stage: str, device: Device, tensorrt: TensorRt, records: Sequence[EngineRecord]
     ) -> None:
-        self._bundle, self._stage, self._config = bundle, stage, bundle.manifest.config
-        self._device, self._tensorrt, self._folder, self._records = device, tensorrt, folder, records
-        self._tensors = device_tensors(self._config, stage, uint8_output=True)
+        super().__init__(bundle, stage, device)
+        self._tensorrt, self._records = tensorrt, records
+        self.info = EngineInfo(str(tensorrt), "TensorRT", "cuda", bundle.manifest.precision, records[0].arithmetic)
         self._engines: dict[str, Any] = {}
         side = self._config.image_size
         self._load(self._record((1, side, side)) or records[0])
@@ -131,18 +120,15 @@ class TensorRtEngine:
             f"first); flashcocos build {self._bundle.path} --size {shape[1]}x{shape[2]} makes others"
         )
 
-    def bind(self, shape: Shape, addresses: Mapping[str, int]) -> TensorRtBinding:
+    def bind(self, shape: Shape, addresses: Mapping[str, int]) -> Binding:
         """An execution context for `shape`."""
         record = self._record(shape)
         assert record is not None  # it was asked for
-        engine, name = self._load(record), f"{self._folder}: engine {record.key.stem}"
-        inputs, outputs = (concrete(self._config, tensors, shape) for tensors in self._tensors)
-        return TensorRtBinding(self._tensorrt, engine, self._device, name, inputs, outputs, addresses)
-
-    def describe(self) -> EngineInfo:
-        """Variant with version, device, precision of the bundle's weights, and the engines' arithmetic."""
-        stored, arithmetic = self._bundle.manifest.precision, self._records[0].arithmetic
-        return EngineInfo(str(self._tensorrt), "TensorRT", "cuda", stored, arithmetic)
+        name = f"{self._tensorrt.folder}: engine {record.key.stem}"
+        inputs, outputs = (concrete(self._config, tensors, shape) for tensors in (self.inputs, self.outputs))
+        return TensorRtBinding(
+            self._tensorrt, self._load(record), self._device.stream, name, inputs, outputs, addresses
+        )
 
     def close(self) -> None:
         """Free the engines, whose contexts are gone by now, and keep what they have compiled."""
@@ -154,7 +140,7 @@ class TensorRtEngine:
 
     def _load(self, record: EngineRecord) -> Any:
         """The engine of `record`, deserialized where it is not yet."""
-        stem, device = record.key.stem, self._device
+        stem, device, tensorrt = record.key.stem, self._device, self._tensorrt
         if stem in self._engines:
             return self._engines[stem]
         free, _ = device.memory()
@@ -163,40 +149,40 @@ class TensorRtEngine:
                 f"the weights of engine {stem} take {mebibytes(record.weight_bytes)}, {mebibytes(free)} are free on "
                 f"{device.name}; close what else uses the GPU"
             )
-        deserialize = self._tensorrt.runtime.deserialize_cuda_engine
-        engine = self._tensorrt.call(deserialize, read_engine(self._folder, record))
+        engine = tensorrt.call(tensorrt.runtime.deserialize_cuda_engine, read_engine(tensorrt.folder, record))
         if engine is None:
             raise BackendError(
-                f"{self._folder}: {self._tensorrt} cannot load engine {stem} on {device.name} "
-                f"(sm_{device.capability}, CUDA {device.driver}): {self._tensorrt.complaint()}; it was built "
-                "for another GPU or driver: run flashcocos build on this machine, or update the driver"
+                f"{tensorrt.folder}: {tensorrt} cannot load engine {stem} on {device.name} (sm_{device.capability}, "
+                f"CUDA {device.driver}): {tensorrt.complaint()}; it was built for another GPU or driver: "
+                "run flashcocos build on this machine, or update the driver"
             )
-        actual, sides = _tensors(self._tensorrt.module, engine), zip(("input", "output"), self._tensors, strict=True)
+        actual = _tensors(tensorrt.module, engine)
+        sides = (("input", self.inputs), ("output", self.outputs))
         expected = {spec.name: (side, spec.dtype, len(spec.shape)) for side, specs in sides for spec in specs}
         if actual != expected:
             del engine  # which the error's frames would keep
             raise BackendError(
-                f"{self._folder}: engine {stem} has the tensors {actual}, stage {self._stage} has "
+                f"{tensorrt.folder}: engine {stem} has the tensors {actual}, stage {self._stage} has "
                 f"{expected}; remove it and run flashcocos build again"
             )
         self._engines[stem] = engine
         return engine
 
 
-class TensorRtBinding:
-    """An execution context at one shape; implements `Binding`."""
+class TensorRtBinding(Binding):
+    """An execution context at one shape, on the stream of this handle. name: of the engine, for messages."""
 
     def __init__(
         self,
         tensorrt: TensorRt,
         engine: Any,
-        device: Device,
+        stream: int,
         name: str,
         inputs: Tensors,
         outputs: Tensors,
         addresses: Mapping[str, int],
     ) -> None:
-        self._tensorrt, self._device, self._name = tensorrt, device, name
+        self._tensorrt, self._stream, self._name = tensorrt, stream, name
         self.scratch = int(engine.device_memory_size_v2)
         context, self._config = tensorrt.context(engine)
         if context is None:  # the shapes come later, so that memory is the likely reason
@@ -214,10 +200,8 @@ class TensorRtBinding:
 
     @property
     def can_capture(self) -> bool:
-        """Whether `enqueue` may be captured: after a first run with TensorRT proper, and tensorrt-rtx is asked."""
-        if self._tensorrt.variant == "tensorrt":
-            return True
-        return bool(self._context.is_stream_capturable(self._device.stream))
+        """After a first run with TensorRT proper, and tensorrt-rtx is asked."""
+        return self._tensorrt.variant == "tensorrt" or bool(self._context.is_stream_capturable(self._stream))
 
     def use_scratch(self, address: int, size: int) -> None:
         """Hand the shared working memory to the context."""
@@ -225,7 +209,7 @@ class TensorRtBinding:
 
     def enqueue(self) -> None:
         """Run on the device's stream."""
-        self._require(self._tensorrt.call(self._context.execute_async_v3, self._device.stream), "failed to run")
+        self._require(self._tensorrt.call(self._context.execute_async_v3, self._stream), "failed to run")
 
     def close(self) -> None:
         """Free the context."""
@@ -244,17 +228,15 @@ def open_tensorrt(
     precision: as `store.find_engines` takes it. Raises `BackendError` where TensorRT or a fitting engine is
     missing, or does not load: of each stage one is loaded here.
     """
-    architecture = device.capability
-    tensorrt = TensorRt(variant, folder, architecture)
-    version = tensorrt.version
+    tensorrt, gpu = TensorRt(variant, folder, device.capability), device.capability
     records = find_engines(
-        bundle, folder, variant=variant, version=version, architecture=architecture, precision=precision
+        bundle, folder, variant=variant, version=tensorrt.version, architecture=gpu, precision=precision
     )
     engines: dict[str, TensorRtEngine] = {}
     try:
         for stage in STAGES:
             own = [record for record in records if record.key.stage == stage]
-            engines[stage] = TensorRtEngine(bundle, stage, device, tensorrt, folder, own)
+            engines[stage] = TensorRtEngine(bundle, stage, device, tensorrt, own)
     except BaseException:
         for engine in engines.values():
             engine.close()
@@ -267,16 +249,11 @@ def _tensors(module: Any, engine: Any) -> dict[str, tuple[str, str, int]]:
     tensors = {}
     for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
         side = "input" if engine.get_tensor_mode(name) == module.TensorIOMode.INPUT else "output"
-        kind = _dtype(module, engine.get_tensor_dtype(name))
-        tensors[name] = side, kind, len(engine.get_tensor_shape(name))
+        kind = engine.get_tensor_dtype(name)
+        with contextlib.suppress(TypeError):  # numpy has no such type
+            kind = np.dtype(module.nptype(kind))
+        tensors[name] = side, str(kind), len(engine.get_tensor_shape(name))
     return tensors
-
-
-def _dtype(module: Any, kind: Any) -> str:
-    try:
-        return str(np.dtype(module.nptype(kind)))
-    except TypeError:  # numpy has no such type
-        return str(kind)
 
 
 def _logger(module: Any, messages: collections.deque[str]) -> Any:

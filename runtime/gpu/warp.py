@@ -1,32 +1,30 @@
 """The warp on the GPU: the compiled kernels of cubins.py, launched on device buffers.
 
-    pack        theta, phi, values: float32 NCHW -> rows of channels in the kernels' dtype
-    statistics  mean and inverse norm of each patch of theta and of phi
-    warp        the values, float32 NCHW again, as the synthesis takes them; each query's best key and its probability
-
-Tested with numpy twins of the kernels.
+pack        theta, phi, values: float32 NCHW -> rows of channels in the kernels' dtype
+statistics  mean and inverse norm of each patch of theta and of phi
+warp        the values, float32 NCHW again, as the synthesis takes them; each query's best key and its probability
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from ...bundle import Bundle
 from ...config import ModelConfig
 from ...errors import InputError
 from ...kernels import signatures
-from .cubins import Cubin
-from .device import Device, Launch, nbytes
-from .engine import Tensors
+from .cubins import FOLDER, Cubin, find_kernels
+from .device import Buffers, Device, Launch, Tensors, Work
 
 ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
 Addresses = Mapping[str, int]
 Map = tuple[int, ...]  # height and width of a feature map
-Work = Callable[[], object]  # something with all its arguments, put on the stream by calling it
 
 
 def key_tensors(config: ModelConfig, dtype: str, batch: int, key_map: Map) -> Tensors:
@@ -106,9 +104,59 @@ class DeviceWarp:
         return functools.partial(launch, cubin.grid(sizes, batch), arguments)
 
 
-def total_bytes(tensors: Tensors) -> int:
-    """Device memory for all tensors, each in an allocation of its own, which the driver rounds up further."""
-    return sum(-(-nbytes(*tensor) // 512) * 512 for tensor in tensors.values())
+class HostWarp:
+    """The warp between arrays of the host, for models of Triton Inference Server, which hand each other arrays.
+
+    It runs the compiled kernels of `bundle`, a folder, or of the folder `kernels` in it, on the GPU of number
+    `ordinal`. Raises `BackendError` where the GPU, pycuda or the kernels are missing.
+    """
+
+    def __init__(self, bundle: Bundle, ordinal: int) -> None:
+        self._config = bundle.manifest.config
+        self._device = device = Device(ordinal)
+        with device.active():
+            cubins = find_kernels(
+                (bundle.path / FOLDER, bundle),
+                self._config,
+                ("float16", "float32"),
+                capability=device.capability,
+                driver=device.driver,
+                remedy=f"flashcocos build --target sm_{device.capability} makes them, then export again",
+            )
+            self._warp = DeviceWarp(device, cubins, self._config)
+            self._buffers = Buffers(device, {})  # of the latest shapes
+
+    def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """warped, index and probability of theta, phi and values, as `warp_arrays` has them; one call at a time."""
+        inputs, outputs = [f"{name} planes" for name in arrays], ("warped", "index", "probability")
+        batch, query_map, key_map = len(arrays["theta"]), arrays["theta"].shape[2:], arrays["phi"].shape[2:]
+        tensors = {
+            **{f"{name} planes": (array.shape, np.float32) for name, array in arrays.items()},
+            **key_tensors(self._config, self._warp.dtype, batch, key_map),
+            **query_tensors(self._config, self._warp.dtype, batch, query_map),
+        }
+        with self._device.active():
+            if self._buffers.tensors != tensors:
+                self._buffers.free()
+                self._buffers = Buffers(self._device, {})  # where the next line fails, nothing may be left
+                self._buffers = Buffers(self._device, tensors, (*inputs, *outputs))
+            at, pinned = self._buffers.addresses, self._buffers.pinned
+            for name, array in arrays.items():
+                pinned[f"{name} planes"][...] = array
+            steps = [
+                *self._buffers.upload(*inputs),
+                *self._warp.pack_keys(at["phi planes"], at["values planes"], at, batch, key_map),
+                *self._warp.run(at["theta planes"], at, at, batch, query_map, key_map),
+                *self._buffers.download(*outputs),
+            ]
+            self._device.run({"warp": steps})
+            shapes = {"warped": pinned["warped"].shape, **dict.fromkeys(("index", "probability"), (batch, *query_map))}
+            return {name: pinned[name].reshape(shape).copy() for name, shape in shapes.items()}
+
+
+def feature_map(config: ModelConfig, height: int, width: int) -> Map:
+    """Size of the feature maps of pictures of height x width pixels."""
+    return height // config.warp_stride, width // config.warp_stride
 
 
 def _packed(dtype: str) -> Any:

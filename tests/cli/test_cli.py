@@ -21,6 +21,8 @@ else:
 import flashcocos
 from flashcocos.bundle.default_model import MODEL, PAIRS
 from flashcocos.cli import main
+from flashcocos.cli.arguments import parse_target
+from flashcocos.errors import InputError
 
 HEAVY = ("torch", "triton", "onnx", "onnxruntime", "numba", "numpy", "PIL", "cv2", "skimage", "tqdm")
 DEMO = PAIRS.parent
@@ -241,3 +243,16 @@ def test_the_demo_translates_what_ships(capsys: pytest.CaptureFixture[str], tmp_
         exemplar, result = grid[:, :, 128:256], grid[:, :, 384:]
         # the corners are background in every picture of the set, and take its color from the exemplar
         assert abs(exemplar[:, :8, :8].mean() - result[:, :8, :8].mean()) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "capability"), [("sm_89", 89), ("SM120", 120), ("86", 86), ("8.9", 89), ("12.0", 120)]
+)
+def test_targets_are_read_in_their_usual_forms(text, capability):
+    assert parse_target(text) == capability
+
+
+@pytest.mark.parametrize("text", ["", "ada", "sm_8", "sm_8900", "-89"])
+def test_other_targets_are_refused(text):
+    with pytest.raises(InputError, match="expected a compute capability as sm_89"):
+        parse_target(text)

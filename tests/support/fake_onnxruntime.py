@@ -40,7 +40,7 @@ class FakeCudaSession:
         return [self._provider]
 
     def io_binding(self) -> FakeBinding:
-        return FakeBinding(self._session.io_binding(), self._device)
+        return FakeBinding(self._session.io_binding())
 
     def run_with_iobinding(self, binding: FakeBinding, options: Any) -> None:
         assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
@@ -50,13 +50,15 @@ class FakeCudaSession:
 
 
 class FakeBinding:
-    def __init__(self, real: Any, device: FakeCuda) -> None:
-        self.real, self.device = real, device
+    def __init__(self, real: Any) -> None:
+        self.real = real
 
-    def bind_input(self, name: str, kind: str, ordinal: int, dtype: Any, shape: list[int], address: int) -> None:
-        assert (kind, ordinal) == ("cuda", 0)
-        self.real.bind_input(name, "cpu", 0, dtype, shape, address)
+    def bind_input(self, *arguments: Any) -> None:
+        self._bind(self.real.bind_input, *arguments)
 
-    def bind_output(self, name: str, kind: str, ordinal: int, dtype: Any, shape: list[int], address: int) -> None:
+    def bind_output(self, *arguments: Any) -> None:
+        self._bind(self.real.bind_output, *arguments)
+
+    def _bind(self, bind: Any, name: str, kind: str, ordinal: int, *where: Any) -> None:
         assert (kind, ordinal) == ("cuda", 0)
-        self.real.bind_output(name, "cpu", 0, dtype, shape, address)
+        bind(name, "cpu", 0, *where)

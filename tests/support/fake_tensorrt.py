@@ -21,8 +21,6 @@ import onnxruntime
 from fake_cuda import MIB, STREAM, Error, FakeCuda
 
 from flashcocos.bundle import STAGES, Bundle
-from flashcocos.bundle.stages import axis_sizes, concrete_shape
-from flashcocos.config import ModelConfig
 from flashcocos.preprocess import to_uint8
 from flashcocos.runtime.gpu.engine import device_tensors
 from flashcocos.runtime.gpu.store import EngineKey, EngineRecord, Profile, write_engine
@@ -53,20 +51,13 @@ def write_engines(
     for one in profiles:
         for stage in stages:
             tensors = device_tensors(manifest.config, stage, uint8_output=True)
-            sides = [_fixed(manifest.config, one, side) for side in tensors] if one.static else tensors
             sha256 = manifest.files[manifest.stages[stage].file].sha256
             key = EngineKey(stage, sha256, variant, VERSION, (86,), precision, one)
             says = {"stage": stage, "scratch": scratch, "stride": manifest.config.warp_stride, "refuse": ""}
-            says["tensors"] = [[(t.name, t.dtype, t.shape) for t in side] for side in sides]
+            says["tensors"] = [[(t.name, t.dtype, t.shape) for t in side] for side in tensors]
             text = json.dumps({**says, **(header or {})}).encode()
             engine = len(text).to_bytes(4, "little") + text + bundle.read_stage(stage)
             write_engine(folder, EngineRecord(key, WEIGHTS, scratch, 0, ""), engine)
-
-
-def _fixed(config: ModelConfig, one: Profile, tensors: Any) -> Any:
-    """Tensors of a static engine, with numbers in place of axes."""
-    sizes = axis_sizes(config, one.batch[0], one.height[0], one.width[0])
-    return [type(t)(t.name, t.dtype, concrete_shape(t, sizes)) for t in tensors]
 
 
 class ILogger:
@@ -120,6 +111,24 @@ def _session(model: bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+class RuntimeConfig:
+    """Of tensorrt-rtx; a cache of compiled kernels holds the names of the stages that had a context."""
+
+    dynamic_shapes_kernel_specialization_strategy: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        assert strategy == "user managed"
+
+    def create_runtime_cache(self) -> Any:
+        cache = SimpleNamespace(kernels=set())
+        cache.serialize = lambda: json.dumps(sorted(cache.kernels)).encode()
+        cache.deserialize = lambda blob: cache.kernels.update(json.loads(blob))
+        return cache
+
+    def set_runtime_cache(self, cache: Any) -> None:
+        self.cache = cache
+
+
 class Engine:
     """Its weights are device memory until its last reference goes."""
 
@@ -145,47 +154,19 @@ class Engine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(side if isinstance(side, int) else -1 for side in self.tensors[name][1])
 
-    def create_execution_context(self, how: Any) -> Any:
+    def create_execution_context(self, how: Any) -> Context:
         self.trt.contexts += 1
         if self.trt.can_capture is None:
             assert how == "user managed"
-            return Context(self)
-        return how.context(self)
+        else:
+            assert how.dynamic_shapes_kernel_specialization_strategy == "eager"
+            if self.header["stage"] not in how.cache.kernels:
+                self.trt.compiled.append(self.header["stage"])
+                how.cache.kernels.add(self.header["stage"])
+        return Context(self)
 
     def create_runtime_config(self) -> RuntimeConfig:
-        return RuntimeConfig(self.trt)
-
-
-class RuntimeConfig:
-    """Of tensorrt-rtx; a cache of compiled kernels holds the names of the stages that had a context."""
-
-    dynamic_shapes_kernel_specialization_strategy: Any = None
-
-    def __init__(self, trt: FakeTensorRt) -> None:
-        self.trt = trt
-
-    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
-        assert strategy == "user managed"
-
-    def create_runtime_cache(self) -> Any:
-        cache = SimpleNamespace(kernels=set())
-        cache.serialize = lambda: json.dumps(sorted(cache.kernels)).encode()
-        cache.deserialize = lambda blob: cache.kernels.update(json.loads(blob))
-        return cache
-
-    def set_runtime_cache(self, cache: Any) -> bool:
-        self.cache = cache
-        return True
-
-    def context(self, engine: Engine) -> Context:
-        assert self.dynamic_shapes_kernel_specialization_strategy == "eager"
-        stage = engine.header["stage"]
-        if stage not in self.cache.kernels:
-            self.trt.compiled.append(stage)
-            self.cache.kernels.add(stage)
-        context = Context(engine)
-        context.is_stream_capturable = lambda stream: self.trt.can_capture and stream == STREAM
-        return context
+        return RuntimeConfig()
 
 
 def _unload(trt: FakeTensorRt, weights: Any) -> None:
@@ -201,11 +182,12 @@ class Context:
         self.scratch = (0, 0)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        _, sides, mode = self.engine.tensors[name]
-        fits = all(isinstance(side, str) or side == size for side, size in zip(sides, shape, strict=True))
-        if mode == "input" and fits:
-            self.shapes[name] = tuple(shape)
-        return fits
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        assert stream == STREAM
+        return bool(self.trt.can_capture)
 
     def infer_shapes(self) -> list[str]:
         inputs = [name for name, (_, _, mode) in self.engine.tensors.items() if mode == "input"]

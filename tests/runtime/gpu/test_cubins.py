@@ -18,7 +18,7 @@ from flashcocos.errors import BackendError, BundleError
 from flashcocos.kernels import signatures
 from flashcocos.runtime.gpu.cubins import available_kernels, find_kernels
 
-STATISTICS = "statistics_p3_c16_float32_sm86"
+STATISTICS, WARP = "statistics_p3_c16_float32_sm86", "warp_p3_c16_v3_float32_sm86"
 
 
 def find(
@@ -133,24 +133,18 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"constants": {"C": 16, "PATCH": 3, "BN": True, "BC": 16}}, "constants.*expected int"),
     ({"constants": {"C": 16, "PATCH": 3, "BN": 16}}, "expected BC of 1 or more, got None"),
     ({"constants": {"C": 16, "PATCH": 3, "BN": 16, "BC": 16, "BAND": 0}}, "constants.*expected int"),
+    ({"code": "AAAA"}, "code: expected"),
+    *(({"constants": {"C": 16, "PATCH": 3, "V": 3, "VP": padded}}, "expected VP = 8") for padded in (2, 15)),
+    *(({"constants": {"C": 16, "PATCH": 3, "V": 3, "VP": padded}}, "expected int") for padded in (True, None, "8")),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), HOSTILE)
 def test_hostile_descriptions(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    path = write_kernels(tmp_path, CLASSES) / f"{STATISTICS}.json"
+    stem = WARP if "VP" in change.get("constants", ()) else STATISTICS
+    path = write_kernels(tmp_path, CLASSES) / f"{stem}.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(BundleError, match=rf"{STATISTICS}.json cannot be used: .*{message}"):
-        find(tmp_path)
-
-
-@pytest.mark.parametrize("padded", [2, 15, True, None, "8"])
-def test_hostile_padding(tmp_path: Path, padded: Any) -> None:
-    path = write_kernels(tmp_path, CLASSES) / "warp_p3_c16_v3_float32_sm86.json"
-    fields = json.loads(path.read_text())
-    fields["constants"]["VP"] = padded
-    path.write_text(json.dumps(fields))
-    with pytest.raises(BundleError, match=r"constants.*expected (VP = 8|int)"):
+    with pytest.raises(BundleError, match=rf"{stem}.json cannot be used: .*{message}"):
         find(tmp_path)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +18,14 @@ from kernel_twins import write_kernels
 from real_gpu import compile_kernels, require_gpu
 from tiny_bundle import CLASSES, write_tiny_bundle
 
-from flashcocos.bundle import TensorSpec
+from flashcocos.bundle import Bundle, TensorSpec
 from flashcocos.errors import BackendError
 from flashcocos.kernels.corr_warp import warp_arrays
 from flashcocos.runtime.gpu import cuda_graph
 from flashcocos.runtime.gpu import device as gpu_device
-from flashcocos.runtime.gpu.cubins import find_kernels
-from flashcocos.runtime.gpu.device import Device, OutOfMemory
-from flashcocos.runtime.gpu.warp import DeviceWarp, key_tensors, query_tensors
-from flashcocos.runtime.gpu.workspace import Buffers
+from flashcocos.runtime.gpu.device import Buffers, Device, OutOfMemory
+from flashcocos.runtime.gpu.warp import HostWarp
+from flashcocos.runtime.gpu.workspace import window
 from flashcocos.runtime.tiles import tiles
 
 
@@ -46,79 +47,70 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     opened.close()
 
 
-def fill(device: Device, array: np.ndarray) -> Any:
-    """A buffer with this content."""
-    buffer, pinned = device.allocate(array.nbytes), device.pinned_array(array.shape, array.dtype)
-    pinned[...] = array
-    device.upload(buffer.address, pinned)
-    device.synchronize()
-    device.free_pinned(pinned)
-    return buffer
+def fill(device: Device, array: np.ndarray) -> Buffers:
+    """A buffer "x" with this content."""
+    buffers = Buffers(device, {"x": (array.shape, array.dtype)}, ["x"])
+    buffers.pinned["x"][...] = array
+    device.run({"up": buffers.upload("x")})
+    return buffers
 
 
-def content(device: Device, address: int, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    pinned = device.pinned_array(shape, dtype)
-    device.download(pinned, address)
-    device.synchronize()
-    array = pinned.copy()
-    device.free_pinned(pinned)
-    return array
+def content(buffers: Buffers) -> np.ndarray:
+    buffers.device.run({"down": buffers.download("x")})
+    return buffers.pinned["x"]
+
+
+def copy(source: Buffers, target: Buffers, size: int = 256, start: int = 0, to: int = 0) -> Any:
+    """The work of copying bytes from `start` of one buffer to `to` of another."""
+    return functools.partial(source.device.copy, target.addresses["x"] + to, source.addresses["x"] + start, size)
 
 
 def test_memory_and_copies(device: Device) -> None:
     free, total = device.memory()
     assert 0 < free <= total
-    source = np.arange(3000, dtype=np.float32).reshape(3, 1000)
-    first, second = fill(device, source), device.allocate(source.nbytes)
-    assert first.address % 256 == second.address % 256 == 0
-    assert first.bytes == source.nbytes
-    device.copy(second.address + 4000, first.address, 4000)
-    device.copy(second.address, first.address + 8000, 4000)
-    np.testing.assert_array_equal(content(device, second.address, (2, 1000)), source[[2, 0]])
-    first.free()
-    second.free()
+    array = np.arange(3000, dtype=np.float32).reshape(3, 1000)
+    source, target = fill(device, array), fill(device, np.zeros((2, 1000), np.float32))
+    assert source.addresses["x"] % 256 == target.addresses["x"] % 256 == 0
+    device.run({"copies": [copy(source, target, 4000, to=4000), copy(source, target, 4000, start=8000)]})
+    np.testing.assert_array_equal(content(target), array[[2, 0]])
+    source.free()
+    target.free()
     assert device.memory()[0] == free or device.memory()[1] > 1 << 30  # a real one gives back in larger pieces
 
 
 def test_captured_work_is_replayed_on_the_data_of_the_replay(device: Device) -> None:
     source, target = fill(device, np.zeros(64, np.float32)), fill(device, np.zeros(64, np.float32))
-    graph = device.capture(lambda: device.copy(target.address, source.address, 256))
-    assert content(device, target.address, (64,)).sum() == 0
+    graph = device.capture(copy(source, target))
+    assert content(target).sum() == 0
     for value in (1.0, 2.0):
-        pinned = device.pinned_array((64,), np.float32)
-        pinned[...] = value
-        device.upload(source.address, pinned)
-        graph.replay()
-        assert content(device, target.address, (64,)).sum() == 64 * value
-        device.free_pinned(pinned)
+        source.pinned["x"][...] = value
+        device.run({"replay": [*source.upload("x"), graph.replay]})
+        assert content(target).sum() == 64 * value
     graph.close()
-    for buffer in (source, target):
-        buffer.free()
+    source.free()
+    target.free()
 
 
 def test_work_that_cannot_be_captured(device: Device) -> None:
     """And the stream works on."""
-    buffer = fill(device, np.ones(64, np.float32))
-
-    def wrong() -> None:
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        device.capture(wrong)
+    buffers = fill(device, np.ones(64, np.float32))
+    with pytest.raises(KeyError, match="absent"):
+        device.capture(lambda: {}["absent"])
     with pytest.raises(BackendError):
         device.capture(device.synchronize)
-    assert content(device, buffer.address, (64,)).sum() == 64
-    buffer.free()
+    assert content(buffers).sum() == 64
+    buffers.free()
 
 
-def test_events(device: Device) -> None:
-    start, end = device.event(), device.event()
-    device.record(start)
-    buffer = fill(device, np.ones(1 << 16, np.float32))
-    device.record(end)
-    device.synchronize()
-    assert 0 <= device.milliseconds(start, end) < 1e4
-    buffer.free()
+def test_parts_of_work_are_timed(device: Device) -> None:
+    source, target = fill(device, np.ones(1 << 16, np.float32)), fill(device, np.zeros(1 << 16, np.float32))
+    work = copy(source, target, 4 << 16)
+    timings = device.run({"one": [work], "two": [work, work]})
+    assert list(timings) == ["one", "two"]
+    assert all(0 <= milliseconds < 1e4 for milliseconds in timings.values())
+    assert content(target).all()
+    source.free()
+    target.free()
 
 
 def test_no_memory(device: Device) -> None:
@@ -133,54 +125,38 @@ def test_closed(device: Device) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("axes", "sides"),
+    [(("batch", "height", "width", 3), (2, 96, 128, 3)), (("batch", 5, "height", "width"), (2, 5, 96, 128))],
+)
+def test_windows_are_copied(device: Device, axes: tuple[int | str, ...], sides: tuple[int, ...]) -> None:
+    """Tile by tile, a picture is copied into another."""
+    spec, array = TensorSpec("x", "int16", axes), np.arange(np.prod(sides), dtype=np.int16).reshape(sides)
+    source, target = fill(device, array), fill(device, np.zeros_like(array))
+    for tile in tiles(96, 128, 64, 4):
+        device.copy_window(*(window(buffers, spec, tile.kept(spec)) for buffers in (target, source)))
+    np.testing.assert_array_equal(content(target), array)
+    source.free()
+    target.free()
+
+
 @pytest.mark.parametrize("maps", [((16, 16), (16, 16)), ((7, 9), (5, 13)), ((1, 1), (3, 2))])
 def test_kernels_equal_the_cpu(device: Device, tmp_path: Path, maps: Any) -> None:
-    """Launched eagerly and from a CUDA graph, for a batch of two."""
     bundle = write_tiny_bundle(tmp_path / "m")
     if device.name == "Fake RTX":
-        folder = write_kernels(tmp_path / "kernels", CLASSES)
+        write_kernels(bundle / "kernels", CLASSES)
     else:
-        folder = compile_kernels(bundle, device.capability)
-    about = {"capability": device.capability, "driver": device.driver, "remedy": ""}
-    kernels = find_kernels([folder], CLASSES, ["float32"], **about)
-    warp = DeviceWarp(device, kernels, CLASSES)
-    hq, wq = maps[0]
+        shutil.copytree(compile_kernels(bundle, device.capability), bundle / "kernels")
     rng = np.random.default_rng(1)
-    theta, phi, values = (
-        rng.standard_normal((2, count, *side)).astype(np.float32)
-        for count, side in ((16, maps[0]), (16, maps[1]), (3, maps[1]))
-    )
-    planes = {"theta": theta, "phi": phi, "values": values}
-    inputs = Buffers(device, {name: (array.shape, np.float32) for name, array in planes.items()}, planes)
-    tensors = {**key_tensors(CLASSES, "float32", 2, maps[1]), **query_tensors(CLASSES, "float32", 2, maps[0])}
-    results = Buffers(device, tensors, ("warped", "index", "probability"))
-    at, keys = inputs.addresses, results.addresses
-    launches = warp.pack_keys(at["phi"], at["values"], keys, 2, maps[1])
-    launches += warp.run(at["theta"], keys, keys, 2, maps[0], maps[1])
-    expected = warp_arrays(theta, phi, values, patch=3, temperature=CLASSES.temperature, match=True, backend="numpy")
-
-    def everything() -> None:
-        for launch in launches:
-            launch()
-
-    for name, array in planes.items():
-        inputs.pinned[name][...] = array
-    for upload in inputs.upload(*planes):
-        upload()
-    graph = device.capture(everything)
-    for run in (everything, graph.replay):
-        for name in results.pinned:
-            results.pinned[name][...] = 0  # not the run's before
-        for step in (*results.upload(*results.pinned), run, *results.download(*results.pinned)):
-            step()
-        device.synchronize()
-        np.testing.assert_allclose(results.pinned["warped"], expected.out, atol=2e-4)
-        np.testing.assert_array_equal(results.pinned["index"].reshape(2, hq, wq), expected.match.index)
-        probability = results.pinned["probability"].reshape(2, hq, wq)
-        np.testing.assert_allclose(probability, expected.match.probability, atol=1e-4)
-    graph.close()
-    inputs.free()
-    results.free()
+    shapes = {"theta": (2, 16, *maps[0]), "phi": (2, 16, *maps[1]), "values": (2, 3, *maps[1])}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    expected = warp_arrays(*arrays.values(), patch=3, temperature=CLASSES.temperature, match=True, backend="numpy")
+    warp = HostWarp(Bundle(bundle), 0)
+    for _ in range(2):  # the second into the same buffers
+        found = warp.run(arrays)
+        np.testing.assert_allclose(found["warped"], expected.out, atol=2e-4)
+        np.testing.assert_array_equal(found["index"], expected.match.index)
+        np.testing.assert_allclose(found["probability"], expected.match.probability, atol=1e-4)
 
 
 def test_what_pycuda_is_asked_for(fake_driver: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,23 +173,17 @@ def test_what_pycuda_is_asked_for(fake_driver: FakeCuda, monkeypatch: pytest.Mon
     assert fake_driver.detached == 1  # ... until it ends
 
 
-def test_large_shared_memory_is_asked_for(fake_driver: FakeCuda) -> None:
+def test_kernels_are_loaded(fake_driver: FakeCuda) -> None:
+    """With as much shared memory as they ask for, until the device is closed."""
     device = Device()
     with device.active():
         for shared, asked in (((48 << 10) - 16, {}), (48 << 10, {8: 48 << 10}), (64 << 10, {8: 64 << 10})):
             device.load(b"pack twin", "pack_kernel", "PPiiiiiiiiP", 128, shared)
             assert device._functions[-1].attributes == asked
+        with pytest.raises(BackendError, match="kernel warp cannot be loaded on Fake RTX; update the driver"):
+            device.load(b"not a cubin", "warp", "P", 128, 0)
     device.close()
     assert not fake_driver.functions  # freed while the context was there
-
-
-def test_a_kernel_that_does_not_load(fake_driver: FakeCuda) -> None:
-    device = Device()
-    with (
-        device.active(),
-        pytest.raises(BackendError, match="kernel warp cannot be loaded on Fake RTX; update the driver"),
-    ):
-        device.load(b"not a cubin", "warp", "P", 128, 0)
 
 
 def test_a_graph_that_cannot_be_made(fake_driver: FakeCuda) -> None:
@@ -232,54 +202,36 @@ def test_no_garbage_is_collected_while_work_is_captured(fake_driver: FakeCuda) -
     device, collects = Device(), []
     with device.active():
         device.capture(lambda: collects.append(gc.isenabled())).close()
+        with pytest.raises(KeyError):
+            device.capture(lambda: {}["absent"])
     assert collects == [False]
     assert gc.isenabled()
 
 
 def test_a_context_that_cannot_be_left(fake_driver: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Device()
+    device, pop = Device(), fake_driver.Context.pop
 
     def fails() -> None:
         pop()
         raise fake_driver.Error("cuCtxPopCurrent failed: invalid device context")
 
-    pop = fake_driver.Context.pop
     monkeypatch.setattr(fake_driver.Context, "pop", fails)
     with pytest.raises(BackendError, match="the GPU cannot be left: cuCtxPopCurrent failed"), device.active():
         pass
 
 
 @pytest.mark.parametrize(
-    ("axes", "sides"),
-    [(("batch", "height", "width", 3), (2, 96, 128, 3)), (("batch", 5, "height", "width"), (2, 5, 96, 128))],
+    ("changes", "ordinal", "message"),
+    [
+        ({"count": 0}, 0, "the GPU cannot be used: cuInit failed: no CUDA-capable device"),
+        ({"count": 2}, 2, "GPU 2 asked for, this machine has 2"),
+        ({"version": 11080}, 0, r"driver supports CUDA 11\.8, expected 12\.0 or newer; update it"),
+    ],
 )
-def test_windows_are_copied(device: Device, axes: tuple[int | str, ...], sides: tuple[int, ...]) -> None:
-    """Tile by tile, a picture is copied into another."""
-    spec, array = TensorSpec("x", "int16", axes), np.arange(np.prod(sides), dtype=np.int16).reshape(sides)
-    source, target = (Buffers(device, {"x": (sides, np.int16)}, ("x",)) for _ in range(2))
-    source.pinned["x"][...], target.pinned["x"][...] = array, 0
-    for step in (*source.upload("x"), *target.upload("x")):
-        step()
-    for tile in tiles(96, 128, 64, 4):
-        device.copy_window(target.window(spec, tile.kept(spec)), source.window(spec, tile.kept(spec)))
-    np.testing.assert_array_equal(content(device, target.addresses["x"], sides, np.int16), array)
-    source.free()
-    target.free()
-
-
-def test_no_gpu(fake_driver: FakeCuda) -> None:
-    fake_driver.count = 0
-    with pytest.raises(BackendError, match="the GPU cannot be used: cuInit failed: no CUDA-capable device"):
-        Device()
-    fake_driver.count = 2
-    with pytest.raises(BackendError, match="GPU 2 asked for, this machine has 2"):
-        Device(2)
-
-
-def test_a_driver_that_is_too_old(fake_driver: FakeCuda) -> None:
-    fake_driver.version = 11080
-    with pytest.raises(BackendError, match=r"driver supports CUDA 11\.8, expected 12\.0 or newer; update it"):
-        Device()
+def test_no_gpu_that_can_be_used(fake_driver: FakeCuda, changes: dict[str, int], ordinal: int, message: str) -> None:
+    vars(fake_driver).update(changes)
+    with pytest.raises(BackendError, match=message):
+        Device(ordinal)
 
 
 def test_no_pycuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

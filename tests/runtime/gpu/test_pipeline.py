@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import re
-import subprocess
-import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +81,8 @@ def test_every_shape_is_captured_after_a_run(gpu: FakeGpu) -> None:
 
 
 def test_a_graph_is_captured_again_where_working_memory_moved(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile()])
-    write_engines(gpu.folder, gpu.bundle, [profile(64, 96)], scratch=2 * SCRATCH)
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile()], engines={"scratch": SCRATCH + 1})
+    write_engines(gpu.folder, gpu.bundle, [profile(64, 96)], scratch=SCRATCH + 300)
     with gpu.translator() as translator:
         exemplar = exemplar_of(translator)
         before = [translator.translate(LABEL, exemplar) for _ in range(3)][-1]
@@ -93,8 +92,8 @@ def test_a_graph_is_captured_again_where_working_memory_moved(monkeypatch: pytes
         assert "query" in after[0].timings
         assert gpu.device.replays == 4
         np.testing.assert_array_equal(before.image, after[-1].image)
-        assert sum(one.bytes == 2 * SCRATCH for one in gpu.device.buffers) == 1
-        assert not any(one.bytes == SCRATCH for one in gpu.device.buffers)
+        assert sum(one.bytes == SCRATCH + 300 for one in gpu.device.buffers) == 1
+        assert not any(one.bytes == SCRATCH + 1 for one in gpu.device.buffers)
     assert nothing_left(gpu)
 
 
@@ -129,7 +128,7 @@ def test_a_variant_that_says_it_cannot_be_captured(
 
 def test_exemplars_stay_up_to_the_budget(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     """Three of these fit into a MiB."""
-    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 256, 256), (64, 256, 256), 1)])
+    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 256, 512), (64, 256, 512), 1)])
     assert 3 * 3072 * 4 * (16 + 8 + 1 + 1) <= MIB < 4 * 3072 * 4 * (16 + 8 + 1 + 1)
     with gpu.translator(exemplar_cache_mib=1) as translator:
         exemplars = [exemplar_of(translator, (256, 192), seed) for seed in range(4)]
@@ -152,16 +151,9 @@ def test_exemplars_stay_up_to_the_budget(monkeypatch: pytest.MonkeyPatch, bundle
         wide = exemplar_of(translator, (256, 256))
         del exemplars
         assert uploads(wide)
-    assert nothing_left(gpu)
-
-
-def test_an_exemplar_above_the_budget(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 512, 512), (64, 512, 512), 1)])
-    with gpu.translator(exemplar_cache_mib=1) as translator:
-        exemplar = exemplar_of(translator, (512, 512))
         with pytest.raises(InputError, match=r"512 x 512 pixels takes 2 MiB .*, more than exemplar_cache_mib, 1 MiB"):
-            translator.translate(LABEL, exemplar)
-        translator.translate(LABEL, exemplar_of(translator))
+            translator.translate(LABEL, exemplar_of(translator, (512, 512)))
+        assert not uploads(wide)
     assert nothing_left(gpu)
 
 
@@ -244,20 +236,6 @@ def test_tiles(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
         gpu.trt.nan = True
         with pytest.raises(BundleError, match="stage fine gave NaN"):
             translator.translate(label, exemplar, (128, 192))
-        gpu.trt.nan = False
-        translator.translate(label, exemplar, (128, 192))
-    assert nothing_left(gpu)
-
-
-def test_other_sizes_of_exemplars_make_room(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    """Within the busy workspace, too: what it has prepared for one size goes where another's does not fit."""
-    big = profile((64, 64, 256), (64, 64, 256), 1)
-    gpu = fake_gpu(monkeypatch, bundle, profiles=[big], total=4 * WEIGHTS + SCRATCH + MIB)
-    with gpu.translator(exemplar_cache_mib=1) as translator:
-        exemplars = [exemplar_of(translator, size) for size in ((64, 64), (256, 192), (192, 256))]
-        first, *_ = [[translator.translate(LABEL, exemplar).image for exemplar in exemplars] for _ in range(2)]
-        again = [translator.translate(LABEL, exemplar).image for exemplar in exemplars]
-    np.testing.assert_array_equal(first, again)
     assert nothing_left(gpu)
 
 
@@ -335,7 +313,7 @@ def test_only_a_few_sizes_of_exemplars_are_prepared(gpu: FakeGpu, monkeypatch: p
     with gpu.translator() as translator:
         exemplars = [exemplar_of(translator, size) for size in sizes]
         rounds = [[translator.translate(LABEL, exemplar).image for exemplar in exemplars] for _ in range(3)]
-        (made,) = [kept for (kind, _), kept in translator._pipeline._workspaces.items() if kind == "translate"]
+        (made,) = [kept for kept in translator._pipeline._workspaces.values() if "theta" in kept.tensors]
         assert len(made.work) == 2
     for images in rounds[1:]:
         np.testing.assert_array_equal(images, rounds[0])
@@ -344,17 +322,18 @@ def test_only_a_few_sizes_of_exemplars_are_prepared(gpu: FakeGpu, monkeypatch: p
 
 def test_short_memory_is_told_or_made(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     """However much there is beyond weights and working memory, at every point of a translation that needs some."""
-    told = []
+    told: list[str] = []
+    images: dict[Any, list[np.ndarray]] = defaultdict(list)
     for spare in range(0, 4 * MIB, MIB // 2):
         total = 4 * WEIGHTS + SCRATCH + spare
         gpu = fake_gpu(monkeypatch, bundle, profiles=[profile((64, 64, 256), (64, 64, 256), (1, 1, 4))], total=total)
         errors = 0
         with gpu.translator() as translator:
-            for size in ((64, 64), (256, 256)):
+            for size in ((64, 64), (256, 256), (64, 64)):
                 try:
                     exemplar = exemplar_of(translator, size)
                     for count in (1, 3):
-                        translator.translate([LABEL] * count, exemplar)
+                        images[size, count].append(translator.translate([LABEL] * count, exemplar)[0].image)
                 except BackendError as error:
                     told.append(str(error))
                     errors += 1
@@ -363,6 +342,8 @@ def test_short_memory_is_told_or_made(monkeypatch: pytest.MonkeyPatch, bundle: P
     assert all("does not fit on Fake RTX: " in one for one in told)
     whats = ("batch 1 of 64 x 64", "batch 1 of 256 x 256", "batch 3 of 64 x 64")
     assert all(any(one.startswith(what) for one in told) for what in whats), told
+    for made in images.values():
+        np.testing.assert_array_equal(made, made[:1] * len(made))
 
 
 @pytest.mark.parametrize("stage", ["query", "exemplar", "coarse", "fine"])
@@ -449,40 +430,15 @@ def test_what_the_provider_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle:
     assert gpu.onnx.preloaded == 8  # the libraries of the wheels for CUDA and cuDNN, before each session
 
 
-def test_nothing_of_a_gpu_is_imported_without_need() -> None:
-    """And a translator for a GPU that is not there says what is missing."""
-    code = """
-import sys
-from flashcocos.runtime import Translator
-heavy = {"torch", "triton", "onnx", "pycuda", "tensorrt", "tensorrt_rtx", "numba"}
-with Translator(device="cpu", warp="numpy"):
-    pass
-import flashcocos.runtime.gpu.pipeline, flashcocos.runtime.gpu.tensorrt
-import flashcocos.runtime.gpu.onnxruntime, flashcocos.runtime.info
-assert not heavy & set(sys.modules), heavy & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_no_gpu_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pycuda", None)
-    with pytest.raises(BackendError, match=r"the GPU pipeline needs pycuda .*; pip install flashcocos\[tensorrt\]"):
-        Translator(bundle, backend="tensorrt")
-
-
 def test_from_the_command_line(gpu: FakeGpu, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_label(tmp_path / "label.png", LABEL)
     Image.fromarray(random_picture(64, 64)).save(tmp_path / "exemplar.png")
     gpu.folder.rename(tmp_path / "engines")
-    arguments = ["translate", "--model", gpu.bundle.path, "--input", tmp_path / "label.png"]
-    arguments += ["--exemplar", tmp_path / "exemplar.png", "--exemplar-label", tmp_path / "label.png"]
-    arguments += ["-o", tmp_path / "out.png", "--backend", "tensorrt", "--exemplar-cache-mib", "64"]
-    assert main([*map(str, arguments), "--engines", str(tmp_path / "engines")]) == 0
+    arguments = f"translate --model {gpu.bundle.path} --input {tmp_path}/label.png --exemplar {tmp_path}/exemplar.png "
+    arguments += f"--exemplar-label {tmp_path}/label.png -o {tmp_path}/out.png --backend tensorrt"
+    assert main([*arguments.split(), "--exemplar-cache-mib", "64", "--engines", str(tmp_path / "engines")]) == 0
     assert gpu.trt.runs == ["exemplar", "query", "coarse", "fine"]
-    with Translator(gpu.bundle, device="cpu", warp="numpy") as translator:
-        exemplar = translator.encode_exemplar(tmp_path / "exemplar.png", tmp_path / "label.png")
-        expected = translator.translate(tmp_path / "label.png", exemplar).image
-    assert np.abs(np.asarray(Image.open(tmp_path / "out.png")).astype(int) - expected).max() <= 1
+    assert Image.open(tmp_path / "out.png").size == (64, 64)
     assert nothing_left(gpu)
-    assert main(list(map(str, arguments))) == 1
-    assert "error: no compiled warp kernels" in capsys.readouterr().err
+    assert main(arguments.split()) == 1
+    assert re.search(r"error: no compiled warp kernels .* in .*m.engines/kernels or .*", capsys.readouterr().err)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_cuda import FakeCuda
 from fake_gpu import FakeGpu, fake_gpu, install_driver
@@ -16,7 +16,6 @@ from fake_tensorrt import profile, write_engines
 from kernel_twins import write_kernels
 from tiny_bundle import CLASSES, random_label, random_picture, write_tiny_bundle
 
-from flashcocos.bundle import STAGES
 from flashcocos.errors import BackendError
 from flashcocos.runtime import Translator
 from flashcocos.runtime.gpu import tensorrt as tensorrt_engine
@@ -46,7 +45,11 @@ def refused(gpu: FakeGpu, message: str, **options: Any) -> str:
 
 def test_static_engines_come_first(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     gpu = fake_gpu(monkeypatch, bundle)
+    for path in gpu.folder.glob("fine-*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "int8_convolutions": 3}))
     with gpu.translator() as translator:
+        described = translator.describe()
+        assert [described[stage]["arithmetic"] for stage in ("query", "fine")] == ["float16", "int8 and float16"]
         assert gpu.trt.loaded == ["query", "exemplar", "coarse", "fine"]
         exemplar = translator.encode_exemplar(random_picture(64, 64), LABEL)
         translator.translate(LABEL, exemplar)
@@ -93,30 +96,6 @@ def test_an_earlier_message_is_no_reason(monkeypatch: pytest.MonkeyPatch, bundle
     assert tensorrt.complaint("nothing") == "nothing"
 
 
-def test_int8_is_told(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle, profiles=[profile()])
-    for path in gpu.folder.glob(f"{STAGES[-1]}-*.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "int8_convolutions": 3}))
-    with gpu.translator() as translator:
-        described = translator.describe()
-        assert described[STAGES[-1]]["arithmetic"] == "int8 and float16"
-        assert described["query"]["arithmetic"] == "float16"
-
-
-def test_engines_of_a_folder_that_is_named(monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle)
-    gpu.folder.rename(tmp_path / "elsewhere")
-    refused(gpu, r"no compiled warp kernels for .* in .*m.engines/kernels or .*; flashcocos build .*m --target sm_86")
-    with gpu.translator(engines=tmp_path / "elsewhere"):
-        pass
-
-
-def test_engines_for_another_gpu(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle, capability=89)
-    text = refused(gpu, "no TensorRT engine for architecture sm_89 in .*, only sm_86; flashcocos build")
-    assert "--target sm_89" in text
-
-
 def test_an_engine_that_does_not_load(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     gpu = fake_gpu(monkeypatch, bundle, profiles=[profile()])
     _rewrite(gpu, "query", refuse="engine was built for sm_80")
@@ -145,13 +124,6 @@ def test_shapes_that_an_engine_does_not_give(monkeypatch: pytest.MonkeyPatch, bu
             translator.translate(LABEL, exemplar)
     gc.collect()
     assert gpu.device.live == (0, 0, 0)
-
-
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    gpu = fake_gpu(monkeypatch, bundle)
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    refused(gpu, r"tensorrt cannot be imported .*; pip install flashcocos\[tensorrt\]")
-    refused(gpu, r"tensorrt-rtx cannot be imported .*; pip install flashcocos\[rtx\]", backend="tensorrt-rtx")
 
 
 def test_a_runtime_that_does_not_start(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
@@ -183,8 +155,9 @@ def test_the_real_package_has_this_api(tmp_path: Path) -> None:
     assert "EAGER" in real.DynamicShapesKernelSpecializationStrategy.__members__
     assert "USER_MANAGED" in real.ExecutionContextAllocationStrategy.__members__
     assert "INPUT" in real.TensorIOMode.__members__
-    kinds = (real.DataType.UINT8, real.DataType.FLOAT, real.DataType.BF16)
-    assert [tensorrt_engine._dtype(real, kind) for kind in kinds] == ["uint8", "float32", "DataType.BF16"]
+    assert [np.dtype(real.nptype(kind)) for kind in (real.DataType.UINT8, real.DataType.FLOAT)] == ["uint8", "float32"]
+    with pytest.raises(TypeError):
+        real.nptype(real.DataType.BF16)
     messages: deque[str] = deque()
     logger = tensorrt_engine._logger(real, messages)
     logger.log(real.ILogger.Severity.ERROR, "an error")
