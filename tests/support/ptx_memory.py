@@ -1,191 +1,82 @@
-"""Memory, and blocks in lock-step that read and write it, with the checks of `ptx_machine.py`."""
+"""Memory as kernels see it, with the check for races of `ptx_machine.py`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
+from ptx_operations import BITS
 
-if TYPE_CHECKING:
-    from ptx_machine import Machine
-
-REGION_BITS = 40  # an address is the number of its region and an offset
-BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-NO_GUARD = "%p"  # a register that is always true
-REGISTERS = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64}
-
-
-class Fault(AssertionError):
-    """What cannot be executed: an unknown instruction, a wild address, or threads of a block that part."""
+# of a thread: its block, its interval between barriers, and its place in the block
+BLOCK_SHIFT, INTERVAL_SHIFT = 40, 20
+SEVERAL_THREADS, SEVERAL_BLOCKS = (1 << INTERVAL_SHIFT) - 1, 1 << 62
 
 
 class Region:
-    """Memory as kernels see it. grain: bytes of its smallest access, the unit in which accesses are compared.
+    """`data` from address `start` on; a block may use `size` bytes of it.
 
-    start: address of its first byte, less the number of the region; size: bytes that a block may use.
+    grain: bytes of the smallest access, the unit in which accesses are compared. writer, reader: of each grain, the
+    number of the thread that met it last, or -1; a reader may also be several threads of a block, or several blocks.
+    log: problems, and how often.
     """
 
-    def __init__(self, name: str, data: np.ndarray, grain: int, start: int, size: int) -> None:
-        self.name, self.data, self.grain, self.start, self.size = name, data, grain, start, size
-        grains = -(-data.size // grain)
-        self.thread = np.full(grains, -1, np.int32)  # the last that wrote since the barrier; used by `Group.compare`
-        self.value = np.zeros(grains, BITS[grain])  # what it wrote
-        self.copying = np.zeros(grains, bool)
-        self.block = np.full(grains, -1, np.int32)  # the last that wrote
-        self.readers: dict[int, np.ndarray] = {}  # block -> the grains that it has read
+    def __init__(self, name: str, data: np.ndarray, grain: int, start: int, size: int, log: Counter[str]) -> None:
+        assert start % grain == 0, f"{name} starts at {start}, expected a multiple of {grain}"
+        self.name, self.grain, self.start, self.size, self.log = name, grain, start, size, log
+        self.data = data[: data.size // grain * grain].view(BITS[grain])
+        self.writer, self.reader = np.full(self.data.size, -1), np.full(self.data.size, -1)
+        # what `cp.async` brings, and the number of its group until it is there
+        self.arriving, self.copying = self.data.copy(), np.zeros(self.data.size, np.int32)
 
-    def view(self, item: int) -> np.ndarray:
-        """The memory as items of so many bytes."""
-        return self.data[: self.data.size // item * item].view(BITS[item])
+    def problem(self, what: str, text: str) -> None:
+        self.log[f"{what}, {self.name}: {text}"] += 1
 
 
 class Access(NamedTuple):
-    """What threads read, or with values write: a row of items of `item` bytes each, by their numbers in the region."""
+    """The grains, a row for each of the threads in these places of a group, that an instruction reads or writes."""
 
     region: Region
-    item: int
-    items: np.ndarray
+    grains: np.ndarray
     threads: np.ndarray
-    values: np.ndarray | None
+    places: np.ndarray
     text: str
 
-    def grains(self) -> np.ndarray:
-        """The numbers of the region's grains, a row for each thread."""
-        share = self.item // self.region.grain
-        if share == 1:
-            return self.items
-        return (self.items[:, :, None] * share + np.arange(share)).reshape(len(self.items), self.items.shape[1] * share)
+    def read(self) -> np.ndarray:
+        """What is there; another should not have written it."""
+        region, grains, threads = self.region, self.grains, self.threads
+        self._check(_meet(region.writer[grains], threads))
+        region.reader[grains] = _joined(region.reader[grains], threads)
+        np.maximum.at(region.reader, grains.ravel(), _joined(region.reader[grains], threads).ravel())  # those at once
+        return region.data[grains]
 
-    def grain_values(self) -> np.ndarray:
-        assert self.values is not None
-        return np.ascontiguousarray(self.values).view(BITS[self.region.grain])
+    def write(self, values: np.ndarray) -> None:
+        """Their rows of `values`; another should not have read there, or written something else."""
+        region, grains, threads = self.region, self.grains, self.threads
+        values = values[self.places].view(region.data.dtype)
+        met = _meet(region.writer[grains], threads) & (region.data[grains] != values)
+        met |= _meet(region.reader[grains], threads)
+        region.data[grains], region.writer[grains] = values, threads
+        self._check(met | (region.data[grains] != values))
 
-    def write(self) -> None:
-        self.region.view(self.item)[self.items] = self.values
+    def copy(self, values: np.ndarray, number: int) -> None:
+        """Begin to write: until this group of copies is waited for there is garbage, not to be touched."""
+        self.write(np.full_like(values, 0xCDCDCDCD))
+        self.region.arriving[self.grains] = values[self.places].view(self.region.data.dtype)
+        self.region.copying[self.grains] = number
 
-    def of(self, threads: np.ndarray) -> Access:
-        """The part of these threads."""
-        mine = np.isin(self.threads, threads)
-        values = None if self.values is None else self.values[mine]
-        return self._replace(items=self.items[mine], threads=self.threads[mine], values=values)
+    def _check(self, met: np.ndarray) -> None:
+        if (met | (self.region.copying[self.grains] > 0)).any():
+            self.region.problem("race", self.text)
 
 
-class Group:
-    """Blocks in lock-step: their registers, their accesses since the last barrier, and their copies in flight."""
+def _meet(other: np.ndarray, threads: np.ndarray) -> np.ndarray:
+    """Are they of two blocks, or two of one block within an interval?"""
+    different = other ^ threads
+    return (different >= 1 << BLOCK_SHIFT) | ((different > 0) & (different < 1 << INTERVAL_SHIFT))
 
-    def __init__(self, machine: Machine, blocks: np.ndarray, place: int = 0) -> None:
-        self.machine, self.blocks, self.place = machine, blocks, place
-        self.threads = (blocks[:, None] * machine.threads + np.arange(machine.threads)).ravel()
-        self.log: list[Access] = []
-        self.copies: list[list[Access]] = [[]]  # of each committed group, and last of the open one
-        # garbage, for Triton leaves a half undefined that is not used
-        garbage = {kind: np.full(len(self.threads), 0xCD, bits) for kind, bits in REGISTERS.items()}
-        self.registers = {name: garbage[name.strip("%0123456789")] for name in machine.names}
-        block, thread = np.divmod(self.threads, machine.threads)
-        special = {"%tid.x": thread}
-        for axis, count in zip("xyz", machine.grid, strict=True):
-            special |= {f"%ctaid.{axis}": block % count, f"%nctaid.{axis}": np.full_like(block, count)}
-            block = block // count
-        self.registers |= {name: values.astype(np.uint32) for name, values in special.items()}
-        self.registers[NO_GUARD] = np.ones(len(self.threads), bool)
 
-    def part(self, chosen: np.ndarray, place: int) -> Group:
-        """The blocks that are `chosen`, as a group that goes on at `place`."""
-        other = Group(self.machine, self.blocks[chosen], place)
-        mine = np.repeat(chosen, self.machine.threads)
-        other.registers = {name: values[mine] for name, values in self.registers.items()}
-        other.log = [access.of(other.threads) for access in self.log]
-        other.copies = [[access.of(other.threads) for access in copies] for copies in self.copies]
-        return other
-
-    def load(
-        self, space: str, addresses: np.ndarray, item: int, count: int, chosen: np.ndarray, text: str
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What the `chosen` threads read (threads, count), and the numbers of those that may."""
-        access, numbers = self._access(space, addresses, item, count, chosen, text)
-        self._note(access)
-        return access.region.view(item)[access.items], numbers
-
-    def store(self, space: str, addresses: np.ndarray, values: np.ndarray, chosen: np.ndarray, text: str) -> Access:
-        """Write `values` (threads, count) of the `chosen` threads."""
-        access, numbers = self._access(space, addresses, values.itemsize, values.shape[1], chosen, text)
-        access = access._replace(values=values[numbers])
-        self._note(access)
-        access.write()
-        return access
-
-    def copy(self, target: np.ndarray, values: np.ndarray, chosen: np.ndarray, text: str) -> None:
-        """Begin to write `values` to shared memory: until they are waited for there is garbage, not to be touched."""
-        access = self.store("shared", target, np.full_like(values, 0xCDCDCDCD), chosen, text)
-        access.region.copying[access.grains()] = True
-        self.copies[-1].append(access._replace(values=values[np.isin(self.threads, access.threads)]))
-
-    def wait(self, pending: int) -> None:
-        """Until at most so many committed groups of copies are in flight."""
-        while len(self.copies) - 1 > pending:
-            for access in self.copies.pop(0):
-                access.region.copying[access.grains()] = False
-                self._note(access)
-                access.write()
-
-    def compare(self) -> None:
-        """At a barrier: has a thread met what another one wrote since the last?"""
-        written = [access for access in self.log if access.values is not None]
-        for access in written:
-            grains = access.grains()
-            access.region.thread[grains] = access.threads[:, None]
-            access.region.value[grains] = access.grain_values()
-        for access in self.log if written else ():
-            grains, region = access.grains(), access.region
-            others = (region.thread[grains] >= 0) & (region.thread[grains] != access.threads[:, None])
-            if access.values is not None:
-                others &= region.value[grains] != access.grain_values()
-            if others.any():
-                what = "read" if access.values is None else "written"
-                self.machine.problem(f"race: {what}", region, access.text)
-        for access in written:
-            access.region.thread[access.grains()] = -1
-        self.log = []
-
-    def _access(
-        self, space: str, addresses: np.ndarray, item: int, count: int, chosen: np.ndarray, text: str
-    ) -> tuple[Access, np.ndarray]:
-        """The access, checked, and the numbers of the threads that may go on with it."""
-        machine, size = self.machine, item * count
-        numbers = np.flatnonzero(chosen)
-        offsets, threads = addresses[numbers].astype(np.int64), self.threads[numbers]
-        number = 0
-        if space == "global":
-            number = int(offsets[0]) >> REGION_BITS if len(offsets) else 1
-            if not 0 < number < len(machine.regions):
-                raise Fault(f"wild address {int(offsets[0]):#x}: {text}")
-            offsets -= number << REGION_BITS
-        region = machine.regions[number]
-        aligned = offsets % size == 0
-        offsets -= region.start
-        inside = (offsets >= 0) & (offsets <= region.size - size)
-        if not (aligned & inside).all():
-            machine.problem("misaligned" if not aligned.all() else "out of bounds", region, text)
-            numbers, offsets, threads = (array[aligned & inside] for array in (numbers, offsets, threads))
-        if space == "shared":
-            offsets += threads // machine.threads * region.size
-        return Access(region, item, (offsets // item)[:, None] + np.arange(count), threads, None, text), numbers
-
-    def _note(self, access: Access) -> None:
-        """Remember the access for the next barrier; compare it with copies in flight, and with other blocks'."""
-        self.log.append(access)
-        region, machine, grains = access.region, self.machine, access.grains()
-        if region is machine.regions[0]:
-            if self.copies != [[]] and region.copying[grains].any():
-                machine.problem("race: touched while cp.async copies", region, access.text)
-            return
-        blocks = access.threads // machine.threads
-        if access.values is None:
-            for block in self.blocks:
-                readers = region.readers.setdefault(int(block), np.zeros(region.thread.size, bool))
-                readers[grains if len(self.blocks) == 1 else grains[blocks == block]] = True
-        else:
-            others = (region.block[grains] >= 0) & (region.block[grains] != blocks[:, None])
-            if (others & (region.view(region.grain)[grains] != access.grain_values())).any():
-                machine.problem("race: written by two blocks", region, access.text)
-            region.block[grains] = blocks[:, None]
+def _joined(other: np.ndarray, threads: np.ndarray) -> np.ndarray:
+    """The mark of both."""
+    several = np.where(other ^ threads >= 1 << BLOCK_SHIFT, SEVERAL_BLOCKS, threads | SEVERAL_THREADS)
+    return np.where(_meet(other, threads), several, threads)

@@ -4,7 +4,7 @@ Every launch is the project's own, from Python or by the torch-free runtime with
 computes is compared with the float64 oracle, and what the machine of tests/support/ptx_machine.py notices must be
 nothing: accesses out of bounds, misaligned or racing, and branches within a block.
 
-CI executes a choice; all of it, with every number, in about half an hour:
+CI executes a choice; all of it, with every number and every mistake, in about an hour:
 
     FLASHCOCOS_EXECUTE=all python -m pytest tests/kernels/gpu/test_executed.py -s
 """
@@ -16,16 +16,17 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import ptx_compiler
 import pytest
 import torch
-from ptx_compiler import Compiler
 from ptx_launch import Launcher, memory_of
 from ptx_machine import Machine
-from ptx_memory import Fault
+from ptx_operations import Fault
 from tolerances import EXECUTED, assert_close
 
 from flashcocos.config import PRESETS
@@ -73,7 +74,8 @@ if EVERYTHING:
         for sizes in ({}, LARGE, WIDE)
     ]
     MATCH += [Case(sm, SINGLE, **sizes) for sm in (80, 86, 120) for sizes in ({}, LARGE)]
-    FORWARD = MATCH + [case._replace(multiprocessors=3) for case in MATCH if case.kernel == "nine_tap"]
+    # split over the keys; with 17 values the parts would take more memory than the maps, so there would be one
+    FORWARD = MATCH + [case._replace(multiprocessors=3, values=3) for case in MATCH if case.kernel == "nine_tap"]
     BACKWARD = [
         Case(sm, dtype, **sizes) for sm in (80, 86, 120) for dtype in (HALF, BRAIN, SINGLE) for sizes in ({}, CHUNKS)
     ]
@@ -102,7 +104,7 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
     try:
         from triton.backends.nvidia.compiler import get_ptxas
 
@@ -110,8 +112,16 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
             get_ptxas(sm)
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"needs a triton with its ptxas, which the version of the PTX follows: {error}")
-    with Compiler(tmp_path_factory.mktemp("ptx")) as process:
+    with ptx_compiler.start(tmp_path_factory.mktemp("ptx")) as process:
         yield process
+
+
+@pytest.fixture(autouse=True)
+def _fill_empty_tensors():
+    """With NaN, so that what no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def make(case: Case) -> list[torch.Tensor]:
@@ -124,7 +134,7 @@ def make(case: Case) -> list[torch.Tensor]:
 def check_launches(launcher: Launcher, *kernels: str) -> None:
     """These were executed, and nothing was noticed."""
     for name, machine in launcher.launches:
-        print(f"sm{launcher.sm} {name} {machine.grid}: {machine.instructions} instructions, {dict(machine.problems)}")
+        print(f"sm{launcher.sm} {name} {machine.grid}: {dict(machine.problems)}")
     assert {name for name, _ in launcher.launches} == set(kernels)
     assert not [problem for _, machine in launcher.launches for problem in machine.problems]
 
@@ -139,7 +149,7 @@ def check_best(found: Sequence[torch.Tensor], theta: torch.Tensor, phi: torch.Te
         assert_close(name, got.flatten(1), want, EXECUTED["out", SINGLE])
 
 
-def check_forward(case: Case, launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_forward(case: Case, launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> Sequence[torch.Tensor]:
     theta, phi, values, _ = make(case)
     with monkeypatch.context() as patch, triton_warp.choose_forward(case.kernel):
         launcher.patch(patch, triton_warp, case.multiprocessors)
@@ -149,15 +159,17 @@ def check_forward(case: Case, launcher: Launcher, monkeypatch: pytest.MonkeyPatc
     expected, expected_lse = reference.warp(theta.double(), phi.double(), values.double(), 3, 0.01)
     assert_close("out", out, expected, EXECUTED["out", case.dtype])
     assert_close("lse", lse, expected_lse, EXECUTED["lse", SINGLE])
+    return out, lse
 
 
-def check_match(case: Case, launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_match(case: Case, launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> Sequence[torch.Tensor]:
     theta, phi = make(case)[:2]
     with monkeypatch.context() as patch, triton_warp.choose_forward(case.kernel):
         launcher.patch(patch, triton_warp, case.multiprocessors)
         found = triton_warp.match_forward(theta, phi, 3, 0.01)
     check_launches(launcher, "pack", "statistics", "nine_tap" if case.kernel == "nine_tap" else "forward")
     check_best(found, theta, phi)
+    return found
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
@@ -196,35 +208,39 @@ def test_ahead_of_time(case, compiler, tmp_path):
     dtype = str(case.dtype).removeprefix("torch.")
     config = msgspec.structs.replace(PRESETS["tiny"], feature_channels=case.channels)
     assert (config.warped_channels, config.temperature) == (case.values, 0.01)
-    compiler.compile_ahead(tmp_path, case.sm, values=[case.values], channels=case.channels, dtypes=[dtype])
+    options = {"values": [case.values], "channels": case.channels, "dtypes": [dtype]}
+    compiler.submit(ptx_compiler.compile_ahead, tmp_path, case.sm, **options).result()
     cubins = find_kernels([tmp_path], config, [dtype], capability=case.sm, driver="99.0", remedy="")
     launcher = Launcher(compiler, case.sm)
     warp = DeviceWarp(launcher, cubins, config)
     theta, phi, values = (tensor.float() for tensor in make(case)[:3])
-    arrays = {"planes of theta": theta.numpy(), "planes of phi": phi.numpy(), "planes of values": values.numpy()}
     tensors = {
         **key_tensors(config, dtype, case.batch, case.key),
         **query_tensors(config, dtype, case.batch, case.query),
     }
-    for name, (shape, kind) in tensors.items():
-        garbage = bytearray(b"\xff" * nbytes(shape, kind))
-        arrays[name] = np.frombuffer(garbage, kind).reshape(shape)
-    launcher.memory = {name: memory_of(array) for name, array in arrays.items()}
-    at = {name: array.ctypes.data for name, array in arrays.items()}
+    planes = {"planes of theta": theta, "planes of phi": phi, "planes of values": values}
+    launcher.memory = {name: memory_of(tensor) for name, tensor in planes.items()}
+    launcher.memory |= {name: np.full(nbytes(*tensor), 0xFF, np.uint8) for name, tensor in tensors.items()}
+    at = {name: memory.ctypes.data for name, memory in launcher.memory.items()}
     work = warp.pack_keys(at["planes of phi"], at["planes of values"], at, case.batch, case.key)
     for launch in (*work, *warp.run(at["planes of theta"], at, at, case.batch, case.query, case.key)):
         launch()
     nine_tap = case.channels >= 128 and case.sm != 80
     check_launches(launcher, "pack", "statistics", "nine_tap" if nine_tap else "forward")
     expected, _ = reference.warp(theta.double(), phi.double(), values.double(), 3, 0.01)
-    assert_close("out", torch.from_numpy(arrays["warped"]), expected, EXECUTED["out", case.dtype])
-    check_best([torch.from_numpy(arrays[name]) for name in ("index", "probability")], theta, phi)
+    warped, *best = (
+        torch.from_numpy(launcher.memory[name].view(kind).reshape(shape))
+        for name, (shape, kind) in ((name, tensors[name]) for name in ("warped", "index", "probability"))
+    )
+    assert_close("out", warped, expected, EXECUTED["out", case.dtype])
+    check_best(best, theta, phi)
 
 
 def test_sm_89_is_compiled_as_sm_86(compiler, tmp_path):
     """So what is executed for one holds for the other."""
     for sm in (86, 89):
-        compiler.compile_ahead(tmp_path, sm, values=[3], channels=128, dtypes=["bfloat16"])
+        options = {"values": [3], "channels": 128, "dtypes": ["bfloat16"]}
+        compiler.submit(ptx_compiler.compile_ahead, tmp_path, sm, **options).result()
     names = [path.stem.removesuffix("_sm86") for path in tmp_path.glob("*_sm86.cubin")]
     assert len(names) == 3
     for name in names:
@@ -257,13 +273,20 @@ NOTICED = {
     "out of bounds, shared": "st.shared.b32 [%r3+4], %r1;",
     "misaligned, memory": "@%p1 ld.global.b32 { %r5 }, [ %rd1 + 2 ];",
     "threads of a block part": "@%p1 bra $end;",
-    "race: read, shared: ld.shared.b32": "st.shared.b32 [%r3], %r1; ld.shared.b32 %r5, [%r4];",
-    "race: read, shared: ld.shared.b8": "st.shared.b8 [%r3], %r1; ld.shared.b8 %rs5, [%r4];",
-    "race: written, shared": "and.b32 %r5, %r3, 64; st.shared.b32 [%r5], %r1;",
-    "race: written by two blocks": f"@%p2 {STORE} bar.sync 0; @%p3 {STORE}",
-    "race: read by one block and written by another": f"@%p2 {STORE} bar.sync 0; @%p3 {LOAD}",
-    "race: touched while cp.async copies": "@%p1 cp.async.cg.shared.global [ %r3 + 0 ], [ %rd1 + 0 ], 0x10;"
+    "race, shared: ld.shared.b32": "st.shared.b32 [%r3], %r1; ld.shared.b32 %r5, [%r4];",
+    "race, shared: ld.shared.b8": "st.shared.b8 [%r3], %r1; ld.shared.b8 %rs5, [%r4];",
+    "race, shared: st.shared.b32 [%r5]": "and.b32 %r5, %r3, 64; st.shared.b32 [%r5], %r1;",
+    # written where another thread, or several, read
+    "race, shared: st.shared.b32 [%r4]": "ld.shared.b32 %r5, [%r3]; st.shared.b32 [%r4], %r1;",
+    "race, shared: @%p1 st": "mov.b32 %r5, 0; ld.shared.b32 %r6, [%r5]; @%p1 st.shared.b32 [%r5], %r1;",
+    "race, memory: @%p3 st": f"@%p2 {STORE} bar.sync 0; @%p3 {STORE}",
+    "race, memory: @%p3 ld": f"@%p2 {STORE} bar.sync 0; @%p3 {LOAD}",
+    "race, memory: @%p3 st.global.b32 [ %rd1 + 0 ], { %r1 }": f"{LOAD} bar.sync 0; @%p3 {STORE.replace('r2', 'r1')}",
+    # read before and after it is waited for; the latter needs a barrier
+    "race, shared: @%p1 ld": "@%p1 cp.async.cg.shared.global [ %r3 + 0 ], [ %rd1 + 0 ], 0x10;"
     "cp.async.commit_group; @%p1 ld.shared.b32 %r5, [%r3]; cp.async.wait_group 0;",
+    "race, shared: ld.shared.b32 %r6": "@%p1 cp.async.cg.shared.global [ %r3 + 0 ], [ %rd1 + 0 ], 0x10;"
+    "cp.async.commit_group; bar.sync 0; cp.async.wait_group 0; and.b32 %r5, %r3, 12; ld.shared.b32 %r6, [%r5];",
     "nothing": "st.shared.b32 [%r3], %r1; bar.sync 0; ld.shared.b32 %r5, [%r4]; bar.sync 0; st.shared.b8 [%r3], %r1;"
     f"ld.shared.b8 %rs5, [%r4+1]; setp.eq.s32 %p4, %r2, 1; @%p4 bra $end; {LOAD}",
 }
@@ -288,8 +311,11 @@ FULL = {
 }
 
 
-def complaint(name: str, kind: str, number: int, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What is noticed of the mistake of this kind in the place of this number; IndexError if there is no such place."""
+def complaint(name: str, kind: str, number: int, compiler: Executor, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is noticed of the mistake of this kind in the place of this number; IndexError if there is no such place.
+
+    "" if nothing is: then it must not change a bit of the results.
+    """
     (check, case), (pattern, replacement) = FULL[name], MISTAKES[kind]
 
     def change(ptx: str) -> str:
@@ -297,29 +323,34 @@ def complaint(name: str, kind: str, number: int, compiler: Compiler, monkeypatch
         return ptx[: place.start()] + place.expand(replacement) + ptx[place.end() :]
 
     kernel = "nine_tap" if case.kernel == "nine_tap" else "forward"
-    with pytest.raises(AssertionError) as error:
-        check(case, Launcher(compiler, case.sm, {kernel: change}), monkeypatch)
-    return str(error.value)
+    try:
+        found = check(case, Launcher(compiler, case.sm, {kernel: change}), monkeypatch)
+    except AssertionError as error:
+        return str(error)
+    expected = check(case, Launcher(compiler, case.sm), monkeypatch)
+    assert all(torch.equal(got, want) for got, want in zip(found, expected, strict=True)), f"{kind} {number} is missed"
+    return ""
 
 
 @pytest.mark.parametrize("name", FULL)
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_a_mistake_is_noticed(name, kind, compiler, monkeypatch):
     message = complaint(name, kind, 5, compiler, monkeypatch)
+    assert message
     assert kind != "barrier" or "race" in message
 
 
-@pytest.mark.skipif(not EVERYTHING, reason="takes half an hour; see the head of this file")
+@pytest.mark.skipif(not EVERYTHING, reason="takes minutes; see the head of this file")
 @pytest.mark.timeout(7200)
-def test_almost_every_mistake_is_noticed(compiler, monkeypatch):
-    for name, kind in itertools.product(FULL, MISTAKES):
-        missed = []
-        for number in itertools.count():
-            try:
-                complaint(name, kind, number, compiler, monkeypatch)
-            except IndexError:
-                break
-            except pytest.fail.Exception:
-                missed.append(number)
-        print(f"{name}: of {number} mistakes of the kind {kind!r}, {len(missed)} are missed: {missed}", flush=True)
-        assert len(missed) <= number / 10
+@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_every_mistake_is_noticed_or_harmless(name, kind, compiler, monkeypatch):
+    harmless = []
+    for number in itertools.count():
+        try:
+            message = complaint(name, kind, number, compiler, monkeypatch)
+        except IndexError:
+            break
+        harmless += [] if message else [number]
+    print(f"{name}: of {number} mistakes of the kind {kind!r}, {len(harmless)} are harmless: {harmless}")
+    assert len(harmless) <= number / 10
