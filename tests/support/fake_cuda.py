@@ -49,6 +49,7 @@ class Allocation:
         assert not self.cuda.queue, "freed while queued work may use it"
         self.array[:] = 0xDD
         self.owner.remove(self)
+        self.cuda.freed.append(self.array)  # kept, so that no later one gets its address
 
 
 class FakeEvent:
@@ -106,6 +107,7 @@ class FakeCuda:
         self.captured: list[Callable[[], None]] = []
         self.capturing = False
         self.buffers: list[Allocation] = []
+        self.freed: list[np.ndarray] = []
         self.pinned_arrays: list[Allocation] = []
         self.functions: weakref.WeakSet[FakeFunction] = weakref.WeakSet()
         self.streams: weakref.WeakSet[Any] = weakref.WeakSet()
