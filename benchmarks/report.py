@@ -316,7 +316,8 @@ def serving(rows: Sequence[Row]) -> str:
         'The client compares each answer\nwith the bare Translator\'s and runs on the same cores. "Outside" is a '
         "request without the model's "
         'stages as Server-Timing states them:\nclient, HTTP, queue and PNG both ways. "Other" counts answers that are '
-        f"wrong, lost or of another status.\n\n{table(['', 'found'], lines)}"
+        "wrong, lost or of another status.\nOnly the extras cpu, serve and bench were installed: where scipy is, numba "
+        f"loads it at the start.\n\n{table(['', 'found'], lines)}"
     )
 
 
