@@ -8,7 +8,7 @@ Your own bundle on your own machine:
 The project's results in three commands:
 
     python -m flashcocos.benchmarks model -o bench_model     a random full-size network, its bundle and its naive graph
-    python -m flashcocos.benchmarks run --model bench_model  all cases: about 25 minutes on two cores
+    python -m flashcocos.benchmarks run --model bench_model  all cases
     python -m flashcocos.benchmarks report                   docs/benchmarks.md, the README's table and the plots
 
 Everything that only a GPU can show, in ten minutes (docs/gpu.md):

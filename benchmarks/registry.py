@@ -3,7 +3,7 @@
 A case is data: which benchmark runs, with which parameters, compared with what, how often. Benchmarks are functions
 `prepare(case, assets) -> Benchmark` in `speed/`; `worker` runs one in a process of its own, `runner` runs many.
 
-Names are GROUP/METHOD-PARAMETERS, and `--only` takes patterns of them. All together take about 25 minutes on two cores.
+Names are GROUP/METHOD-PARAMETERS, and `--only` takes patterns of them.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,24 @@ def test_a_taken_port_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         port = str(listener.getsockname()[1])
         assert main(["serve", "--port", port]) == 1
     assert "cannot listen on 127.0.0.1, port" in capsys.readouterr().err
+    assert gc.isenabled()
+
+
+def test_garbage_is_collected_once_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled = []
+
+    def run(config: object, announce: Callable[[str], None]) -> int:
+        enabled.append(gc.isenabled())
+        announce("http://127.0.0.1:1")
+        enabled.append(gc.isenabled())
+        return 0
+
+    monkeypatch.setattr("flashcocos.serve.server.run", run)
+    try:
+        assert main(["serve"]) == 0
+    finally:
+        gc.unfreeze()
+    assert enabled == [False, True]
 
 
 def test_answers_leave_at_once() -> None:
